@@ -1,0 +1,124 @@
+"""Counter-based random numbers: Philox-4x32-10 in plain PyTorch.
+
+    words(seed, n, draw)[element] = philox4x32_10(counter=(element // 4, n low, n high, draw), key=(seed low, seed high))[element % 4]
+
+Every random number of training and sampling is a pure function of (seed, n, draw, element): the image number n says which sample,
+`Draw` says what for, and nothing depends on rank, batch split, thread count or on what was drawn before. A resumed or re-sharded run
+therefore draws the very same noise, and a GPU kernel can draw it again without communication.
+
+Words and uniforms are equal in every bit on every backend: they come from integer arithmetic and one exact scaling. Normals use log, cos
+and sin, whose last bits differ between backends.
+
+Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011, section 4.3 and the Random123 library's constants.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
+_WEYL_0, _WEYL_1 = (
+    0x9E3779B9,
+    0xBB67AE85,
+)  # golden ratio, sqrt(3) - 1: added to the key before every round but the first
+_MASK = 0xFFFFFFFF
+_ROUNDS = 10
+
+
+class Draw(IntEnum):
+    """What a random number is for: the last word of the counter. Values are frozen; append, never renumber."""
+
+    POSTERIOR = 0  # the sample of a VAE posterior
+    NOISE = 1  # the Gaussian noise of the interpolant
+    TIME = 2  # the student's time
+    TEACHER_TIME = 3  # how far the teacher's time lies below it
+    LABEL_DROPOUT = 4
+    ORDER = 5  # which data row is the n-th image
+    SAMPLER = 6  # initial noise of a generated sample, then the noise of each of its steps
+    TEACHER_LABEL_DROPOUT = 7  # only where the dropout is not shared
+    REPLACEMENT = 8  # which row stands in for an undecodable one
+    WEIGHT = 9  # initial weights; n is the parameter's position in the model
+    FLIP = 10  # horizontal flip of a training image
+
+
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten rounds of Philox-4x32.
+
+    Args:
+        counter: four int64 tensors holding 32-bit words, broadcastable to one shape.
+        key: two 32-bit words.
+
+    Returns:
+        Four int64 tensors of the broadcast shape, each element in [0, 2^32).
+    """
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    k0, k1 = key
+    for round_index in range(_ROUNDS):
+        if round_index:
+            k0, k1 = (k0 + _WEYL_0) & _MASK, (k1 + _WEYL_1) & _MASK
+        # The 64-bit products may overflow int64's sign; wrapping keeps every bit, and the mask drops the copies of the sign that >> brings in.
+        product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
+        c0 = ((product_1 >> 32) & _MASK) ^ c1 ^ k0
+        c2 = ((product_0 >> 32) & _MASK) ^ c3 ^ k1
+        c1, c3 = product_1 & _MASK, product_0 & _MASK
+    return c0, c1, c2, c3
+
+
+def _split(value: int) -> tuple[int, int]:
+    return value & _MASK, (value >> 32) & _MASK
+
+
+def words(seed: int, number: Tensor, draw: Draw, count: int, first: int = 0) -> Tensor:
+    """Random 32-bit words.
+
+    Args:
+        seed: the run's 64-bit seed.
+        number: (B,) int64, image numbers.
+        draw: what the words are for.
+        count: words per image.
+        first: element of the first word, a multiple of 4.
+
+    Returns:
+        (B, count) int64 in [0, 2^32).
+    """
+    if first % 4:
+        raise ValueError(f"first: {first} given; must be a multiple of 4, the words of one Philox call")
+    index = torch.arange(first // 4, first // 4 + (count + 3) // 4, dtype=torch.int64, device=number.device)  # (G,)
+    low, high = (number & _MASK)[:, None], ((number >> 32) & _MASK)[:, None]  # (B, 1)
+    stream = torch.full_like(low, int(draw))
+    quads = philox((index[None], low, high, stream), _split(seed))
+    return torch.stack(quads, dim=-1).flatten(1)[:, :count]  # (B, G, 4) -> (B, count)
+
+
+def to_uniform(word: Tensor) -> Tensor:
+    """(word's top 23 bits + 1/2) / 2^23: float32 in the open interval (0, 1), symmetric about 1/2, exact in every operation."""
+    return ((word >> 9).to(torch.float32) + 0.5) * 2.0**-23
+
+
+def uniforms(seed: int, number: Tensor, draw: Draw, count: int = 1, first: int = 0) -> Tensor:
+    """Uniform random numbers in (0, 1): (B, count) float32. Arguments as `words`."""
+    return to_uniform(words(seed, number, draw, count, first))
+
+
+def normals(seed: int, number: Tensor, draw: Draw, count: int, first: int = 0) -> Tensor:
+    """Standard normal random numbers: (B, count) float32, at most 5.8 in magnitude. Arguments as `words`.
+
+    Box and Muller (1958) on neighbouring words: (2k, 2k + 1) -> (r cos a, r sin a) with r = sqrt(-2 ln u_2k), a = 2 pi u_2k+1.
+    """
+    even = count + count % 2
+    pairs = uniforms(seed, number, draw, even, first).unflatten(1, (even // 2, 2))
+    radius, angle = (-2.0 * pairs[..., 0].log()).sqrt(), (2.0 * math.pi) * pairs[..., 1]
+    return torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).flatten(1)[:, :count]
+
+
+def below(word: Tensor, bound: int) -> Tensor:
+    """Integer in [0, bound) from a 32-bit word by multiply and shift (bias below bound / 2^32): int64, the word's shape."""
+    if not 0 < bound <= 1 << 31:
+        raise ValueError(f"bound: {bound} given; must be in [1, 2^31]")
+    return (word * bound) >> 32

@@ -1,0 +1,565 @@
+"""The whole configuration: frozen dataclasses, their checks, and named presets. Nothing else knows a default.
+
+A run is `Config`; the command line changes fields of a preset, and `config.json` in the run directory holds every one of them. Fields
+are named on the command line as here, with hyphens: `Config.align.t_max` is `--align.t-max`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+Choice = Literal["auto", "fused", "reference"]
+
+
+class Refused(ValueError):
+    """Input that cannot be used. The message is one line: the field or file, what was given, what is allowed."""
+
+
+def refuse_unless(condition: bool, name: str, given: object, allowed: str) -> None:
+    """Raise `Refused` with the house's message unless `condition`."""
+    if not condition:
+        raise Refused(f"{name}: {given!r} given; {allowed}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run lives and what makes it reproducible."""
+
+    name: str = "run"
+    """Folder of the run below --run.dir."""
+    dir: str = "runs"
+    """Folder that holds all runs."""
+    seed: int = 0
+    """64-bit key of every random number: initial weights, order, noise, times, label dropout, previews."""
+    dry_run: bool = False
+    """Print the resolved configuration and stop."""
+
+    def __post_init__(self) -> None:
+        refuse_unless(
+            self.name not in ("", ".", "..") and "/" not in self.name, "run.name", self.name, "must be one folder name"
+        )
+        refuse_unless(0 <= self.seed < 2**64, "run.seed", self.seed, "must be in [0, 2^64)")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The transformer shared by SiT and DiT. A zero for input size, channels or classes is read from the data."""
+
+    family: Literal["sit", "dit"] = "sit"
+    """sit predicts a velocity in continuous time; dit predicts noise and its variance in 1,000 steps."""
+    depth: int = 12
+    """Number of blocks."""
+    hidden: int = 768
+    """Width D of a token."""
+    heads: int = 12
+    """Attention heads."""
+    patch: int = 2
+    """Side of a patch in pixels (latent pixels for latents)."""
+    mlp_ratio: int = 4
+    """Width of the MLP's hidden layer over D."""
+    input_size: int = 0
+    """Side of the input in pixels; 0 = from the data."""
+    channels: int = 0
+    """Input channels; 0 = from the data."""
+    classes: int = 0
+    """Number of classes, without the null class; 0 = from the data."""
+    qk_norm: bool = False
+    """Normalise queries and keys per head (LayerNorm with affine)."""
+    attention: Literal["sdpa", "math"] = "sdpa"
+    """Attention backend: PyTorch's scaled_dot_product_attention, or plain matrix products and softmax."""
+    checkpoint_every: int = 0
+    """Recompute every K-th block in the backward pass instead of keeping its activations; 0 = none."""
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "hidden", "heads", "patch", "mlp_ratio"):
+            refuse_unless(
+                getattr(self, name) > 0, f"model.{name.replace('_', '-')}", getattr(self, name), "must be positive"
+            )
+        for name in ("input_size", "channels", "classes", "checkpoint_every"):
+            refuse_unless(
+                getattr(self, name) >= 0, f"model.{name.replace('_', '-')}", getattr(self, name), "must not be negative"
+            )
+        refuse_unless(
+            self.hidden % self.heads == 0,
+            "model.hidden",
+            self.hidden,
+            f"must be a multiple of model.heads = {self.heads}",
+        )
+        refuse_unless(
+            self.hidden % 4 == 0, "model.hidden", self.hidden, "must be a multiple of 4 (the 2-D position table)"
+        )
+        refuse_unless(
+            self.input_size % self.patch == 0,
+            "model.input-size",
+            self.input_size,
+            f"must be a multiple of model.patch = {self.patch}",
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per image, T = (input_size / patch)^2."""
+        return (self.input_size // self.patch) ** 2
+
+    @property
+    def output_channels(self) -> int:
+        """Channels predicted per pixel: the velocity, or noise and variance."""
+        return self.channels * (2 if self.family == "dit" else 1)
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The generative loss."""
+
+    path: Literal["linear", "cosine"] = "linear"
+    """Interpolant of sit: x_t = (1-t) x + t noise, or cos(pi t/2) x + sin(pi t/2) noise. dit has its own 1,000 linear betas."""
+    times: Literal["uniform", "lognormal"] = "uniform"
+    """Distribution of sit's training times."""
+    label_dropout: float = 0.1
+    """Share of labels replaced by the null class, for classifier-free guidance."""
+
+    def __post_init__(self) -> None:
+        refuse_unless(0 <= self.label_dropout < 1, "objective.label-dropout", self.label_dropout, "must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """Self-representation alignment (arXiv 2505.02831): which block learns from which, at what distance, how strongly, and when."""
+
+    method: Literal["sra", "none"] = "sra"
+    """sra aligns with the EMA teacher; none trains the plain model."""
+    distance: Literal["cosine", "cosine_channel", "smooth_l1", "l1", "l2"] = "cosine"
+    """cosine is per token; cosine_channel normalises over tokens, as the public code does; smooth_l1 (beta 0.05) is the published loss."""
+    weight: float = 0.5
+    """Weight of the alignment loss."""
+    weight_hold_epochs: int = 0
+    """Epochs (0-based) up to and including which the weight is constant before it decays."""
+    weight_decade_epochs: int = 0
+    """Epochs in which the weight then falls tenfold; 0 = it never falls."""
+    student_tap: int = 0
+    """Block (1-based) whose output the student aligns; 0 = the published one for this size, else max(1, depth // 4)."""
+    teacher_tap: int = 0
+    """Block (1-based) of the teacher it is aligned with; 0 = the published one for this size, else 3 depth // 4."""
+    t_max: float = 0.2
+    """Largest distance between the student's time and the teacher's lower one, as a share of all time."""
+    shared_label_dropout: bool = True
+    """The teacher sees the student's dropped labels (published). Off: the teacher's labels are dropped independently."""
+
+    def __post_init__(self) -> None:
+        refuse_unless(self.weight >= 0, "align.weight", self.weight, "must not be negative")
+        refuse_unless(
+            self.weight_hold_epochs >= 0, "align.weight-hold-epochs", self.weight_hold_epochs, "must not be negative"
+        )
+        refuse_unless(
+            self.weight_decade_epochs >= 0,
+            "align.weight-decade-epochs",
+            self.weight_decade_epochs,
+            "must not be negative",
+        )
+        refuse_unless(0 < self.t_max <= 1, "align.t-max", self.t_max, "must be in (0, 1]")
+        for name in ("student_tap", "teacher_tap"):
+            refuse_unless(
+                getattr(self, name) >= 0, f"align.{name.replace('_', '-')}", getattr(self, name), "must not be negative"
+            )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with decoupled decay, gradient clipping and the EMA of the weights, which is also the teacher."""
+
+    lr: float = 1e-4
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the square root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 = no clipping."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after warm-up: constant, or a half cosine down to zero at --train.images."""
+    warmup_images: int = 0
+    """Images over which the learning rate rises linearly from zero."""
+    ema_decay: float = 0.9999
+    """Decay of the EMA per optimizer step."""
+    ema_warmup: bool = True
+    """Use min(decay, (1 + k) / (10 + k)) at optimizer step k."""
+
+    def __post_init__(self) -> None:
+        refuse_unless(self.lr > 0, "optim.lr", self.lr, "must be positive")
+        for name in ("beta1", "beta2", "ema_decay"):
+            refuse_unless(
+                0 <= getattr(self, name) < 1,
+                f"optim.{name.replace('_', '-')}",
+                getattr(self, name),
+                "must be in [0, 1)",
+            )
+        refuse_unless(self.eps > 0, "optim.eps", self.eps, "must be positive")
+        for name in ("weight_decay", "clip", "warmup_images"):
+            refuse_unless(
+                getattr(self, name) >= 0, f"optim.{name.replace('_', '-')}", getattr(self, name), "must not be negative"
+            )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Training images: one folder per class, JPEG or PNG."""
+
+    images: str = ""
+    """Folder of class folders. The digits preset writes scikit-learn's digits there if it does not exist."""
+    resolution: int = 32
+    """Side in pixels after the ADM center crop."""
+    channels: Literal[1, 3] = 3
+    """1 = grey, 3 = RGB."""
+    reader: Literal["auto", "dali", "pillow"] = "auto"
+    """Who decodes: auto takes DALI where it is installed and Pillow elsewhere."""
+    held_out: float = 0.02
+    """Share of the files, chosen by a hash of their names, that is never trained on but used for validation and evaluation."""
+    strict: bool = False
+    """Stop at the first undecodable image instead of replacing it."""
+    max_bad_share: float = 0.01
+    """Stop when more than this share of the data set's files has turned out undecodable."""
+    exif: bool = False
+    """Turn images as their EXIF orientation says (ADM does not)."""
+    threads: int = 0
+    """Decoding threads; 0 = one per core, at most 8."""
+
+    def __post_init__(self) -> None:
+        refuse_unless(self.resolution > 0, "data.resolution", self.resolution, "must be positive")
+        refuse_unless(0 < self.held_out < 1, "data.held-out", self.held_out, "must be in (0, 1)")
+        refuse_unless(0 <= self.max_bad_share <= 1, "data.max-bad-share", self.max_bad_share, "must be in [0, 1]")
+        refuse_unless(self.threads >= 0, "data.threads", self.threads, "must not be negative")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch and rhythm of training. Everything is counted in images."""
+
+    images: int = 102_400_000
+    """Length of the run in images (400,000 steps of 256)."""
+    batch: int = 256
+    """Images per optimizer step, over all micro-batches."""
+    accumulate: int = 1
+    """Micro-batches per optimizer step; their gradients are added in fp32."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute type of the networks; auto = bf16 on GPUs that have it, fp32 elsewhere. Weights, moments and losses are always fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = the GPU where there is one."""
+    log_every_steps: int = 50
+    """Steps between two lines of metrics.jsonl, and between two looks at the device's counters."""
+    validate_every_images: int = 2_560_000
+    """Images between two computations of the validation loss; 0 = only at the end."""
+    validation_images: int = 512
+    """Held-out images of the validation loss."""
+    preview_every_images: int = 2_560_000
+    """Images between two preview grids; 0 = none."""
+    save_every_images: int = 2_560_000
+    """Images between two checkpoints."""
+    save_every_minutes: float = 15.0
+    """Minutes between two checkpoints, if that comes first."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints to keep; older ones are removed after a new one is complete."""
+    keep_every_images: int = 0
+    """Checkpoints at multiples of this are never removed; 0 = no such rule."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "images",
+            "batch",
+            "accumulate",
+            "log_every_steps",
+            "save_every_images",
+            "keep_checkpoints",
+            "validation_images",
+        ):
+            refuse_unless(
+                getattr(self, name) > 0, f"train.{name.replace('_', '-')}", getattr(self, name), "must be positive"
+            )
+        for name in ("validate_every_images", "preview_every_images", "keep_every_images"):
+            refuse_unless(
+                getattr(self, name) >= 0, f"train.{name.replace('_', '-')}", getattr(self, name), "must not be negative"
+            )
+        refuse_unless(
+            self.save_every_minutes > 0, "train.save-every-minutes", self.save_every_minutes, "must be positive"
+        )
+        refuse_unless(
+            self.batch % self.accumulate == 0,
+            "train.batch",
+            self.batch,
+            f"must be a multiple of train.accumulate = {self.accumulate}",
+        )
+
+
+@dataclass(frozen=True)
+class KernelsConfig:
+    """Which implementation computes each op: a fused kernel, its reference in plain PyTorch, or auto: whichever was measured faster."""
+
+    default: Choice = "auto"
+    """For every op not named below."""
+    adaln: Choice | None = None
+    """LayerNorm and modulation."""
+    gated_adaln: Choice | None = None
+    """Gated residual, LayerNorm and modulation: the seam between two half blocks."""
+    gated_residual: Choice | None = None
+    """Gated residual where no normalisation follows."""
+    alignment: Choice | None = None
+    """Distance between student and teacher features."""
+    perturb: Choice | None = None
+    """All random draws of a batch."""
+
+    def choices(self) -> dict[str, str]:
+        """{op: choice}, with the default filled in."""
+        ops = [f.name for f in dataclasses.fields(self) if f.name != "default"]
+        return {op: getattr(self, op) or self.default for op in ops}
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How images are generated."""
+
+    sampler: Literal["auto", "euler", "heun", "sde", "ddpm", "ddim"] = "auto"
+    """sit: euler and heun (ODE), sde (Euler-Maruyama); dit: ddpm, ddim. auto = sde for sit, ddpm for dit."""
+    steps: int = 250
+    """Sampling steps. Heun calls the network twice a step but for the last."""
+    guidance: float = 1.0
+    """Classifier-free guidance scale; 1 = none."""
+    guidance_low: float = 0.0
+    """Guide only at noise levels (0 = data, 1 = noise) from here ..."""
+    guidance_high: float = 1.0
+    """... to here."""
+    guidance_channels: int = 0
+    """Guide only the first so many channels of the prediction; 0 = all. The public DiT uses 3 of 4."""
+    count: int = 64
+    """Images to generate."""
+    batch: int = 64
+    """Images per network call."""
+    seed: int = 0
+    """Sample i is a function of this seed and i alone."""
+    batch_invariant: bool = False
+    """Call the network for one image at a time, so that a sample is the same in every bit whatever --sample.batch is. Slow."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "count", "batch"):
+            refuse_unless(getattr(self, name) > 0, f"sample.{name}", getattr(self, name), "must be positive")
+        refuse_unless(self.guidance >= 0, "sample.guidance", self.guidance, "must not be negative")
+        refuse_unless(
+            0 <= self.guidance_low <= self.guidance_high <= 1,
+            "sample.guidance-low, sample.guidance-high",
+            (self.guidance_low, self.guidance_high),
+            "must be 0 <= low <= high <= 1",
+        )
+        refuse_unless(
+            self.guidance_channels >= 0, "sample.guidance-channels", self.guidance_channels, "must not be negative"
+        )
+        refuse_unless(0 <= self.seed < 2**64, "sample.seed", self.seed, "must be in [0, 2^64)")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What a trained model must reach. A bar of zero is not checked."""
+
+    after_training: bool = False
+    """Evaluate at the end of training and fail below the bars."""
+    samples: int = 2000
+    """Samples generated without guidance, and as many with."""
+    guidance: float = 2.0
+    """Guidance scale of the guided samples."""
+    min_class_accuracy: float = 0.0
+    """Share of unguided samples the judge must recognise as their class."""
+    min_class_accuracy_guided: float = 0.0
+    """The same with guidance."""
+    max_frechet_ratio: float = 0.0
+    """Largest Frechet distance of samples to held-out images, over that of training images to held-out images."""
+    min_nearest_ratio: float = 0.0
+    """Smallest ratio of nearest-training-neighbour distances, samples over held-out images: memorising drives it to zero."""
+
+    def __post_init__(self) -> None:
+        refuse_unless(self.samples > 0, "evaluate.samples", self.samples, "must be positive")
+        refuse_unless(self.guidance >= 0, "evaluate.guidance", self.guidance, "must not be negative")
+
+
+# Published pairs of (student, teacher) blocks: SRA, arXiv 2505.02831, by family and (depth, hidden).
+PUBLISHED_TAPS = {
+    ("sit", 12, 768): (3, 8),
+    ("sit", 24, 1024): (6, 16),
+    ("sit", 28, 1152): (8, 20),
+    ("dit", 12, 768): (3, 7),
+    ("dit", 24, 1024): (6, 14),
+    ("dit", 28, 1152): (8, 16),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole training run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    """Previews and evaluation use these settings too."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    resume: str = "auto"
+    """auto = go on from the newest checkpoint of this run if there is one; never = start anew; or the path of a checkpoint."""
+    init_from: str = ""
+    """Start from these weights (safetensors or a public .pt), with a fresh optimizer."""
+    deterministic: bool = False
+    """Ask every backend for bitwise reproducible kernels (CPU runs are reproducible without)."""
+
+    def __post_init__(self) -> None:
+        student, teacher = self.taps
+        depth = self.model.depth
+        if self.align.method != "none":
+            refuse_unless(1 <= teacher <= depth, "align.teacher-tap", teacher, f"must be in [1, model.depth = {depth}]")
+            refuse_unless(1 <= student <= depth, "align.student-tap", student, f"must be in [1, model.depth = {depth}]")
+            refuse_unless(
+                student < teacher, "align.student-tap", student, f"must be below align.teacher-tap = {teacher}"
+            )
+        refuse_unless(
+            self.data.resolution % self.model.patch == 0,
+            "data.resolution",
+            self.data.resolution,
+            f"must be a multiple of model.patch = {self.model.patch}",
+        )
+        sampler, allowed = self.sample.sampler, SAMPLERS[self.model.family]
+        refuse_unless(
+            sampler == "auto" or sampler in allowed,
+            "sample.sampler",
+            sampler,
+            f"must be auto or one of {', '.join(allowed)} for model.family = {self.model.family}",
+        )
+
+    @property
+    def taps(self) -> tuple[int, int]:
+        """(student, teacher) blocks, 1-based, with the defaults filled in."""
+        depth = self.model.depth
+        rule = (max(1, depth // 4), 3 * depth // 4)
+        published = PUBLISHED_TAPS.get((self.model.family, depth, self.model.hidden), rule)
+        return self.align.student_tap or published[0], self.align.teacher_tap or published[1]
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return Path(self.run.dir) / self.run.name
+
+
+SAMPLERS = {"sit": ("euler", "heun", "sde"), "dit": ("ddpm", "ddim")}
+
+SIZES = {  # depth, hidden, heads: DiT, table 1
+    "s": (12, 384, 6),
+    "b": (12, 768, 12),
+    "l": (24, 1024, 16),
+    "xl": (28, 1152, 16),
+}
+
+DIGITS_FOLDER = "data/digits"
+
+
+def _digits() -> Config:
+    return Config(
+        run=RunConfig(name="digits"),
+        model=ModelConfig(family="sit", depth=6, hidden=128, heads=4, patch=2),
+        optim=OptimConfig(lr=1e-3, schedule="cosine", warmup_images=3_200, ema_decay=0.995),
+        data=DataConfig(images=DIGITS_FOLDER, resolution=8, channels=1, held_out=0.2),
+        train=TrainConfig(
+            images=64_000,
+            batch=64,
+            log_every_steps=10,
+            validate_every_images=16_000,
+            validation_images=256,
+            preview_every_images=16_000,
+            save_every_images=16_000,
+        ),
+        sample=SampleConfig(sampler="heun", steps=16, count=100, batch=100),
+        evaluate=EvaluateConfig(
+            after_training=True,
+            samples=2000,
+            min_class_accuracy=0.95,
+            min_class_accuracy_guided=0.98,
+            max_frechet_ratio=3.0,
+            min_nearest_ratio=0.5,
+        ),
+    )
+
+
+def _public(family: str, size: str, patch: int, paper: bool) -> Config:
+    """A model of the papers. `paper` variants carry the published loss, its weight and decay, and the EMA without warm-up."""
+    depth, hidden, heads = SIZES[size]
+    name = f"{family}-{size}-{patch}"
+    config = Config(
+        run=RunConfig(name=name),
+        model=ModelConfig(family=family, depth=depth, hidden=hidden, heads=heads, patch=patch),
+        sample=SampleConfig(guidance_channels=3 if family == "dit" and paper else 0),
+    )
+    if not paper:
+        return config
+    # SRA's code at 256 px: smooth-L1 with weight 0.2 (DiT 0.04) up to epoch 149, then tenfold less every 1,000 epochs.
+    return replace(
+        config,
+        run=RunConfig(name=f"{name}-paper"),
+        align=AlignConfig(
+            distance="smooth_l1",
+            weight=0.2 if family == "sit" else 0.04,
+            weight_hold_epochs=149,
+            weight_decade_epochs=1000,
+        ),
+        optim=OptimConfig(ema_warmup=False),
+    )
+
+
+PRESETS: dict[str, Config] = {"digits": _digits()} | {
+    f"{family}-{size}-{patch}" + ("-paper" if paper else ""): _public(family, size, patch, paper)
+    for family in ("sit", "dit")
+    for size in SIZES
+    for patch in (2, 4, 8)
+    for paper in (False, True)
+}
+
+
+def preset(name: str) -> Config:
+    """The preset of that name."""
+    families = "digits and {sit,dit}-{s,b,l,xl}-{2,4,8}, each also with -paper"
+    refuse_unless(name in PRESETS, "preset", name, f"must be one of {families}")
+    return PRESETS[name]
+
+
+def to_dict(config: object) -> dict[str, Any]:
+    """A dataclass as nested dictionaries of JSON values."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type, values: dict[str, Any], where: str = "config") -> Any:
+    """The dataclass `cls` from `to_dict`'s output; unknown fields and values of the wrong type are refused by name."""
+    refuse_unless(isinstance(values, dict), where, values, "must be an object")
+    hints = typing.get_type_hints(cls)
+    unknown = set(values) - set(hints)
+    refuse_unless(not unknown, where, sorted(unknown), f"must be among {', '.join(hints)}")
+    return cls(**{name: _checked(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def _checked(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _checked(typing.get_args(hint)[0], value, where)
+    if origin is Literal:
+        allowed = typing.get_args(hint)
+        refuse_unless(value in allowed, where, value, f"must be one of {', '.join(map(str, allowed))}")
+        return value
+    if hint is float and type(value) is int:
+        return float(value)
+    refuse_unless(type(value) is hint, where, value, f"must be {hint.__name__}")
+    return value
