@@ -314,10 +314,15 @@ class KernelsConfig:
     perturb: Choice | None = None
     """All random draws of a batch."""
 
-    def choices(self) -> dict[str, str]:
-        """{op: choice}, with the default filled in."""
-        ops = [f.name for f in dataclasses.fields(self) if f.name != "default"]
-        return {op: getattr(self, op) or self.default for op in ops}
+    def resolve(self) -> dict[str, str]:
+        """{op: "fused" or "reference"}, decided once for a run. Refuses what cannot be had."""
+        from sra_fast import kernels  # here, because it brings in torch, which --help can do without
+
+        ops = [op.name for op in dataclasses.fields(self) if op.name != "default"]
+        try:
+            return kernels.resolve({op: getattr(self, op) or self.default for op in ops})
+        except ValueError as error:
+            raise Refused(str(error)) from error
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,310 @@
+"""The command line: arguments -> configuration -> trainer, sampler, evaluation, export.
+
+Options come from the dataclasses of config.py and of this file, through tyro. Wrong input ends with one line and exit code 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+
+from sra_fast.config import Config, EvaluateConfig, Refused, SampleConfig, preset, refuse_unless, to_dict
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SampleCommand:
+    """Generate images and write them as a PNG grid, one PNG each, and the .npz that the ADM evaluation suite reads."""
+
+    weights: str
+    """A run, one of its checkpoints, a .safetensors or a public .pt file."""
+    weights_key: Literal["ema", "model"] = "ema"
+    """The EMA, or the raw weights."""
+    out: str = "generated"
+    """Folder for grid.png, images/ and samples.npz."""
+    classes: tuple[int, ...] = ()
+    """Classes to generate, in turn; empty = all."""
+    grid: int = 100
+    """Images in the grid; 0 = no grid."""
+    images: bool = True
+    """Write one PNG per image."""
+    npz: bool = True
+    """Write samples.npz: arr_0, uint8 (N, H, W, 3); one channel is repeated to three."""
+    path: Literal["", "linear", "cosine"] = ""
+    """Interpolant a sit was trained with; empty = as the weights say, linear where they do not."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = the GPU where there is one."""
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    """A run's own settings are the default here."""
+
+
+@dataclass(frozen=True)
+class EvaluateCommand:
+    """Judge a run's samples against its real images; fails below the bars."""
+
+    weights: str
+    """A run."""
+    weights_key: Literal["ema", "model"] = "ema"
+    """The EMA, or the raw weights."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = the GPU where there is one."""
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    """A run's own settings are the default here."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """A run's own settings are the default here."""
+
+
+@dataclass(frozen=True)
+class ExportCommand:
+    """Write a run's newest weights for other programs."""
+
+    weights: str
+    """A run, or one of its checkpoints."""
+    out: str
+    """File to write: .safetensors (one set of weights) or .pt (both sets, in the public SiT-SRA and DiT-SRA layout)."""
+    weights_key: Literal["ema", "model"] = "ema"
+    """Which set goes into a .safetensors file."""
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Train a preset: `sra-fast train PRESET [options]`."""
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        name, rest = "digits", ["--help"]
+    config = _parse(Config, preset(name), rest, f"sra-fast train {name}")
+    if config.run.dry_run:
+        print(json.dumps(_resolved(config), indent=2))
+        return 0
+    if config.deterministic:  # cuBLAS reads it when it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    from sra_fast import trainer
+
+    return trainer.train(config)
+
+
+def _resolved(config: Config) -> dict[str, Any]:
+    """The configuration, and what its automatic choices come to on this machine."""
+    from sra_fast.hardware import Hardware
+
+    hardware = Hardware.choose(config.train.device, config.train.precision)
+    choices = {
+        "student_tap": config.taps[0],
+        "teacher_tap": config.taps[1],
+        "device": hardware.name,
+        "precision": hardware.precision,
+        "ops": config.kernels.resolve(),
+    }
+    return {**to_dict(config), "resolved": choices}
+
+
+def sample(arguments: Sequence[str]) -> int:
+    """Generate images: `sra-fast sample --weights FILE|RUN [options]`."""
+    run = _run_of(arguments)
+    default = SampleCommand(weights=tyro.MISSING, sample=run.sample if run else SampleConfig())
+    command = _parse(SampleCommand, default, arguments, "sra-fast sample")
+    import torch
+    from tqdm import tqdm
+
+    from sra_fast.evaluation import network_of
+    from sra_fast.hardware import Hardware
+    from sra_fast.sampling import balanced_labels, generate
+    from sra_fast.sampling.images import save_each, save_grid, save_npz, to_uint8
+
+    weights, network = _network(command.weights, command.weights_key, command.device)
+    settings, model = command.sample, weights.config
+    for label in command.classes:
+        refuse_unless(0 <= label < model.classes, "classes", label, f"must be in [0, {model.classes})")
+    out = Path(command.out)
+    refuse_unless(not out.exists() or out.is_dir(), "out", command.out, "must be a folder")
+    labels = balanced_labels(settings.count, len(command.classes) or model.classes)
+    if command.classes:
+        labels = torch.tensor(command.classes)[labels]
+    device = Hardware.choose(command.device).device
+    path = command.path or (weights.objective or {}).get("path", "linear")
+    with tqdm(total=settings.count, unit="img", disable=None) as bar:
+        images = generate(
+            network_of(network),
+            labels.to(device),
+            torch.arange(settings.count, device=device),
+            config=settings,
+            model=model,
+            path=path,
+            progress=bar.update,
+        )
+    pixels = to_uint8(images)
+    out.mkdir(parents=True, exist_ok=True)
+    if command.grid:
+        columns = len(command.classes) or (model.classes if model.classes <= 16 else 10)
+        save_grid(out / "grid.png", pixels[: command.grid], columns)
+    if command.images:
+        save_each(out / "images", pixels)
+    if command.npz:
+        save_npz(out / "samples.npz", pixels)
+    print(f"{settings.count} images in {out}")
+    return 0
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """Judge a run: `sra-fast evaluate --weights RUN [options]`."""
+    run = _run_of(arguments)
+    defaults = {"sample": run.sample, "evaluate": run.evaluate} if run else {}
+    command = _parse(EvaluateCommand, EvaluateCommand(weights=tyro.MISSING, **defaults), arguments, "sra-fast evaluate")
+    refuse_unless(run is not None, "weights", command.weights, "must be a run: its images are needed too")
+    from tqdm import tqdm
+
+    from sra_fast import evaluation
+    from sra_fast.data.source import open_source
+    from sra_fast.data.stream import load
+
+    weights, network = _network(command.weights, command.weights_key, command.device)
+    source, _ = open_source(run, next(network.parameters()).device)
+    with tqdm(total=2 * command.evaluate.samples, unit="img", disable=None) as bar:
+        report = evaluation.evaluate(
+            network,
+            load(source.train, source.decoder),
+            load(source.held_out, source.decoder),
+            model=weights.config,
+            path=run.objective.path,
+            sample=command.sample,
+            config=command.evaluate,
+            progress=bar.update,
+        )
+    print(json.dumps(report.as_dict(), indent=2))
+    failures = report.failures(command.evaluate)
+    for failure in failures:
+        print(f"below the bar: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def export(arguments: Sequence[str]) -> int:
+    """Write weights for other programs: `sra-fast export --weights RUN --out FILE`."""
+    command = _parse(ExportCommand, None, arguments, "sra-fast export")
+    from sra_fast import checkpoint
+    from sra_fast.config import ObjectiveConfig
+    from sra_fast.model import public_weights
+
+    out, source = Path(command.out), Path(command.weights)
+    refuse_unless(out.suffix in (".safetensors", ".pt"), "out", command.out, "must end in .safetensors or .pt")
+    refuse_unless(out.parent.is_dir(), "out", command.out, f"the folder {out.parent} does not exist")
+    if out.suffix == ".safetensors":
+        weights = checkpoint.read_weights(source, command.weights_key)
+        checkpoint.export(weights.tensors, out, weights.config, ObjectiveConfig(**(weights.objective or {})))
+    else:
+        refuse_unless(source.is_dir(), "weights", command.weights, "must be a run or a checkpoint to write a .pt file")
+        folder = source if (source / "state.json").is_file() else checkpoint.newest(source / "checkpoints")
+        refuse_unless(folder is not None, "weights", command.weights, "has no checkpoints")
+        state, config = checkpoint.describe(folder)
+        model, ema = (checkpoint.read_weights(folder, key).tensors for key in ("model", "ema"))
+        public_weights.write_public(out, model, ema, steps=state["adam_step"], epoch=0, args=to_dict(config))
+    print(f"wrote {out}")
+    return 0
+
+
+def doctor(arguments: Sequence[str]) -> int:
+    """Say what this machine has and what will be used."""
+    refuse_unless(not arguments, "doctor", " ".join(arguments), "takes no arguments")
+    from sra_fast.doctor import lines
+
+    for line in lines():
+        print(line)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "sample": sample,
+    "evaluate": evaluate,
+    "export": export,
+    "doctor": doctor,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program. Returns its exit code."""
+    name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        for command, function in COMMANDS.items():
+            print(f"sra-fast {command:<9} {(function.__doc__ or '').strip()}")
+        print("\nsra-fast COMMAND --help lists the options of one.")
+        return 0
+    try:
+        refuse_unless(name in COMMANDS, "command", name, f"must be one of {', '.join(COMMANDS)}")
+        return COMMANDS[name](rest)
+    except Refused as error:
+        print(f"sra-fast: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("sra-fast: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parse(cls: type[T], default: T | None, arguments: Sequence[str], program: str) -> T:
+    """A dataclass from command-line options; tyro's complaint, if any, as one line."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            options = {} if default is None else {"default": default}
+            return tyro.cli(cls, args=list(arguments), prog=program, **options)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        raise Refused(_one_line(complaint.getvalue())) from None
+
+
+def _one_line(complaint: str) -> str:
+    """The text of tyro's framed message up to its first rule, in the words of our own refusals."""
+    words = []
+    for line in complaint.splitlines()[1:]:
+        text = line.strip("│ ")
+        if text.startswith("─"):
+            break
+        words.append(text)
+    message = " ".join(words)
+    choice = re.fullmatch(r"invalid choice (.+) for argument '--(.+)'\. Expected one of \((.+?),?\)\.", message)
+    if choice:
+        return f"{choice[2]}: {choice[1]} given; must be one of {choice[3]}"
+    # "Error parsing optim: optim.lr: ..." names the section twice.
+    return re.sub(r"^Error parsing (--)?(\S+: )?(?=\S)", lambda m: "" if m[1] is None else m[2], message)
+
+
+def _run_of(arguments: Sequence[str]) -> Config | None:
+    """The configuration of the run that --weights names, if it names one."""
+    for position, argument in enumerate(arguments):
+        option, _, value = argument.partition("=")
+        if option == "--weights":
+            value = value or "".join(arguments[position + 1 : position + 2])
+            if (Path(value) / "config.json").is_file():
+                from sra_fast.config import from_dict
+                from sra_fast.metrics import read_json
+
+                path = Path(value) / "config.json"
+                return from_dict(Config, read_json(path), str(path))
+    return None
+
+
+def _network(source: str, key: str, device: str) -> tuple[Any, Any]:
+    """(weights, network on the device) of what --weights and --weights-key name."""
+    from sra_fast import checkpoint
+    from sra_fast.hardware import Hardware
+    from sra_fast.model.transformer import around
+
+    weights = checkpoint.read_weights(Path(source), key)
+    for note in weights.notes:
+        print(note, file=sys.stderr)
+    chosen = Hardware.choose(device).device
+    return weights, around(weights.config, {name: tensor.to(chosen) for name, tensor in weights.tensors.items()})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""A data set as it lies on disk: one folder per class, JPEG and PNG files below it at any depth."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from sra_fast.config import Refused, refuse_unless
+
+EXTENSIONS = (".jpg", ".jpeg", ".png")
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFolder:
+    """Names and labels of a data set; the images stay on disk. `row` below is a position in `files`."""
+
+    root: Path
+    classes: tuple[str, ...]
+    """Names of the class folders, sorted; a label is a position in this tuple."""
+    files: tuple[str, ...]
+    """Paths below root with forward slashes, sorted by code point."""
+    labels: np.ndarray
+    """(len(files),) int64."""
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, row: int) -> bytes:
+        """The undecoded file. Raises OSError if it cannot be read."""
+        with open(os.path.join(self.root, self.files[row]), "rb") as file:
+            return file.read()
+
+    def take(self, rows: np.ndarray) -> ImageFolder:
+        """The images of some rows, (n,) int64 or a mask, in that order."""
+        files = tuple(np.array(self.files, dtype=object)[rows])
+        return replace(self, files=files, labels=self.labels[rows])
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of all names and labels (not of the pixels): equal for equal rows, wherever root lies."""
+        digest = hashlib.sha256()
+        for name, label in zip(self.files, self.labels.tolist(), strict=True):
+            digest.update(b"%b\0%d\0" % (os.fsencode(name), label))
+        return digest.hexdigest()
+
+
+def scan(root: Path | str) -> ImageFolder:
+    """Find the images of a data set.
+
+    Classes are the folders directly under root. Extensions are compared without case; hidden files and folders are
+    left out, and a link to a folder is followed only where it is a class. No file is opened or asked for its status,
+    so that 1.28 million take seconds.
+
+    Raises:
+        Refused: if root is missing or not a folder, has no class folders, or one of them has no images, or cannot be
+        listed.
+    """
+    root = Path(root)
+    refuse_unless(root.is_dir(), "data.images", str(root), "must be a folder of class folders")
+    try:
+        classes = sorted(entry.name for entry in os.scandir(root) if _visible(entry) and entry.is_dir())
+        refuse_unless(bool(classes), "data.images", str(root), "must hold one folder per class")
+        found = []
+        for label, name in enumerate(classes):
+            before = len(found)
+            found.extend((file, label) for file in _files(os.path.join(root, name), name))
+            refuse_unless(
+                len(found) > before,
+                "data.images",
+                os.path.join(root, name),
+                "every class folder must hold at least one .jpg, .jpeg or .png file",
+            )
+    except OSError as error:
+        raise Refused(f"data.images: {error.filename!r} given; cannot be listed: {error.strerror}") from error
+    found.sort()
+    labels = np.array([label for _, label in found], dtype=np.int64)
+    return ImageFolder(root, tuple(classes), tuple(file for file, _ in found), labels)
+
+
+def _visible(entry: os.DirEntry) -> bool:
+    return not entry.name.startswith(".")
+
+
+def _files(path: str, name: str) -> Iterator[str]:
+    """Images in the folder `path`, as names that begin with `name`; in no particular order."""
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if not _visible(entry):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files(entry.path, f"{name}/{entry.name}")
+            elif entry.name.lower().endswith(EXTENSIONS):
+                yield f"{name}/{entry.name}"
+
+
+def split(folder: ImageFolder, held_out_share: float) -> tuple[ImageFolder, ImageFolder]:
+    """Divide a data set into images to train on and images held out: (train, held_out), with unchanged classes.
+
+    A file is held out if a hash of its name, read as a number in [0, 1), is below held_out_share: it stays on its
+    side when others come or go, when the share grows (held-out files stay held out), and on every machine.
+
+    Raises:
+        Refused: if either side would be empty.
+    """
+    hashes = (hashlib.blake2b(os.fsencode(name), digest_size=8).digest() for name in folder.files)
+    held_out = np.fromiter((int.from_bytes(h, "big") < held_out_share * 2.0**64 for h in hashes), bool, len(folder))
+    refuse_unless(
+        0 < held_out.sum() < len(folder),
+        "data.held-out",
+        held_out_share,
+        f"must leave images on both sides, but it holds out {held_out.sum()} of {len(folder)}",
+    )
+    return folder.take(~held_out), folder.take(held_out)

@@ -1,0 +1,298 @@
+"""Files in, pixels out: JPEG and PNG decoding with the ADM center crop, by DALI or by Pillow.
+
+The crop: while the shorter side is at least twice the resolution R, halve both sides with a box filter; resize
+bicubically so that the shorter side is R; cut the middle R x R. Source: Dhariwal and Nichol, "Diffusion Models Beat
+GANs on Image Synthesis", 2021 (ADM, guided-diffusion).
+
+`PillowDecoder` is that crop. `DaliDecoder` resizes with DALI's antialiased cubic filter, which differs by 0.2 grey
+levels (of 255) in the mean and less than 0.5 for any image, and leaves what DALI has no equal of to Pillow: images to
+be halved, for lack of a box filter (plain cubic differs by up to 28 levels there; Pillow is as fast on a CPU), and
+PNGs of 16 bits, whose conversion to 8 is not DALI's to choose.
+
+Both agree on which files are cut short. Damage within the compressed data is noticed by Pillow more often than by DALI.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import threading
+from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from sra_fast.config import DataConfig, Refused
+
+DALI_PACKAGE = "nvidia-dali-cuda130"
+
+
+class Undecodable(Exception):
+    """Raised for all undecodable files of a batch together: `reasons` maps their index in it to one line each."""
+
+    def __init__(self, reasons: dict[int, str]) -> None:
+        self.reasons = {index: " ".join(reason.split()) for index, reason in sorted(reasons.items())}
+        super().__init__("; ".join(f"file {index} of the batch: {reason}" for index, reason in self.reasons.items()))
+
+
+class Header(NamedTuple):
+    """What a file's first bytes say, before decoding."""
+
+    width: int
+    height: int
+    bits: int
+    """Per channel."""
+
+
+def read_header(file: bytes) -> Header:
+    """Size of a JPEG or PNG, if the file reaches to the end of its image.
+
+    Raises:
+        ValueError: with the reason, if the file is empty, is of another kind, or is cut short.
+    """
+    if not file:
+        raise ValueError("empty file")
+    if file.startswith(b"\x89PNG\r\n\x1a\n"):
+        if file[12:16] != b"IHDR" or file.rfind(b"IEND\xaeB`\x82") < 0:  # The last chunk: its name and its checksum.
+            raise ValueError("PNG cut short")
+        return Header(int.from_bytes(file[16:20], "big"), int.from_bytes(file[20:24], "big"), file[24])
+    if file.startswith(b"\xff\xd8\xff"):
+        return _read_jpeg_header(file)
+    raise ValueError("neither JPEG nor PNG")
+
+
+def _read_jpeg_header(file: bytes) -> Header:
+    """Walk the segments (0xFF, kind, length, content) to the compressed data, after which 0xFF 0xD9 must come.
+
+    Decoders fill a missing rest with grey, some without a word, hence this check. A search from the file's end would
+    be fooled: embedded thumbnails have an end marker of their own, and phones append whole videos.
+    """
+    header, at = None, 2
+    while 0 <= at < len(file) - 9:
+        kind = file[at + 1]
+        if kind == 0xDA:  # start of scan
+            if header is None or file.find(b"\xff\xd9", at) < 0:
+                break
+            return header
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):  # start of frame: length, bits, height, width
+            header = Header(int.from_bytes(file[at + 7 : at + 9]), int.from_bytes(file[at + 5 : at + 7]), file[at + 4])
+        # 0xFF may be repeated before a marker, and restart markers have no content.
+        bare = kind == 0xFF or kind == 0x01 or 0xD0 <= kind <= 0xD8
+        step = (1 if kind == 0xFF else 2) if bare else 2 + int.from_bytes(file[at + 2 : at + 4])
+        at = file.find(b"\xff", at + step)
+    raise ValueError("JPEG cut short")
+
+
+def adm_crop(image: Image.Image, resolution: int) -> Image.Image:
+    """The ADM center crop (above) of an L or RGB image of any size: resolution x resolution pixels."""
+    while min(image.size) >= 2 * resolution:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = resolution / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
+    return image.crop((left, top, left + resolution, top + resolution))
+
+
+def decode_with_pillow(file: bytes, data: DataConfig) -> np.ndarray:
+    """Pixels (C, R, R) uint8 of a file in any colours: grey, palette, CMYK, 16 bits. Transparency is dropped.
+
+    Raises:
+        Exception: of nearly any kind, if the file is damaged.
+    """
+    image = Image.open(io.BytesIO(file), formats=("JPEG", "PNG"))
+    if data.exif:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip to white; 257 = 65535 / 255
+        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    if image.mode not in ("L", "RGB"):
+        image = image.convert("RGB")
+    image = adm_crop(image.convert("L" if data.channels == 1 else "RGB"), data.resolution)
+    return np.asarray(image).reshape(data.resolution, data.resolution, data.channels).transpose(2, 0, 1)
+
+
+class Decoder(ABC):
+    """Decodes batches of any size; threads that share one wait for each other."""
+
+    name: str
+    """For logs: "dali cpu", "dali gpu" or "pillow"."""
+
+    def __init__(self, data: DataConfig, device: torch.device) -> None:
+        self.data, self.device = data, device
+        self.threads = data.threads or min(8, os.cpu_count() or 1)
+        self._lock = threading.Lock()
+        # On the device, because CUDA turns division by a host number into a multiplication, which rounds differently.
+        self._scale = torch.tensor(127.5, device=device)
+
+    def decode(self, files: list[bytes]) -> Tensor:
+        """Pixels of the files, in their order.
+
+        Returns:
+            (B, C, R, R) float32 on the device: pixel / 127.5 - 1, in [-1, 1].
+
+        Raises:
+            Undecodable: naming every file of the batch that cannot be decoded. The decoder remains usable.
+        """
+        side = self.data.resolution
+        pixels = torch.empty((len(files), self.data.channels, side, side), dtype=torch.uint8, device=self.device)
+        headers, reasons = {}, {}
+        for index, file in enumerate(files):
+            try:
+                headers[index] = read_header(file)
+            except ValueError as error:
+                reasons[index] = str(error)
+        with self._lock:
+            reasons |= self._fill(pixels, files, headers)
+        if reasons:
+            raise Undecodable(reasons)
+        return pixels.to(torch.float32).div_(self._scale).sub_(1.0)
+
+    @abstractmethod
+    def _fill(self, pixels: Tensor, files: list[bytes], headers: dict[int, Header]) -> dict[int, str]:
+        """Decode the files whose index is in `headers` into pixels (B, C, R, R) uint8; return what failed, by index."""
+
+
+class PillowDecoder(Decoder):
+    """Decodes with Pillow on a pool of threads (it drops Python's lock while it works)."""
+
+    name = "pillow"
+
+    def __init__(self, data: DataConfig, device: torch.device) -> None:
+        super().__init__(data, device)
+        Image.preinit()  # Here once, rather than in every thread at the same time.
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
+
+    def _fill(self, pixels: Tensor, files: list[bytes], headers: dict[int, Header]) -> dict[int, str]:
+        indices, reasons = list(headers), {}
+        side = self.data.resolution
+        host = np.empty((len(indices), self.data.channels, side, side), np.uint8)
+
+        # Each thread takes every so-many-th file: handing over single files costs more than decoding small ones.
+        def work(first: int) -> None:
+            for place in range(first, len(indices), self.threads):
+                try:
+                    host[place] = decode_with_pillow(files[indices[place]], self.data)
+                except Exception as error:  # Damaged files make Pillow raise nearly anything; the reason is reported.
+                    reasons[indices[place]] = _explained(error)
+
+        list(self._pool.map(work, range(min(self.threads, len(indices)))))
+        _place(pixels, indices, torch.from_numpy(host))
+        return reasons
+
+
+def _place(pixels: Tensor, indices: list[int], decoded: Tensor) -> None:
+    """pixels[indices] = decoded, which itself starts a parallel loop and takes 60 times as long for small images."""
+    pixels.index_copy_(0, torch.tensor(indices, dtype=torch.int64, device=pixels.device), decoded.to(pixels.device))
+
+
+def _explained(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # Its own text is the address of a buffer.
+        return "damaged header"
+    return str(error) or type(error).__name__
+
+
+class DaliDecoder(Decoder):
+    """Decodes with DALI: on the CPU, or on the GPU if that is where the pixels go."""
+
+    def __init__(self, data: DataConfig, device: torch.device) -> None:
+        super().__init__(data, device)
+        self.name = "dali gpu" if device.type == "cuda" else "dali cpu"
+        self._pillow = PillowDecoder(data, device)
+        self._pipeline, self._capacity = None, 0
+
+    def _fill(self, pixels: Tensor, files: list[bytes], headers: dict[int, Header]) -> dict[int, str]:
+        unlike = {
+            i: h for i, h in headers.items() if h.bits == 16 or min(h.width, h.height) >= 2 * self.data.resolution
+        }
+        reasons = self._pillow._fill(pixels, files, unlike) if unlike else {}
+        return reasons | self._fill_with_dali(pixels, files, [index for index in headers if index not in unlike])
+
+    def _fill_with_dali(self, pixels: Tensor, files: list[bytes], indices: list[int]) -> dict[int, str]:
+        if not indices:
+            return {}
+        try:
+            decoded = self._run([files[index] for index in indices])
+        except RuntimeError as error:
+            # One bad file fails a whole batch without being named, and DALI declares the pipeline dead: halve the
+            # batch until it is alone. (Asking Pillow instead would make a verdict depend on a file's neighbours: the
+            # two differ on some damaged files.)
+            self._pipeline = None
+            if len(indices) == 1:
+                return {indices[0]: self._explained(files[indices[0]], error)}
+            middle = len(indices) // 2
+            reasons = self._fill_with_dali(pixels, files, indices[:middle])
+            return reasons | self._fill_with_dali(pixels, files, indices[middle:])
+        _place(pixels, indices, decoded)
+        return {}
+
+    def _explained(self, file: bytes, error: RuntimeError) -> str:
+        """Pillow's reason for a file that DALI refuses, being the clearer one, if it has one."""
+        try:
+            decode_with_pillow(file, self.data)
+        except Exception as pillow_error:
+            return _explained(pillow_error)
+        lines = str(error).partition("encountered:")[2].split("\n") or [str(error)]
+        return "DALI: " + next((line.strip() for line in lines if line.strip()), "no reason given")
+
+    def _run(self, files: list[bytes]) -> Tensor:
+        """(B, C, R, R) uint8 on the device. Raises RuntimeError if any file is undecodable."""
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+
+        if self._pipeline is None or len(files) > self._capacity:
+            self._capacity = max(self._capacity, len(files))
+            self._pipeline = self._build(self._capacity)
+        self._pipeline.feed_input("files", [np.frombuffer(file, np.uint8) for file in files])
+        (output,) = self._pipeline.run()
+        pixels = torch.empty((len(files), *output[0].shape()), dtype=torch.uint8, device=self.device)
+        on_gpu = self.device.type == "cuda"
+        feed_ndarray(output.as_tensor(), pixels, cuda_stream=torch.cuda.current_stream(self.device) if on_gpu else None)
+        return pixels
+
+    def _build(self, capacity: int):
+        from nvidia.dali import Pipeline, fn, types
+
+        on_gpu, side = self.device.type == "cuda", self.data.resolution
+        gpu = (torch.cuda.current_device() if self.device.index is None else self.device.index) if on_gpu else None
+        # Depth 1: reading ahead is the stream's work, and a failed run then concerns exactly the batch just fed.
+        pipeline = Pipeline(capacity, num_threads=self.threads, device_id=gpu, prefetch_queue_depth=1)
+        with pipeline:
+            image = fn.decoders.image(
+                fn.external_source(name="files", dtype=types.UINT8, ndim=1),
+                device="mixed" if on_gpu else "cpu",
+                output_type=types.GRAY if self.data.channels == 1 else types.RGB,
+                adjust_orientation=self.data.exif,
+            )
+            # Whole-pixel sizes and a crop that rounds down, as in the ADM crop: with DALI's defaults the mean
+            # difference is 5.5 levels.
+            image = fn.resize(
+                image, resize_shorter=side, interp_type=types.INTERP_CUBIC, antialias=True, subpixel_scale=False
+            )
+            image = fn.crop(image, crop=(side, side), rounding="truncate")
+            pipeline.set_outputs(fn.transpose(image, perm=[2, 0, 1]))
+        pipeline.build()
+        return pipeline
+
+
+def open_decoder(data: DataConfig, device: torch.device) -> Decoder:
+    """The decoder that `data.reader` asks for, with output on `device`.
+
+    auto takes DALI, or says in one line on stderr that it is not installed and takes Pillow.
+
+    Raises:
+        Refused: if data.reader is dali and DALI is not installed.
+    """
+    if data.reader == "pillow":
+        return PillowDecoder(data, device)
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError as error:
+        if data.reader == "dali":
+            raise Refused(f"data.reader: 'dali' given; needs `pip install {DALI_PACKAGE}`, or choose pillow") from error
+        cure = f"for faster decoding: pip install {DALI_PACKAGE}"
+        print(f"data.reader: DALI is not installed, images are decoded with Pillow; {cure}", file=sys.stderr)
+        return PillowDecoder(data, device)
+    return DaliDecoder(data, device)

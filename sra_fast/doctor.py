@@ -1,0 +1,59 @@
+"""What this machine has, what will be used for each op, and what to install for more."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+import torch
+
+from sra_fast import kernels
+from sra_fast.config import KernelsConfig
+from sra_fast.hardware import Hardware
+
+
+def lines() -> Iterator[str]:
+    """The report, a line at a time."""
+    hardware = Hardware.choose()
+    yield f"python       {platform.python_version()}, {platform.system()} {platform.machine()}"
+    yield f"torch        {torch.__version__}, {'CUDA ' + torch.version.cuda if torch.version.cuda else 'CPU build'}"
+    yield f"device       {hardware.name}, computing in {hardware.precision}"
+    if hardware.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(hardware.device)
+        yield f"             sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.1f} GiB"
+    elif _version("nvidia-smi"):
+        yield "             there is an NVIDIA driver, but this torch cannot use it: install a CUDA build of torch"
+    for package, cure, use in (
+        ("triton", "pip install triton", "fused kernels on GPUs"),
+        ("nvidia-dali-cuda130", "pip install nvidia-dali-cuda130", "image decoding; Pillow serves without it"),
+        ("tensorboard", "pip install tensorboard", "TensorBoard events; metrics.jsonl is always written"),
+        ("scikit-learn", "pip install scikit-learn", "the digits data and `sra-fast evaluate`"),
+    ):
+        found = _installed(package)
+        yield f"{package.removesuffix('-cuda130'):<12} {found or f'missing ({use}): {cure}'}"
+    for program, use in (("c++", "compiled ops"), ("nvcc", "CUDA ops")):
+        yield f"{program:<12} {_version(program) or f'missing ({use})'}"
+    yield ""
+    for op, choice in KernelsConfig().resolve().items():
+        fused = "fused" in kernels.IMPLEMENTATIONS[op]
+        yield f"{op:<16} {choice}{'' if fused else ' (no fused kernel yet)'}"
+
+
+def _installed(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _version(program: str) -> str:
+    """The last line of `program --version`, or an empty string if it is not there."""
+    path = shutil.which(program)
+    if path is None:
+        return ""
+    answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=False)
+    said = [line for line in answer.stdout.splitlines() if line.strip()]
+    return (said[0] if program != "nvcc" else said[-1]) if said else path

@@ -1,0 +1,194 @@
+"""Weights by the public checkpoints' names: reading public .pt and safetensors files, and writing both.
+
+Our parameter names are SiT-SRA's and DiT-SRA's, so their state dicts load as they are. What other projects added is left out by name and
+said; what cannot be the same network is refused by name.
+
+Nothing is unpickled but tensors and argparse.Namespace (PyTorch's restricted unpickler), so a file cannot run code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sra_fast.config import SIZES, ModelConfig, Refused, from_dict, refuse_unless, to_dict
+from sra_fast.model.transformer import Transformer
+
+HEADS_BY_HIDDEN = {hidden: heads for _, hidden, heads in SIZES.values()}
+METADATA_KEY = "sra_fast.model"
+
+# Training-only parts of other projects, which sampling and our own training do without.
+_FOREIGN = {
+    "projectors.": "the projection heads of REPA or Self-Transcendence",
+    "projectors_final.": "the velocity head of Self-Transcendence",
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A network's parameters under the public names, float32 on the CPU, and the network they belong to."""
+
+    tensors: dict[str, Tensor]
+    config: ModelConfig
+    notes: tuple[str, ...] = ()  # what was left out or filled in, one line each
+    objective: dict[str, Any] | None = None  # the run's ObjectiveConfig, where the file says it
+
+
+def read(path: Path, key: str = "ema") -> Weights:
+    """Weights from a .safetensors file, or from `key` ("ema" or "model") of a public .pt checkpoint.
+
+    Raises:
+        Refused: if the file is missing, damaged, wants to run code, or holds another network.
+    """
+    refuse_unless(
+        path.is_file(), "weights", str(path), "no such file; must be a run, a .safetensors or a public .pt file"
+    )
+    if path.suffix == ".safetensors":
+        tensors, metadata = read_safetensors(path)
+    else:
+        tensors, metadata = _read_pickle(path, key), {}
+    tensors, notes = _to_our_names(tensors, path)
+    if METADATA_KEY in metadata:
+        described = json.loads(metadata[METADATA_KEY])
+        config = from_dict(ModelConfig, described["model"], f"{path}: model")
+        objective = described["objective"]
+    else:
+        config, objective = infer(tensors, path), None
+    tensors, filled = check(tensors, config, path)
+    return Weights(tensors, config, (*notes, *filled), objective)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a safetensors file on the CPU."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise Refused(f"{path}: not a complete safetensors file ({error})") from error
+
+
+def _read_pickle(path: Path, key: str) -> dict[str, Tensor]:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = (
+            str(error).split("GLOBAL ")[-1].split(" was not")[0] if "GLOBAL" in str(error) else "it is no checkpoint"
+        )
+        raise Refused(
+            f"{path}: refused to unpickle ({wanted}); only tensors and argparse.Namespace are read"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise Refused(f"{path}: not a complete PyTorch checkpoint ({reason})") from error
+    if isinstance(content, dict) and isinstance(content.get(key), dict):
+        content = content[key]
+    elif isinstance(content, dict) and any(isinstance(value, dict) for value in content.values()):
+        found = ", ".join(name for name, value in content.items() if isinstance(value, dict))
+        raise Refused(f"{path}: no {key!r} weights; it has {found} (choose with --weights-key)")
+    tensors_only = isinstance(content, dict) and content and all(isinstance(v, Tensor) for v in content.values())
+    if not tensors_only:
+        raise Refused(f"{path}: holds no state dict; must be one, or a public checkpoint with 'model' and 'ema'")
+    return content
+
+
+def _to_our_names(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Strip the prefixes of wrappers and leave out foreign parts, saying so."""
+    notes = []
+    for prefix in ("module.", "_orig_mod."):
+        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    for prefix, what in _FOREIGN.items():
+        if any(name.startswith(prefix) for name in tensors):
+            tensors = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
+            notes.append(f"{path.name}: left out {prefix}* ({what})")
+    if any(name.startswith("projector.") for name in tensors):
+        raise Refused(
+            f"{path}: has projector.*, Self-Flow's layout, whose patch embedding and outputs differ from SRA's"
+        )
+    return {name: value.float() for name, value in tensors.items()}, notes
+
+
+def infer(tensors: dict[str, Tensor], path: Path) -> ModelConfig:
+    """The network a state dict belongs to, from its shapes."""
+    try:
+        hidden, channels, patch = tensors["x_embedder.proj.weight"].shape[:3]
+        side = math.isqrt(tensors["pos_embed"].shape[1])
+        outputs = tensors["final_layer.linear.bias"].shape[0] // (patch * patch)
+        classes = tensors["y_embedder.embedding_table.weight"].shape[0] - 1
+        fc1 = tensors["blocks.0.mlp.fc1.weight"].shape[0]
+    except (KeyError, ValueError, IndexError) as error:
+        raise Refused(f"{path}: not a SiT or DiT state dict ({error} is missing or has another shape)") from error
+    head = tensors.get("blocks.0.attn.q_norm.weight")
+    heads = hidden // head.shape[0] if head is not None else HEADS_BY_HIDDEN.get(hidden, 0)
+    refuse_unless(
+        heads > 0, f"{path}: width", hidden, f"heads cannot be told; widths known are {sorted(HEADS_BY_HIDDEN)}"
+    )
+    refuse_unless(
+        outputs in (channels, 2 * channels),
+        f"{path}: output channels",
+        outputs,
+        f"must be {channels} or {2 * channels}",
+    )
+    return ModelConfig(
+        family="sit" if outputs == channels else "dit",
+        depth=1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")),
+        hidden=hidden,
+        heads=heads,
+        patch=patch,
+        mlp_ratio=fc1 // hidden,
+        input_size=side * patch,
+        channels=channels,
+        classes=classes,
+        qk_norm=head is not None,
+    )
+
+
+def shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """{parameter name: shape} of the network."""
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}
+
+
+def check(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors in the network's order, every name and shape as it must be; a wholly missing head is filled with zeros and said."""
+    expected, notes = shapes(config), []
+    head = {name for name in expected if name.startswith("ap_head.")}
+    if not head & set(tensors):
+        notes.append(f"{path.name}: has no ap_head (trained without alignment); zeros stand in for it")
+        tensors = tensors | {name: torch.zeros(expected[name]) for name in head}
+    missing, unknown = set(expected) - set(tensors), set(tensors) - set(expected)
+    if missing:
+        raise Refused(f"{path}: {min(missing)} is missing ({len(missing)} parameters in all)")
+    if unknown:
+        raise Refused(f"{path}: {min(unknown)} is not a parameter of this network ({len(unknown)} such in all)")
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise Refused(f"{path}: {name} has shape {tuple(tensors[name].shape)}; must be {tuple(shape)}")
+    return {name: tensors[name] for name in expected}, notes
+
+
+def metadata(model: ModelConfig, objective: object) -> dict[str, str]:
+    """What a safetensors file of ours says about its network."""
+    return {METADATA_KEY: json.dumps({"model": to_dict(model), "objective": to_dict(objective)}), "format": "pt"}
+
+
+def write_public(
+    path: Path, model: dict[str, Tensor], ema: dict[str, Tensor], steps: int, epoch: int, args: dict[str, Any]
+) -> None:
+    """A checkpoint as SiT-SRA and DiT-SRA write them, without optimizer state. A .pt file is a pickle by nature: the one kind we write."""
+    content = {"model": model, "ema": ema, "args": argparse.Namespace(**args), "epoch": epoch, "steps": steps}
+    partial = path.with_name(path.name + ".tmp")
+    try:
+        torch.save(content, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,115 @@
+"""Denoising diffusion, the objective of DiT: noise prediction with a learned variance.
+
+    q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I),  abar_t = prod_{s <= t} (1 - beta_s)
+
+1,000 linear betas from 1e-4 to 0.02; the network predicts the noise and, per element, a fraction v that places the reverse variance
+between its two bounds. Loss = mse(noise) + the variational bound in bits per dimension, which trains v alone.
+
+Sources: Ho et al., "Denoising Diffusion Probabilistic Models", 2020 (equations by number below); Nichol and Dhariwal, "Improved
+Denoising Diffusion Probabilistic Models", 2021, section 3.1 (learned range); Peebles and Xie, "DiT", 2023, section 3.1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sra_fast.objective import Noised
+
+DIFFUSION_STEPS = 1000
+
+
+def betas() -> Tensor:
+    """The 1,000 linear betas: (1000,) float64."""
+    return torch.linspace(1e-4, 0.02, DIFFUSION_STEPS, dtype=torch.float64)
+
+
+class Diffusion:
+    """DiT's objective on tables of 1,000 float64 entries. It never draws."""
+
+    family = "dit"
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        beta = betas()
+        kept = (1 - beta).cumprod(0)  # abar_t
+        kept_before = torch.cat([kept.new_ones(1), kept[:-1]])  # abar_{t-1}
+        posterior_variance = beta * (1 - kept_before) / (1 - kept)  # Ho et al., (7)
+        tables = {
+            "signal": kept.sqrt(),
+            "noise": (1 - kept).sqrt(),
+            "log_beta": beta.log(),
+            # The first posterior variance is zero; its logarithm is replaced by the second one's, as published.
+            "log_posterior": torch.cat([posterior_variance[1:2], posterior_variance[1:]]).log(),
+            "mean_of_x0": beta * kept_before.sqrt() / (1 - kept),
+            "mean_of_xt": (1 - kept_before) * (1 - beta).sqrt() / (1 - kept),
+        }
+        self._tables = {name: table.to(device) for name, table in tables.items()}
+
+    def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+        """Table entries at steps t, shaped to broadcast over `like`, in its dtype."""
+        table = self._tables[name][t.long()]
+        return table.view(-1, *[1] * (like.ndim - 1)).to(like.dtype)
+
+    def noised(self, x: Tensor, noise: Tensor, t: Tensor, t_teacher: Tensor) -> Noised:
+        """What student and teacher see: both the same x and noise. Ho et al., (4).
+
+        Args:
+            x, noise: (B, C, H, W) float32.
+            t, t_teacher: (B,) integer-valued float32 in [0, 999].
+        """
+        x_t = self._at("signal", t, x) * x + self._at("noise", t, x) * noise
+        x_teacher = self._at("signal", t_teacher, x) * x + self._at("noise", t_teacher, x) * noise
+        return Noised(x, noise, t, t_teacher, x_t, x_teacher, target=noise)
+
+    def loss(self, prediction: Tensor, noised: Noised) -> Tensor:
+        """mse(noise) + variational bound, mean over all elements: a scalar.
+
+        Args:
+            prediction: (B, 2C, H, W): noise, then v in [-1, 1] (not enforced).
+        """
+        prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+        predicted_noise, fraction = prediction.chunk(2, dim=1)
+        squared_error = (predicted_noise - noised.target).square().mean()
+        # The bound must not move the mean: the published code detaches it.
+        return squared_error + self.bound(predicted_noise.detach(), fraction, noised).mean()
+
+    def bound(self, predicted_noise: Tensor, fraction: Tensor, noised: Noised) -> Tensor:
+        """One term of the variational bound per sample, in bits per dimension: (B,).
+
+        KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 0, the decoder's negative log-likelihood for t = 0 (Ho et al., (5)).
+        """
+        x, x_t, t = noised.x, noised.x_t, noised.t
+        log_beta, log_posterior = self._at("log_beta", t, x), self._at("log_posterior", t, x)
+        share = (fraction + 1) / 2
+        log_variance = share * log_beta + (1 - share) * log_posterior  # Nichol and Dhariwal, (15)
+        predicted_x = (x_t - self._at("noise", t, x) * predicted_noise) / self._at("signal", t, x)
+        mean_of_x0, mean_of_xt = self._at("mean_of_x0", t, x), self._at("mean_of_xt", t, x)
+        true_mean = mean_of_x0 * x + mean_of_xt * x_t  # Ho et al., (7)
+        mean = mean_of_x0 * predicted_x + mean_of_xt * x_t
+        divergence = _gaussian_divergence(true_mean, log_posterior, mean, log_variance).flatten(1).mean(1)
+        decoder = -_discretized_log_likelihood(x, mean, 0.5 * log_variance).flatten(1).mean(1)
+        return torch.where(t == 0, decoder, divergence) / math.log(2)
+
+
+def _gaussian_divergence(mean_q: Tensor, log_variance_q: Tensor, mean_p: Tensor, log_variance_p: Tensor) -> Tensor:
+    """KL(N(mean_q, .) || N(mean_p, .)) per element, in nats."""
+    ratio = (log_variance_q - log_variance_p).exp()
+    distance = (mean_q - mean_p).square() * (-log_variance_p).exp()
+    return 0.5 * (log_variance_p - log_variance_q - 1 + ratio + distance)
+
+
+def _discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """log of a Gaussian's mass on the 1/255-wide bin around x in [-1, 1]; the outer bins reach to infinity. Ho et al., (13)."""
+    centered, inverse = x - mean, (-log_scale).exp()
+    upper, lower = _normal_cdf(inverse * (centered + 1 / 255)), _normal_cdf(inverse * (centered - 1 / 255))
+    tiny = 1e-12
+    inner = (upper - lower).clamp(min=tiny).log()
+    lowest, highest = upper.clamp(min=tiny).log(), (1 - lower).clamp(min=tiny).log()
+    return torch.where(x < -0.999, lowest, torch.where(x > 0.999, highest, inner))
+
+
+def _normal_cdf(x: Tensor) -> Tensor:
+    """The tanh approximation of the normal CDF that the published code uses (Page, 1977)."""
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

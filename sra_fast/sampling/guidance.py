@@ -1,0 +1,59 @@
+"""Classifier-free guidance on an interval of noise levels.
+
+    prediction = u + s (c - u)    c, u: the network with the label and with the null label, s: the scale
+
+Sources: Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022, equation (6), with s = 1 + w; Kynkäänniemi et al.,
+"Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in Diffusion Models", 2024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sra_fast.config import refuse_unless
+
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""x (B, C, H, W) float32, t (B,) float32, labels (B,) int64 -> velocity (B, C, H, W), or noise and v (B, 2C, H, W)."""
+
+Guided = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""A network that is also told the noise level, 0 = data and 1 = noise, and answers in float64."""
+
+
+def guided(network: Network, *, scale: float, low: float, high: float, null_label: int, channels: int = 0) -> Guided:
+    """`network` under guidance.
+
+    At low <= level <= high the conditional and the null batch go through the network as one of 2B rows. Elsewhere, and
+    everywhere at scale 1, it is called once with the B conditional rows.
+
+    Args:
+        scale: s; 1 = no guidance, 0 = the null class.
+        low, high: noise levels, both included.
+        null_label: the class that stands for "no label".
+        channels: guide only the first so many; the rest come from the conditional half (the public DiT guides 3 of 4).
+            0 = all C. Of a prediction with more channels than x, those after C, the variance, are never guided.
+
+    Returns:
+        (x, t, labels, level) -> (B, C or 2C, H, W) float64. The level is a number on the host, so that choosing never
+        waits for the device.
+
+    Raises:
+        Refused: from the returned function, when `channels` exceeds C.
+    """
+
+    def predict(x: Tensor, t: Tensor, labels: Tensor, level: float) -> Tensor:
+        if scale == 1 or not low <= level <= high:
+            return network(x, t, labels).double()
+        count = x.shape[1]
+        refuse_unless(channels <= count, "sample.guidance-channels", channels, f"must be at most {count}, x's channels")
+        both = torch.cat([labels, torch.full_like(labels, null_label)])  # (2B,)
+        conditional, null = (
+            network(torch.cat([x, x]), torch.cat([t, t]), both).double().chunk(2)
+        )  # each (B, C or 2C, H, W)
+        end = channels or count
+        mixed = null[:, :end] + scale * (conditional[:, :end] - null[:, :end])
+        return torch.cat([mixed, conditional[:, end:]], dim=1)
+
+    return predict

@@ -1,0 +1,95 @@
+"""Pixels from samples, and the files they go to: a grid or single PNGs to look at, an npz for the ADM evaluation suite.
+
+Every file is written under a temporary name beside its own and renamed, so that a reader never finds half of one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sra_fast.config import refuse_unless
+
+SMALLEST_TILE = 32  # pixels; smaller images are magnified in a grid
+
+
+def to_uint8(x: Tensor) -> np.ndarray:
+    """Images (N, C, H, W) in [-1, 1], any floating dtype and device, as (N, H, W, C) uint8 on the host.
+
+    Rounds 127.5 (x + 1) to the nearest level, the inverse of pixels / 127.5 - 1. The public SRA code truncates instead,
+    which darkens by half a level on average.
+
+    Raises:
+        Refused: when a value is not finite.
+    """
+    bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
+    refuse_unless(bad == 0, "samples", f"{bad} of {len(x)} not finite", "every value must be finite")
+    levels = ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def save_grid(path: str | Path, pixels: np.ndarray, columns: int) -> None:
+    """One PNG of all images, row by row, with black gaps of one pixel.
+
+    Args:
+        pixels: (N, H, W, C) uint8, C = 1 or 3. Magnified by the smallest whole number that makes both sides at least
+            32 pixels.
+        columns: images per row.
+    """
+    _check(pixels)
+    refuse_unless(columns > 0, "columns", columns, "must be positive")
+    factor = max(1, -(-SMALLEST_TILE // min(pixels.shape[1:3])))
+    tiles = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
+    count, height, width, channels = tiles.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    canvas = np.zeros((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), np.uint8)
+    for i, tile in enumerate(tiles):
+        top, left = i // columns * (height + 1), i % columns * (width + 1)
+        canvas[top : top + height, left : left + width] = tile
+    _save_png(Path(path), canvas)
+
+
+def save_each(folder: str | Path, pixels: np.ndarray, first: int = 0) -> None:
+    """One PNG per image of (N, H, W, C) uint8: `folder`/000000.png and so on, counted from `first`."""
+    _check(pixels)
+    for i, image in enumerate(pixels, start=first):
+        _save_png(Path(folder) / f"{i:06d}.png", image)
+
+
+def save_npz(path: str | Path, pixels: np.ndarray) -> None:
+    """The array `arr_0`, (N, H, W, 3) uint8, as the ADM evaluation suite reads it; one channel is repeated to three."""
+    _check(pixels)
+    with _replacing(Path(path)) as file:
+        np.savez(file, np.broadcast_to(pixels, (*pixels.shape[:3], 3)))
+
+
+def _check(pixels: np.ndarray) -> None:
+    fits = pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.size > 0 and pixels.shape[-1] in (1, 3)
+    refuse_unless(fits, "pixels", f"{pixels.dtype} {pixels.shape}", "must be uint8 (N, H, W, 1 or 3), not empty")
+
+
+def _save_png(path: Path, image: np.ndarray) -> None:
+    with _replacing(path) as file:
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(file, format="PNG")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file open for writing that becomes `path` once the block has ended well, and vanishes otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,360 @@
+"""The loop: next batch, step, log, validate, preview, save; and the end of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sra_fast import checkpoint
+from sra_fast.checkpoint import Progress
+from sra_fast.config import Config, Refused, refuse_unless, to_dict
+from sra_fast.data.source import open_source
+from sra_fast.data.stream import Batch, ImageStream, load
+from sra_fast.distributed import refuse_several_processes
+from sra_fast.evaluation import Report, evaluate, network_of
+from sra_fast.hardware import Hardware
+from sra_fast.metrics import MetricsLog, write_json
+from sra_fast.model.transformer import Ops, Transformer, around
+from sra_fast.objective.alignment import alignment_weight
+from sra_fast.optim import MOST_SKIPPED_IN_A_ROW, TrainState, learning_rate
+from sra_fast.sampling import balanced_labels, generate
+from sra_fast.sampling.images import save_grid, to_uint8
+from sra_fast.step import MetricRing, Metrics, TrainingStep
+from sra_fast.stopping import StopRequest
+
+VALIDATION_NUMBERS = 1 << 62  # image numbers of held-out images begin here, out of training's reach
+
+
+class Trainer:
+    """One run from its first image, or its checkpoint, to its last.
+
+    Args:
+        config: of the run.
+        report: where lines for people go.
+
+    Raises:
+        Refused: on anything that keeps the run from starting; nothing has been written then.
+    """
+
+    def __init__(self, config: Config, report: Callable[[str], None] = print) -> None:
+        self.report = report
+        self.hardware = Hardware.choose(config.train.device, config.train.precision)
+        if config.deterministic:
+            torch.use_deterministic_algorithms(True)
+        self.resolved = config.kernels.resolve()
+        self.ops = Ops.select(self.resolved)
+        self.source, self.config = open_source(config, self.hardware.device)
+        self.step = TrainingStep(self.config, self.resolved, self.hardware.device)
+        self.folder = self.config.path
+        self.checkpoints = self.folder / "checkpoints"
+
+    def run(self) -> int:
+        """Train, evaluate, write the summary. Returns the exit code: 0, 1 below a bar, 128 + signal when stopped."""
+        with checkpoint.locked(self.folder), StopRequest() as stop:
+            self.state, self.progress = self._begin()
+            self._introduce()
+            write_json(self.folder / "config.json", to_dict(self.config))
+            (self.folder / "samples").mkdir(exist_ok=True)
+            log = MetricsLog(self.folder, self.progress.images_seen)
+            try:
+                last = self._train(log, stop)
+            finally:
+                log.close()
+            if stop.signal:
+                self.report(
+                    f"stopped and saved at {self.progress.images_seen:,} images; the same command goes on from here"
+                )
+                return 128 + stop.signal
+            return self._finish(last)
+
+    # Beginning
+
+    def _begin(self) -> tuple[TrainState, Progress]:
+        config, device = self.config, self.hardware.device
+        path = self._checkpoint_to_resume()
+        if path is None:
+            state = TrainState.create(config, self.ops, device, self.hardware.dtype)
+            if config.init_from:
+                self._initialise_from(state, Path(config.init_from))
+            return state, Progress(data_fingerprint=self.source.fingerprint)
+        tensors, progress = checkpoint.load(path, config, self.source.fingerprint, device)
+        finished = progress.images_seen >= config.train.images and (self.folder / "summary.json").exists()
+        seen = f"{progress.images_seen:,} images"
+        refuse_unless(
+            not finished, "run.name", config.run.name, f"is finished ({seen}); choose another, or raise --train.images"
+        )
+        self.report(f"resuming from {path}")
+        return TrainState.assemble(config, self.ops, self.hardware.dtype, **tensors), progress
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        resume, newest = self.config.resume, checkpoint.newest(self.checkpoints)
+        if resume == "auto":
+            return newest
+        if resume == "never":
+            refuse_unless(
+                newest is None, "resume", resume, f"but {self.folder} has checkpoints; choose another --run.name"
+            )
+            return None
+        chosen = Path(resume)
+        refuse_unless(
+            newest is None or newest.resolve() == chosen.resolve(),
+            "resume",
+            resume,
+            f"but {self.folder} has newer or other checkpoints; choose another --run.name",
+        )
+        return chosen
+
+    @torch.no_grad()
+    def _initialise_from(self, state: TrainState, path: Path) -> None:
+        weights = checkpoint.read_weights(path, "ema")
+        for note in weights.notes:
+            self.report(note)
+        for name, parameter in state.weights.items():
+            given = weights.tensors.get(name)
+            shape = None if given is None else tuple(given.shape)
+            refuse_unless(
+                shape == tuple(parameter.shape), f"init-from: {name}", shape, f"must be {tuple(parameter.shape)}"
+            )
+            parameter.copy_(given)
+            state.ema[name].copy_(given)
+        state.refresh()
+
+    def _introduce(self) -> None:
+        c, source = self.config, self.source
+        count = sum(weight.numel() for weight in self.state.weights.values())
+        aligned = "without alignment"
+        if c.align.method != "none":
+            aligned = f"{c.align.method} from block {c.taps[0]} to block {c.taps[1]}, {c.align.distance} distance"
+        self.report(f"model    {c.model.family}, {count / 1e6:.2f} M parameters, {c.model.tokens} tokens; {aligned}")
+        self.report(
+            f"data     {len(source.train):,} training and {len(source.held_out):,} held-out images, "
+            f"{c.model.classes} classes; decoded by {source.decoder.name}"
+        )
+        self.report(f"device   {self.hardware.name}, {self.hardware.precision}")
+        self.report(f"ops      {', '.join(f'{op}: {choice}' for op, choice in self.resolved.items())}")
+
+    # The loop
+
+    def _train(self, log: MetricsLog, stop: StopRequest) -> dict[str, Any]:
+        """Steps until the last image or a signal, ending with a checkpoint. Returns the last line logged."""
+        settings, batch = self.config.train, self.config.train.batch
+        steps = -(-settings.images // batch)  # the last batch is a whole one
+        ring, pending = MetricRing(settings.log_every_steps, self.hardware.device), 0
+        clock, last_save, row = _Clock(self.progress.train_s), time.monotonic(), {}
+        with self._stream() as stream, self._progress_bar(steps * batch) as bar:
+            while self.progress.step < steps and not stop.signal:
+                ring.push(self._one_step(next(stream)))
+                pending += 1
+                self._advance(batch, clock.total_s())
+                bar.update(batch)
+                validate = self.progress.step == steps or self._due(settings.validate_every_images)
+                if validate or self.progress.step % settings.log_every_steps == 0:
+                    row = self._row(ring.last(pending), pending * batch / clock.lap_s())
+                    pending = 0
+                    if validate:
+                        with clock.aside():
+                            row["validation_velocity_loss"] = self._validation_loss()
+                    log.write(row)
+                    bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+                    self._refuse_divergence()
+                with clock.aside():
+                    if self._due(settings.preview_every_images):
+                        self._preview()
+                    if self._due(settings.save_every_images) or _minutes_since(last_save) > settings.save_every_minutes:
+                        self._save()
+                        last_save = time.monotonic()
+            self.undecodable = {"replaced_images": stream.replaced, "undecodable_files": dict(stream.bad)}
+        if checkpoint.newest(self.checkpoints) != self.checkpoints / f"{self.progress.images_seen:012d}":
+            self._save()
+        return row
+
+    def _stream(self) -> ImageStream:
+        return ImageStream(
+            self.source.train,
+            self.source.decoder,
+            seed=self.config.run.seed,
+            batch=self.config.train.batch,
+            first_image=self.progress.images_seen,
+            strict=self.config.data.strict,
+            max_bad_share=self.config.data.max_bad_share,
+        )
+
+    def _progress_bar(self, images: int) -> tqdm:
+        # A terminal gets a live bar, a log file a line every ten seconds.
+        return tqdm(
+            total=images,
+            initial=self.progress.images_seen,
+            desc=self.config.run.name,
+            unit="img",
+            unit_scale=True,
+            mininterval=0.2 if sys.stderr.isatty() else 10.0,
+        )
+
+    def _one_step(self, batch: Batch) -> Metrics:
+        seen, device = self.progress.images_seen, self.hardware.device
+        lr = torch.full((), learning_rate(self.config, seen), device=device)
+        weight = torch.full((), alignment_weight(self.config.align, seen // len(self.source.train)), device=device)
+        return self.step(self.state, batch.x, batch.labels, batch.number, lr, weight)
+
+    def _advance(self, images: int, train_s: float) -> None:
+        p = self.progress
+        self.progress = replace(p, images_seen=p.images_seen + images, step=p.step + 1, train_s=train_s)
+
+    def _due(self, every_images: int) -> bool:
+        """Whether the step just made crossed a multiple of `every_images`; 0 = never."""
+        seen, batch = self.progress.images_seen, self.config.train.batch
+        return every_images > 0 and seen // every_images > (seen - batch) // every_images
+
+    def _row(self, metrics: list[Metrics], images_per_s: float) -> dict[str, Any]:
+        """One line of metrics.jsonl: losses and norm averaged over the finite steps since the last line."""
+        finite = [row for row in metrics if math.isfinite(row.grad_norm)]
+        names = ("loss", "velocity_loss", "alignment_loss", "grad_norm")
+        means = {
+            name: sum(getattr(row, name) for row in finite) / len(finite) if finite else math.nan for name in names
+        }
+        return {
+            "step": self.progress.step,
+            "images_seen": self.progress.images_seen,
+            **means,
+            "lr": metrics[-1].lr,
+            "ema_decay": metrics[-1].ema_decay,
+            "images_per_s": images_per_s,
+            "skipped_steps": int(self.state.skipped_steps),
+        }
+
+    def _refuse_divergence(self) -> None:
+        skipped = int(self.state.skipped_in_a_row)
+        if skipped >= MOST_SKIPPED_IN_A_ROW:
+            raise Refused(
+                f"training: {skipped} steps in a row had a gradient norm that is not finite; the run has diverged"
+            )
+
+    def _save(self) -> None:
+        checkpoint.save(self.checkpoints, self.state, self.config, self.progress)
+        checkpoint.prune(self.checkpoints, self.config.train.keep_checkpoints, self.config.train.keep_every_images)
+
+    # Looking at the EMA
+
+    def _average(self) -> Transformer:
+        """The EMA as an fp32 network, sharing the state's tensors."""
+        return around(self.config.model, self.state.ema, self.ops)
+
+    @cached_property
+    def _validation_images(self) -> tuple[Tensor, Tensor]:
+        """Held-out images and labels, spread evenly over the classes' order."""
+        count = min(self.config.train.validation_images, len(self.source.held_out))
+        rows = np.linspace(0, len(self.source.held_out) - 1, count).astype(np.int64)
+        return load(self.source.held_out.take(rows), self.source.decoder)
+
+    @torch.no_grad()
+    def _validation_loss(self) -> float:
+        """Generative loss of the EMA on held-out images with their labels, at the same noise and times every time."""
+        x, labels = self._validation_images
+        number = torch.arange(len(x), device=x.device) + VALIDATION_NUMBERS
+        model, total = self._average(), 0.0
+        for part in zip(x.split(64), labels.split(64), number.split(64), strict=True):
+            noised, _, _ = self.step.perturb(*part)
+            prediction, _ = model(noised.x_t, noised.t, part[1])
+            total += float(self.step.objective.loss(prediction, noised)) * len(part[0])
+        return total / len(x)
+
+    def _preview(self) -> None:
+        """A PNG grid of samples, a column per class where there are few."""
+        c, device = self.config, self.hardware.device
+        labels = balanced_labels(c.sample.count, c.model.classes).to(device)
+        indices = torch.arange(c.sample.count, device=device)
+        predict = network_of(self._average())
+        images = generate(predict, labels, indices, config=c.sample, model=c.model, path=c.objective.path)
+        columns = c.model.classes if c.model.classes <= 16 else max(1, math.isqrt(c.sample.count))
+        save_grid(self.folder / "samples" / f"{self.progress.images_seen:012d}.png", to_uint8(images), columns)
+
+    # The end
+
+    def _finish(self, last: dict[str, Any]) -> int:
+        """Preview, evaluation and summary. Returns the exit code."""
+        self._preview()
+        if not last:  # nothing was left to train: stopped between the last checkpoint and the summary
+            last = {"velocity_loss": None, "alignment_loss": None, "validation_velocity_loss": self._validation_loss()}
+        report = self._evaluate() if self.config.evaluate.after_training else None
+        figures = report.as_dict() if report else dict.fromkeys(field.name for field in dataclasses.fields(Report))
+        summary: dict[str, Any] = {
+            "images_seen": self.progress.images_seen,
+            "train_s": self.progress.train_s,
+            "images_per_s": self.progress.images_seen / self.progress.train_s,
+            **{name: last[name] for name in ("velocity_loss", "alignment_loss", "validation_velocity_loss")},
+            **figures,
+            "device": self.hardware.name,
+            "resolved": self.resolved,
+            "skipped_steps": int(self.state.skipped_steps),
+            **self.undecodable,
+        }
+        write_json(self.folder / "summary.json", summary)
+        for name, value in summary.items():
+            if isinstance(value, int | float):
+                self.report(f"{name:>26}  {value:,.4f}" if isinstance(value, float) else f"{name:>26}  {value:,}")
+        self.report(f"samples, metrics and checkpoints are in {self.folder}")
+        failures = report.failures(self.config.evaluate) if report else []
+        for failure in failures:
+            print(f"below the bar: {failure}", file=sys.stderr)
+        return 1 if failures else 0
+
+    def _evaluate(self) -> Report:
+        c = self.config
+        with tqdm(total=2 * c.evaluate.samples, desc="evaluating", unit="img", disable=None) as bar:
+            return evaluate(
+                self._average(),
+                load(self.source.train, self.source.decoder),
+                load(self.source.held_out, self.source.decoder),
+                model=c.model,
+                path=c.objective.path,
+                sample=c.sample,
+                config=c.evaluate,
+                progress=bar.update,
+            )
+
+
+class _Clock:
+    """Time spent training: in all, and since the last lap without what was set aside (validation, previews, saving)."""
+
+    def __init__(self, before_s: float) -> None:
+        self._begun = time.monotonic() - before_s
+        self._lap = time.monotonic()
+
+    def total_s(self) -> float:
+        return time.monotonic() - self._begun
+
+    def lap_s(self) -> float:
+        """Seconds since the last call."""
+        now = time.monotonic()
+        elapsed, self._lap = now - self._lap, now
+        return elapsed
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Time in here does not count towards the lap."""
+        begun = time.monotonic()
+        yield
+        self._lap += time.monotonic() - begun
+
+
+def _minutes_since(moment: float) -> float:
+    return (time.monotonic() - moment) / 60
+
+
+def train(config: Config, report: Callable[[str], None] = print) -> int:
+    """Train as `config` says. Returns the exit code."""
+    refuse_several_processes()
+    return Trainer(config, report).run()

@@ -1,0 +1,111 @@
+"""folder.py: what is found, under which label, and on which side of the split."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from sra_fast.config import Refused
+from sra_fast.data.folder import ImageFolder, scan, split
+
+
+def touch(root, *names):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+
+
+def synthetic(count):
+    files = tuple(f"c/{i:06d}.png" for i in range(count))
+    return ImageFolder(None, ("c",), files, np.zeros(count, np.int64))
+
+
+def test_finds_images_and_only_images(tmp_path):
+    touch(tmp_path, "b/1.jpg", "b/deep/er/2.JPEG", "a/3.PNG", "a/4.Jpg", "b-c/5.jpeg")
+    touch(tmp_path, "a/.hidden.png", "a/notes.txt", "a/.git/6.png", ".hidden/7.png", "loose.png", "a/png")
+    folder = scan(tmp_path)
+    assert folder.classes == ("a", "b", "b-c")
+    # '-' sorts before '/', so the files' order is not the classes' order: labels must follow the files.
+    assert folder.files == ("a/3.PNG", "a/4.Jpg", "b-c/5.jpeg", "b/1.jpg", "b/deep/er/2.JPEG")
+    assert folder.labels.dtype == np.int64
+    assert folder.labels.tolist() == [0, 0, 2, 1, 1]
+    assert len(folder) == 5
+    assert [folder.read(row) for row in range(5)] == [name.encode() for name in folder.files]
+    assert scan(str(tmp_path)).files == folder.files
+
+
+def test_a_linked_class_is_followed_and_a_link_within_is_not(tmp_path):
+    touch(tmp_path, "elsewhere/1.png", "data/a/2.png")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "a" / "loop").symlink_to(tmp_path / "data")
+    assert scan(tmp_path / "data").files == ("a/2.png", "linked/1.png")
+
+
+def test_refuses_what_is_no_data_set(tmp_path):
+    with pytest.raises(Refused, match=r"data\.images: .*missing.* given; must be a folder"):
+        scan(tmp_path / "missing")
+    touch(tmp_path, "file.png")
+    with pytest.raises(Refused, match=r"data\.images: .*file\.png.* must be a folder"):
+        scan(tmp_path / "file.png")
+    with pytest.raises(Refused, match=r"data\.images: .* one folder per class"):
+        scan(tmp_path)
+    touch(tmp_path, "good/1.png", "hollow/readme.txt")
+    with pytest.raises(Refused, match=r"data\.images: .*hollow.* at least one") as refused:
+        scan(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_fingerprint_follows_names_and_labels_not_place(tmp_path):
+    for place in ("one", "two"):
+        touch(tmp_path / place, "a/1.png", "b/2.png")
+    one, two = scan(tmp_path / "one"), scan(tmp_path / "two")
+    assert one.fingerprint() == two.fingerprint() == hashlib.sha256(b"a/1.png\x000\x00b/2.png\x001\x00").hexdigest()
+    touch(tmp_path / "two", "b/3.png")
+    assert scan(tmp_path / "two").fingerprint() != one.fingerprint()
+    relabelled = ImageFolder(one.root, one.classes, one.files, one.labels[::-1].copy())
+    assert relabelled.fingerprint() != one.fingerprint()
+
+
+def test_split_is_a_partition_of_the_asked_share():
+    folder = synthetic(20_000)
+    for share in (0.02, 0.2, 0.9):
+        train, held_out = split(folder, share)
+        assert sorted(train.files + held_out.files) == list(folder.files)
+        assert (len(train.labels), len(held_out.labels)) == (len(train), len(held_out))
+        # Five standard deviations of a binomial count.
+        assert abs(len(held_out) - share * 20_000) < 5 * (20_000 * share * (1 - share)) ** 0.5
+        assert train.classes == held_out.classes == folder.classes
+
+
+def test_split_keeps_labels_with_files(tmp_path):
+    touch(tmp_path, *(f"{name}/{i}.png" for name in "abc" for i in range(30)))
+    for part in split(scan(tmp_path), 0.3):
+        assert [part.classes[label] for label in part.labels] == [file[0] for file in part.files]
+
+
+def test_adding_files_moves_none():
+    before, after = (set(split(synthetic(count), 0.1)[1].files) for count in (3000, 4000))
+    assert before == {file for file in after if file < "c/003000.png"}
+
+
+def test_split_never_changes():
+    # Committed: another hash would move images that old runs trained on into the held-out set.
+    assert split(synthetic(40), 0.1)[1].files == (
+        "c/000004.png",
+        "c/000008.png",
+        "c/000018.png",
+        "c/000019.png",
+        "c/000030.png",
+        "c/000031.png",
+        "c/000034.png",
+    )
+
+
+def test_split_refuses_an_empty_side():
+    with pytest.raises(Refused, match=r"data\.held-out: 0\.001 given; .* holds out 0 of 3"):
+        split(synthetic(3), 0.001)
+    with pytest.raises(Refused, match=r"data\.held-out: 0\.999 given; .* holds out 3 of 3"):
+        split(synthetic(3), 0.999)
