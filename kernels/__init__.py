@@ -1,6 +1,8 @@
-"""The ops of a training step, one file each: formula, reference in plain PyTorch and, where one has earned its place, a fused kernel.
+"""The ops of a training step, one file each: formula, reference in plain PyTorch and, where one has earned its place,
+a fused kernel.
 
-This package imports nothing else of sra_fast. `resolve` turns the wishes of a config into one implementation per op, once.
+This package imports nothing else of sra_fast. `resolve` turns the wishes of a config into one implementation per op,
+once.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ def resolve(
         choices: {op: one of `CHOICES`}.
 
     Raises:
-        ValueError: on an op or choice that does not exist, and on `fused` for an op without a fused kernel: a slow path is never taken
-            in silence.
+        ValueError: on an op or choice that does not exist, and on `fused` for an op without a fused kernel: a slow
+            path is never taken in silence.
     """
     resolved = {}
     for op, choice in choices.items():

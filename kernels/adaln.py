@@ -2,7 +2,8 @@
 
     h = LayerNorm(x) * (1 + scale) + shift
 
-LayerNorm runs over the last axis, without affine parameters; shift and scale belong to a sample and are shared by its tokens.
+LayerNorm runs over the last axis, without affine parameters; shift and scale belong to a sample and are shared by its
+tokens.
 
 Source: Peebles and Xie, "Scalable Diffusion Models with Transformers", 2023, section 3.2 (adaLN-Zero).
 """

@@ -2,13 +2,13 @@
 
 With s, t of shape (B, T, D):
 
-    cosine          1 - mean over (B, T) of <s, t> / (|s| |t|), norms over D: every token's direction (Jiang et al., 2025, SRA, eq. of the alignment loss)
-    cosine_channel  the same with norms over T, mean over (B, D): every channel's spatial map, which is what the public SRA code computes
-    smooth_l1       mean over all elements of huber_beta(s - t) / beta, beta = 0.05 (the published loss)
+    cosine          1 - mean over (B, T) of <s, t> / (|s| |t|), norms over D: each token's direction, as in the paper
+    cosine_channel  the same with norms over T and mean over (B, D): each channel's map, as in the public code
+    smooth_l1       mean over all elements of huber_beta(s - t) / beta, beta = 0.05: the published loss
     l1, l2          mean over all elements of |s - t|, (s - t)^2
 
-Source: Jiang et al., "No Other Representation Component Is Needed: Diffusion Transformers Can Provide Representation Guidance by
-Themselves", arXiv 2505.02831.
+Source: Jiang et al., "No Other Representation Component Is Needed: Diffusion Transformers Can Provide Representation
+Guidance by Themselves" (SRA), arXiv 2505.02831.
 """
 
 from __future__ import annotations

@@ -2,14 +2,16 @@
 
 Flow matching (SiT), alpha and sigma from `path_coefficients`:
 
-    x_t = alpha(t) x + sigma(t) noise        velocity = alpha'(t) x + sigma'(t) noise        t = 1 is noise, t = 0 is data
+    x_t = alpha(t) x + sigma(t) noise        velocity = alpha'(t) x + sigma'(t) noise        t = 1: noise, t = 0: data
     t_teacher = clamp(t - t_max U, 0, 1)     x_teacher = the same x and noise at t_teacher
 
 Denoising diffusion (DiT), integer steps of `diffusion_steps`:
 
-    t_teacher = clamp(t - floor(t_max diffusion_steps U), 1, diffusion_steps - 1), as published: t = 0 gets a noisier teacher
+    t_teacher = clamp(t - floor(t_max diffusion_steps U), 1, diffusion_steps - 1)
 
-Sources: Ma et al., "SiT", 2024, section 2; Jiang et al., arXiv 2505.02831 (teacher times). Published details are listed at each function.
+as published: t = 0 gets a noisier teacher.
+
+Sources: Ma et al., "SiT", 2024, section 2; Jiang et al., "SRA", arXiv 2505.02831, section 3 (teacher times).
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class Drawn(NamedTuple):
 
 
 def path_coefficients(path: str, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(alpha, sigma, d alpha/dt, d sigma/dt) of an interpolant, in t's shape and dtype. SiT, section 2.3: linear and GVP ("cosine")."""
+    """(alpha, sigma, d alpha/dt, d sigma/dt) of an interpolant, in t's shape and dtype. SiT, section 2.3: linear and
+    GVP ("cosine")."""
     if path == "linear":
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
     if path == "cosine":
@@ -58,8 +61,8 @@ def interpolate(path: str, x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor,
 def flow_times(seed: int, number: Tensor, path: str, distribution: str, t_max: float) -> tuple[Tensor, Tensor]:
     """(t, t_teacher), each (B,) float32, for images `number`.
 
-    uniform: t = U. lognormal: s = exp(N(0, 1)), t = s / (1 + s) on the linear path and 2/pi atan(s) on the cosine path (both give
-    sigma/alpha = s up to the path's own parametrisation; the public SRA code).
+    uniform: t = U. lognormal: s = exp(N(0, 1)) is the ratio sigma / alpha at t, so t = s / (1 + s) on the linear path
+    and 2/pi atan(s) on the cosine path (the public SRA code).
     """
     if distribution == "uniform":
         t = uniforms(seed, number, Draw.TIME)[:, 0]
@@ -72,7 +75,8 @@ def flow_times(seed: int, number: Tensor, path: str, distribution: str, t_max: f
 
 
 def diffusion_times(seed: int, number: Tensor, steps: int, t_max: float) -> tuple[Tensor, Tensor]:
-    """(t, t_teacher), each (B,) integer-valued float32 in [0, steps), for images `number`. The offset is in [0, t_max steps)."""
+    """(t, t_teacher), each (B,) integer-valued float32 in [0, steps), for images `number`. The offset is in [0, t_max
+    steps)."""
     t = (uniforms(seed, number, Draw.TIME)[:, 0] * steps).floor()
     offset = (uniforms(seed, number, Draw.TEACHER_TIME)[:, 0] * int(t_max * steps)).floor()
     return t, (t - offset).clamp(1, steps - 1)
@@ -113,7 +117,8 @@ def draw_ref(
         t_max: largest distance between student and teacher times, as a share of the whole.
         null_label: the class that stands for "no label".
         label_dropout: share of labels replaced by it.
-        shared_label_dropout: whether the teacher sees the student's dropped labels (published) or the true ones' own dropout.
+        shared_label_dropout: whether the teacher sees the student's dropped labels (published) or the true ones' own
+            dropout.
     """
     noise = normals(seed, number, Draw.NOISE, x[0].numel()).view_as(x)
     if family == "sit":

@@ -1,15 +1,17 @@
 """Counter-based random numbers: Philox-4x32-10 in plain PyTorch.
 
-    words(seed, n, draw)[element] = philox4x32_10(counter=(element // 4, n low, n high, draw), key=(seed low, seed high))[element % 4]
+    words(seed, n, draw)[element] = philox4x32_10(counter, key)[element % 4]
+    counter = (element // 4, n low, n high, draw)        key = (seed low, seed high)
 
-Every random number of training and sampling is a pure function of (seed, n, draw, element): the image number n says which sample,
-`Draw` says what for, and nothing depends on rank, batch split, thread count or on what was drawn before. A resumed or re-sharded run
-therefore draws the very same noise, and a GPU kernel can draw it again without communication.
+Every random number of training and sampling is a pure function of (seed, n, draw, element): the image number n says
+which sample, `Draw` says what for, and nothing depends on rank, batch split, thread count or on what was drawn
+before. A resumed or re-sharded run therefore draws the very same noise, and a GPU kernel can draw it again without
+communication.
 
-Words and uniforms are equal in every bit on every backend: they come from integer arithmetic and one exact scaling. Normals use log, cos
-and sin, whose last bits differ between backends.
+Words and uniforms are equal in every bit on every backend: they come from integer arithmetic and one exact scaling.
+Normals use log, cos and sin, whose last bits differ between backends.
 
-Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011, section 4.3 and the Random123 library's constants.
+Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011, section 3.3, and Random123's constants.
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ def philox(
     for round_index in range(_ROUNDS):
         if round_index:
             k0, k1 = (k0 + _WEYL_0) & _MASK, (k1 + _WEYL_1) & _MASK
-        # The 64-bit products may overflow int64's sign; wrapping keeps every bit, and the mask drops the copies of the sign that >> brings in.
+        # The 64-bit products may overflow int64's sign; wrapping keeps every bit, and the mask drops the copies of
+        # the sign that >> brings in.
         product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
         c0 = ((product_1 >> 32) & _MASK) ^ c1 ^ k0
         c2 = ((product_0 >> 32) & _MASK) ^ c3 ^ k1
@@ -97,7 +100,8 @@ def words(seed: int, number: Tensor, draw: Draw, count: int, first: int = 0) -> 
 
 
 def to_uniform(word: Tensor) -> Tensor:
-    """(word's top 23 bits + 1/2) / 2^23: float32 in the open interval (0, 1), symmetric about 1/2, exact in every operation."""
+    """(word's top 23 bits + 1/2) / 2^23: float32 in the open interval (0, 1), symmetric about 1/2, exact in every
+    operation."""
     return ((word >> 9).to(torch.float32) + 0.5) * 2.0**-23
 
 
@@ -109,7 +113,7 @@ def uniforms(seed: int, number: Tensor, draw: Draw, count: int = 1, first: int =
 def normals(seed: int, number: Tensor, draw: Draw, count: int, first: int = 0) -> Tensor:
     """Standard normal random numbers: (B, count) float32, at most 5.8 in magnitude. Arguments as `words`.
 
-    Box and Muller (1958) on neighbouring words: (2k, 2k + 1) -> (r cos a, r sin a) with r = sqrt(-2 ln u_2k), a = 2 pi u_2k+1.
+    Box and Muller (1958) on words (2k, 2k + 1) -> (r cos a, r sin a), r = sqrt(-2 ln u_2k), a = 2 pi u_2k+1.
     """
     even = count + count % 2
     pairs = uniforms(seed, number, draw, even, first).unflatten(1, (even // 2, 2))
@@ -118,7 +122,8 @@ def normals(seed: int, number: Tensor, draw: Draw, count: int, first: int = 0) -
 
 
 def below(word: Tensor, bound: int) -> Tensor:
-    """Integer in [0, bound) from a 32-bit word by multiply and shift (bias below bound / 2^32): int64, the word's shape."""
+    """Integer in [0, bound) from a 32-bit word by multiply and shift (bias below bound / 2^32): int64, the word's
+    shape."""
     if not 0 < bound <= 1 << 31:
         raise ValueError(f"bound: {bound} given; must be in [1, 2^31]")
     return (word * bound) >> 32

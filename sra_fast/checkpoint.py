@@ -121,7 +121,8 @@ def _complete(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, keep: int, keep_every_images: int) -> None:
-    """Remove all but the newest `keep` checkpoints and those at multiples of `keep_every_images`, and what a crash left half-written."""
+    """Remove all but the newest `keep` checkpoints and those at multiples of `keep_every_images`, and what a crash
+    left half-written."""
     for path in _complete(folder)[:-keep]:
         if not keep_every_images or int(path.name) % keep_every_images:
             shutil.rmtree(path)
@@ -190,7 +191,8 @@ def differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> It
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run directory; refuse if another process does. The operating system lets go when the process ends, however it ends."""
+    """Hold a run directory; refuse if another process does. The operating system lets go when the process ends,
+    however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         try:

@@ -1,6 +1,7 @@
 """The command line: arguments -> configuration -> trainer, sampler, evaluation, export.
 
-Options come from the dataclasses of config.py and of this file, through tyro. Wrong input ends with one line and exit code 1.
+Options come from the dataclasses of config.py and of this file, through tyro. Wrong input ends with one line and exit
+code 1.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The whole configuration: frozen dataclasses, their checks, and named presets. Nothing else knows a default.
 
-A run is `Config`; the command line changes fields of a preset, and `config.json` in the run directory holds every one of them. Fields
-are named on the command line as here, with hyphens: `Config.align.t_max` is `--align.t-max`.
+A run is `Config`; the command line changes fields of a preset, and `config.json` in the run directory holds every one
+of them. Fields are named on the command line as here, with hyphens: `Config.align.t_max` is `--align.t-max`.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ class ObjectiveConfig:
     """The generative loss."""
 
     path: Literal["linear", "cosine"] = "linear"
-    """Interpolant of sit: x_t = (1-t) x + t noise, or cos(pi t/2) x + sin(pi t/2) noise. dit has its own 1,000 linear betas."""
+    """Interpolant of sit: x_t = (1-t) x + t noise, or cos(pi t/2) x + sin(pi t/2) noise. dit has its own 1,000 linear
+    betas."""
     times: Literal["uniform", "lognormal"] = "uniform"
     """Distribution of sit's training times."""
     label_dropout: float = 0.1
@@ -128,12 +129,14 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class AlignConfig:
-    """Self-representation alignment (arXiv 2505.02831): which block learns from which, at what distance, how strongly, and when."""
+    """Self-representation alignment (arXiv 2505.02831): which block learns from which, at what distance, how
+    strongly, and when."""
 
     method: Literal["sra", "none"] = "sra"
     """sra aligns with the EMA teacher; none trains the plain model."""
     distance: Literal["cosine", "cosine_channel", "smooth_l1", "l1", "l2"] = "cosine"
-    """cosine is per token; cosine_channel normalises over tokens, as the public code does; smooth_l1 (beta 0.05) is the published loss."""
+    """cosine is per token; cosine_channel normalises over tokens, as the public code does; smooth_l1 (beta 0.05) is
+    the published loss."""
     weight: float = 0.5
     """Weight of the alignment loss."""
     weight_hold_epochs: int = 0
@@ -147,7 +150,8 @@ class AlignConfig:
     t_max: float = 0.2
     """Largest distance between the student's time and the teacher's lower one, as a share of all time."""
     shared_label_dropout: bool = True
-    """The teacher sees the student's dropped labels (published). Off: the teacher's labels are dropped independently."""
+    """The teacher sees the student's dropped labels (published). Off: the teacher's labels are dropped
+    independently."""
 
     def __post_init__(self) -> None:
         refuse_unless(self.weight >= 0, "align.weight", self.weight, "must not be negative")
@@ -221,7 +225,8 @@ class DataConfig:
     reader: Literal["auto", "dali", "pillow"] = "auto"
     """Who decodes: auto takes DALI where it is installed and Pillow elsewhere."""
     held_out: float = 0.02
-    """Share of the files, chosen by a hash of their names, that is never trained on but used for validation and evaluation."""
+    """Share of the files, chosen by a hash of their names, that is never trained on but used for validation and
+    evaluation."""
     strict: bool = False
     """Stop at the first undecodable image instead of replacing it."""
     max_bad_share: float = 0.01
@@ -249,7 +254,8 @@ class TrainConfig:
     accumulate: int = 1
     """Micro-batches per optimizer step; their gradients are added in fp32."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Compute type of the networks; auto = bf16 on GPUs that have it, fp32 elsewhere. Weights, moments and losses are always fp32."""
+    """Compute type of the networks; auto = bf16 on GPUs that have it, fp32 elsewhere. Weights, moments and losses are
+    always fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = the GPU where there is one."""
     log_every_steps: int = 50
@@ -299,7 +305,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class KernelsConfig:
-    """Which implementation computes each op: a fused kernel, its reference in plain PyTorch, or auto: whichever was measured faster."""
+    """Which implementation computes each op: a fused kernel, its reference in plain PyTorch, or auto: whichever was
+    measured faster."""
 
     default: Choice = "auto"
     """For every op not named below."""
@@ -348,7 +355,8 @@ class SampleConfig:
     seed: int = 0
     """Sample i is a function of this seed and i alone."""
     batch_invariant: bool = False
-    """Call the network for one image at a time, so that a sample is the same in every bit whatever --sample.batch is. Slow."""
+    """Call the network for one image at a time, so that a sample is the same in every bit whatever --sample.batch is.
+    Slow."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "count", "batch"):
@@ -383,7 +391,8 @@ class EvaluateConfig:
     max_frechet_ratio: float = 0.0
     """Largest Frechet distance of samples to held-out images, over that of training images to held-out images."""
     min_nearest_ratio: float = 0.0
-    """Smallest ratio of nearest-training-neighbour distances, samples over held-out images: memorising drives it to zero."""
+    """Smallest ratio of nearest-training-neighbour distances, samples over held-out images: memorising drives it to
+    zero."""
 
     def __post_init__(self) -> None:
         refuse_unless(self.samples > 0, "evaluate.samples", self.samples, "must be positive")
@@ -417,7 +426,8 @@ class Config:
     """Previews and evaluation use these settings too."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     resume: str = "auto"
-    """auto = go on from the newest checkpoint of this run if there is one; never = start anew; or the path of a checkpoint."""
+    """auto = go on from the newest checkpoint of this run if there is one; never = start anew; or the path of a
+    checkpoint."""
     init_from: str = ""
     """Start from these weights (safetensors or a public .pt), with a fresh optimizer."""
     deterministic: bool = False
@@ -500,7 +510,8 @@ def _digits() -> Config:
 
 
 def _public(family: str, size: str, patch: int, paper: bool) -> Config:
-    """A model of the papers. `paper` variants carry the published loss, its weight and decay, and the EMA without warm-up."""
+    """A model of the papers. `paper` variants carry the published loss, its weight and decay, and the EMA without
+    warm-up."""
     depth, hidden, heads = SIZES[size]
     name = f"{family}-{size}-{patch}"
     config = Config(

@@ -12,7 +12,8 @@ from sra_fast.config import Refused
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl` and TensorBoard. Lines beyond `images_seen`, written by a run that was killed later, are dropped.
+    """Appends to `metrics.jsonl` and TensorBoard. Lines beyond `images_seen`, written by a run that was killed later,
+    are dropped.
 
     Args:
         folder: the run directory.

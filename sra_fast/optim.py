@@ -1,8 +1,8 @@
 """AdamW with the EMA of the weights, which is also SRA's teacher: state, schedules and the update.
 
-Masters, moments and EMA are fp32. The networks compute from them directly in fp32, or from bf16 copies that `TrainState.refresh` renews
-after each update. Learning rate, step and decay are device scalars, and a step whose gradient norm is not finite changes nothing and is
-counted on the device: nothing here makes the host wait.
+Masters, moments and EMA are fp32. The networks compute from them directly in fp32, or from bf16 copies that
+`TrainState.refresh` renews after each update. Learning rate, step and decay are device scalars, and a step whose
+gradient norm is not finite changes nothing and is counted on the device: nothing here makes the host wait.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ class TrainState:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copy masters and EMA into networks that compute in another dtype; in fp32 the networks hold the very tensors."""
+        """Copy masters and EMA into networks that compute in another dtype; in fp32 the networks hold the very
+        tensors."""
         if self.student.pos_embed.dtype == torch.float32:
             return
         for model, source in ((self.student, self.weights), (self.teacher, self.ema)):
@@ -91,7 +92,8 @@ class TrainState:
 
 
 def learning_rate(config: Config, images_seen: int) -> float:
-    """Learning rate of the step that begins after `images_seen` images: linear warm-up, then constant or a half cosine to zero."""
+    """Learning rate of the step that begins after `images_seen` images: linear warm-up, then constant or a half
+    cosine to zero."""
     optim, total = config.optim, config.train.images
     warmup = min(1.0, (images_seen + config.train.batch) / optim.warmup_images) if optim.warmup_images else 1.0
     if optim.schedule == "constant":
@@ -101,7 +103,8 @@ def learning_rate(config: Config, images_seen: int) -> float:
 
 
 def ema_decay(config: OptimConfig, updates: Tensor) -> Tensor:
-    """EMA decay of the update that follows `updates` others: min(decay, (1 + k) / (10 + k)) with warm-up, a float32 scalar."""
+    """EMA decay of the update that follows `updates` others: min(decay, (1 + k) / (10 + k)) with warm-up, a float32
+    scalar."""
     constant = torch.full((), config.ema_decay, dtype=torch.float32, device=updates.device)
     return torch.minimum(constant, (1 + updates) / (10 + updates)) if config.ema_warmup else constant
 
@@ -113,7 +116,8 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def update(state: TrainState, gradients: Sequence[Tensor], lr: Tensor, config: OptimConfig) -> tuple[Tensor, Tensor]:
-    """Clip, AdamW, EMA and the copies for the networks. Returns (gradient norm before clipping, EMA decay), float32 scalars.
+    """Clip, AdamW, EMA and the copies for the networks. Returns (gradient norm before clipping, EMA decay), float32
+    scalars.
 
     If the norm is not finite, weights, moments, EMA and the update count keep every bit and the skip counters go up.
 
@@ -175,7 +179,8 @@ def adamw_ema_ref(
         w = (1 - lr decay) w - lr (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)
         ema = ema_decay ema + (1 - ema_decay) w
 
-    A non-finite norm changes nothing: the gradient is replaced by zeros and every rate by the one that leaves its tensor as it is.
+    A non-finite norm changes nothing: the gradient is replaced by zeros and every rate by the one that leaves its
+    tensor as it is.
 
     Args:
         weights, m, v, ema: lists of fp32 tensors.

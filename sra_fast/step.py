@@ -1,7 +1,7 @@
 """One training step as one function of (state, batch): draw, two forwards, losses, backward, update, metrics.
 
-The host decides nothing from device values here: no `.item()`, no branch on a tensor, shapes fixed. Metrics go into a ring buffer on the
-device that the trainer reads when it logs.
+The host decides nothing from device values here: no `.item()`, no branch on a tensor, shapes fixed. Metrics go into a
+ring buffer on the device that the trainer reads when it logs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""images.py: both readers against the ADM crop written in NumPy, against each other, and against files that are not images."""
+"""images.py: both readers against the ADM crop written in NumPy, against each other, and against files that are not
+images."""
 
 from __future__ import annotations
 
@@ -106,7 +107,8 @@ def box_halved(a):
 
 
 def bicubic_matrix(size, target):
-    """(target, size): the cubic convolution kernel (a = -1/2) stretched by the shrinking factor, each row summing to one."""
+    """(target, size): the cubic convolution kernel (a = -1/2) stretched by the shrinking factor, each row summing to
+    one."""
     stretch = max(size / target, 1.0)
     centre = (np.arange(target) + 0.5) * size / target
     t = np.abs(np.arange(size) + 0.5 - centre[:, None]) / stretch
@@ -132,8 +134,8 @@ def test_adm_crop_is_its_formula(width, height, resolution):
     array = picture(width, height, 1)
     ours = np.asarray(adm_crop(Image.fromarray(array), resolution)).astype(float)
     assert ours.shape == (resolution, resolution)
-    # Pillow rounds to whole levels between the two passes and at the end, where the formula does not: at most 1/2 each, and the
-    # second pass may enlarge the first's by the sum of its weights' magnitudes (below 1.4).
+    # Pillow rounds to whole levels between the two passes and at the end, where the formula does not: at most 1/2
+    # each, and the second pass may enlarge the first's by the sum of its weights' magnitudes (below 1.4).
     assert np.abs(ours - numpy_crop(array, resolution)).max() < 0.5 + 0.5 * 1.4
 
 
@@ -172,13 +174,14 @@ def test_dali_agrees_with_pillow(channels, exif, resolution):
     ours = levels(reader("dali", **fields).decode(list(cases.values())))
     truth = levels(reader("pillow", **fields).decode(list(cases.values())))
     mean = (ours - truth).abs().flatten(1).mean(1)
-    print(dict(zip(cases, mean.tolist(), strict=True)))
-    # Whole levels after filters that round differently: a bound on the mean of BOUND1 for each kind of file, and of BOUND2 over all.
-    assert {case: m for case, m in zip(cases, mean.tolist(), strict=True) if m > 0.5} == {}
-    assert mean.mean() < 0.3
-    # Halved and 16-bit images are the same in every bit, being decoded by the same code.
-    assert mean[list(cases).index("larger still, halved")] == 0
-    assert mean[list(cases).index("16-bit grey png")] == 0
+    # Pillow rounds and clips to whole levels between its two passes, DALI at the end only: 0.2 levels. Grey from
+    # colours, unless a JPEG stores it, is rounded differently too: 0.5 levels.
+    bound = 0.6 if channels == 1 else 0.25
+    assert {case: m for case, m in zip(cases, mean.tolist(), strict=True) if m > bound} == {}
+    assert mean.mean() < bound / 2
+    # Halved images and those of other than 8 bits are equal in every bit, being decoded by the same code.
+    for case in ("larger still, halved", "16-bit grey png", "16-bit rgb png", "black and white png"):
+        assert mean[list(cases).index(case)] == 0
 
 
 @both

@@ -1,11 +1,12 @@
 """What a run's samples are worth, measured against real images the network has never seen.
 
-    class accuracy        share of samples that a judge trained on the real training images recognises as the class asked for
-    Frechet distance      of samples to held-out images, in pixel space; beside it that of training images to held-out images
-    nearest-train ratio   mean distance of samples to their nearest training image, over that of held-out images: 1 is as far
-                          from the training set as new real images are, 0 is a copy of it
+    class accuracy       share of samples that a judge trained on real training images recognises as the class asked for
+    Frechet distance     of samples to held-out images in pixel space; beside it that of training to held-out images
+    nearest-train ratio  mean distance of samples to their nearest training image, over that of held-out images:
+                         1 is as far from the training set as new real images are, 0 is a copy of it
 
-Features are the pixels themselves, in [0, 1], flattened: honest for small images, meaningless for large ones, which are refused.
+Features are the pixels themselves, in [0, 1], flattened: honest for small images, meaningless for large ones, which
+are refused.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class Report:
 
 
 def features(x: Tensor) -> np.ndarray:
-    """Images (N, C, H, W) in [-1, 1] -> (N, H W C) float64 pixels in [0, 1], rounded to 8 bits as they would be saved."""
+    """Images (N, C, H, W) in [-1, 1] -> (N, H W C) float64 pixels in [0, 1], rounded to 8 bits as they would be
+    saved."""
     return to_uint8(x).reshape(len(x), -1) / 255.0
 
 
@@ -80,7 +82,8 @@ def evaluate(
     config: EvaluateConfig,
     progress: Callable[[int], object] | None = None,
 ) -> Report:
-    """Generate `config.samples` images without guidance and as many with, classes in equal shares, and compare them with real ones.
+    """Generate `config.samples` images without guidance and as many with, classes in equal shares, and compare them
+    with real ones.
 
     Args:
         network: in evaluation mode; usually the EMA.

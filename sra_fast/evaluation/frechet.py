@@ -22,8 +22,8 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     gap = a.mean(0) - b.mean(0)
     cov_a, cov_b = np.atleast_2d(np.cov(a, rowvar=False)), np.atleast_2d(np.cov(b, rowvar=False))
     root = _square_root(cov_a)
-    # The trace of a square root is the sum of the roots of the eigenvalues; symmetric input keeps them real and exact, where a
-    # general matrix square root of S1 S2 loses digits on singular covariances.
+    # The trace of a square root is the sum of the roots of the eigenvalues; symmetric input keeps them real and
+    # exact, where a general matrix square root of S1 S2 loses digits on singular covariances.
     cross = np.linalg.eigvalsh(root @ cov_b @ root).clip(min=0)
     return float(gap @ gap + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(cross).sum())
 

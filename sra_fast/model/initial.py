@@ -1,10 +1,10 @@
 """Initial weights, and the fixed position table.
 
-Random numbers come from Philox with the parameter's position in the model as n, so that a seed gives the same weights on every device and
-for any number of processes (up to the last bits of log, cos and sin in the two normal ones).
+Random numbers come from Philox with the parameter's position in the model as n, so that a seed gives the same weights
+on every device and for any number of processes (up to the last bits of log, cos and sin in the two normal ones).
 
-Source: the public DiT code: Xavier-uniform linear layers with zero bias, N(0, 0.02) for the label table and the time MLP, zeros for every
-modulation and for the final layer; SRA's head as the other linear layers.
+Source: the public DiT code: Xavier-uniform linear layers with zero bias, N(0, 0.02) for the label table and the time
+MLP, zeros for every modulation and for the final layer; SRA's head as the other linear layers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _NORMAL_STD = 0.02
 
 @torch.no_grad()
 def initial_weights(model: Transformer, seed: int, device: torch.device) -> dict[str, Tensor]:
-    """A value for every parameter of `model`, by name, float32 on `device`. The model itself may be on the meta device."""
+    """A value for every parameter of `model`, by name, float32 on `device`. The model itself may be on the meta
+    device."""
     return {
         name: _initial(name, parameter.shape, model.config, seed, position, device).to(device)
         for position, (name, parameter) in enumerate(model.named_parameters())
@@ -54,8 +55,8 @@ def _initial(
 def position_table(hidden: int, side: int) -> Tensor:
     """Sines and cosines of the 2-D patch position: (1, side^2, hidden) float32.
 
-    The first half of the channels encodes the column, the second half the row; in each, the sines of hidden / 4 frequencies from 1 down to
-    1/10,000 come before the cosines.
+    The first half of the channels encodes the column, the second half the row; in each, the sines of hidden / 4
+    frequencies from 1 down to 1/10,000 come before the cosines.
     """
     quarter = hidden // 4
     frequency = 10_000 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)

@@ -1,7 +1,7 @@
 """Weights by the public checkpoints' names: reading public .pt and safetensors files, and writing both.
 
-Our parameter names are SiT-SRA's and DiT-SRA's, so their state dicts load as they are. What other projects added is left out by name and
-said; what cannot be the same network is refused by name.
+Our parameter names are SiT-SRA's and DiT-SRA's, so their state dicts load as they are. What other projects added is
+left out by name and said; what cannot be the same network is refused by name.
 
 Nothing is unpickled but tensors and argparse.Namespace (PyTorch's restricted unpickler), so a file cannot run code.
 """
@@ -159,7 +159,8 @@ def shapes(config: ModelConfig) -> dict[str, torch.Size]:
 
 
 def check(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors in the network's order, every name and shape as it must be; a wholly missing head is filled with zeros and said."""
+    """The tensors in the network's order, every name and shape as it must be; a wholly missing head is filled with
+    zeros and said."""
     expected, notes = shapes(config), []
     head = {name for name in expected if name.startswith("ap_head.")}
     if not head & set(tensors):
@@ -184,7 +185,8 @@ def metadata(model: ModelConfig, objective: object) -> dict[str, str]:
 def write_public(
     path: Path, model: dict[str, Tensor], ema: dict[str, Tensor], steps: int, epoch: int, args: dict[str, Any]
 ) -> None:
-    """A checkpoint as SiT-SRA and DiT-SRA write them, without optimizer state. A .pt file is a pickle by nature: the one kind we write."""
+    """A checkpoint as SiT-SRA and DiT-SRA write them, without optimizer state. A .pt file is a pickle by nature: the
+    one kind we write."""
     content = {"model": model, "ema": ema, "args": argparse.Namespace(**args), "epoch": epoch, "steps": steps}
     partial = path.with_name(path.name + ".tmp")
     try:

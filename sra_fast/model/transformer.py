@@ -2,10 +2,11 @@
 
     x (B, C, H, W) -> patches + positions -> L blocks modulated by time and class -> prediction (B, C_out, H, W)
 
-B batch, T tokens = (H / p) (W / p), D width, p patch. Modules and parameters carry the public checkpoints' names, and nothing here
-knows about dtype copies, compilation or devices: that is applied from outside.
+B batch, T tokens = (H / p) (W / p), D width, p patch. Modules and parameters carry the public checkpoints' names, and
+nothing here knows about dtype copies, compilation or devices: that is applied from outside.
 
-Sources: Peebles and Xie, "Scalable Diffusion Models with Transformers" (DiT), 2023, section 3.2; Ma et al., "SiT", 2024; Jiang et al.,
+Sources: Peebles and Xie, "Scalable Diffusion Models with Transformers" (DiT), 2023, section 3.2; Ma et al., "SiT",
+    2024; Jiang et al.,
 arXiv 2505.02831, section 3 (the head, and the taps).
 """
 
@@ -211,7 +212,8 @@ class Transformer(nn.Module):
         return self._unpatchify(self.final_layer(h, c)), features
 
     def features(self, x: Tensor, t: Tensor, labels: Tensor, tap: int) -> Tensor:
-        """Output of block `tap` (1-based), (B, T, D). Later blocks, head and final layer are not run. Arguments as `forward`."""
+        """Output of block `tap` (1-based), (B, T, D). Later blocks, head and final layer are not run. Arguments as
+        `forward`."""
         h, c = self._embed(x, t, labels)
         for number, block in enumerate(self.blocks[:tap], start=1):
             h = self._run(block, number, h, c)
@@ -235,7 +237,8 @@ class Transformer(nn.Module):
 
 
 def around(config: ModelConfig, tensors: dict[str, Tensor], ops: Ops = REFERENCE) -> Transformer:
-    """A transformer whose parameters are the given tensors themselves, not copies; in eval mode and without gradients."""
+    """A transformer whose parameters are the given tensors themselves, not copies; in eval mode and without
+    gradients."""
     with torch.device("meta"):
         model = Transformer(config, ops)
     model.load_state_dict(tensors, assign=True)

@@ -1,4 +1,5 @@
-"""What the network learns: flow.py (SiT) or ddpm.py (DiT), and alignment.py (SRA) beside either. Objectives never draw."""
+"""What the network learns: flow.py (SiT) or ddpm.py (DiT), and alignment.py (SRA) beside either. Objectives never
+draw."""
 
 from __future__ import annotations
 

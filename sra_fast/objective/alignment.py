@@ -9,8 +9,8 @@ A method of self-guidance answers six questions, and SRA's answers are:
     which distance   AlignConfig.distance, in float32
     which weight     AlignConfig.weight over time, `alignment_weight` below
 
-Source: Jiang et al., "No Other Representation Component Is Needed: Diffusion Transformers Can Provide Representation Guidance by
-Themselves", arXiv 2505.02831, section 3, and its public code.
+Source: Jiang et al., "No Other Representation Component Is Needed: Diffusion Transformers Can Provide Representation
+Guidance by Themselves" (SRA), arXiv 2505.02831, section 3, and its public code.
 """
 
 from __future__ import annotations

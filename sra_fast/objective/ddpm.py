@@ -2,10 +2,12 @@
 
     q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I),  abar_t = prod_{s <= t} (1 - beta_s)
 
-1,000 linear betas from 1e-4 to 0.02; the network predicts the noise and, per element, a fraction v that places the reverse variance
-between its two bounds. Loss = mse(noise) + the variational bound in bits per dimension, which trains v alone.
+1,000 linear betas from 1e-4 to 0.02; the network predicts the noise and, per element, a fraction v that places the
+reverse variance between its two bounds. Loss = mse(noise) + the variational bound in bits per dimension, which trains
+v alone.
 
-Sources: Ho et al., "Denoising Diffusion Probabilistic Models", 2020 (equations by number below); Nichol and Dhariwal, "Improved
+Sources: Ho et al., "Denoising Diffusion Probabilistic Models", 2020 (equations by number below); Nichol and Dhariwal,
+    "Improved
 Denoising Diffusion Probabilistic Models", 2021, section 3.1 (learned range); Peebles and Xie, "DiT", 2023, section 3.1.
 """
 
@@ -78,7 +80,8 @@ class Diffusion:
     def bound(self, predicted_noise: Tensor, fraction: Tensor, noised: Noised) -> Tensor:
         """One term of the variational bound per sample, in bits per dimension: (B,).
 
-        KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 0, the decoder's negative log-likelihood for t = 0 (Ho et al., (5)).
+        KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 0, the decoder's negative log-likelihood for t = 0 (Ho
+        et al., (5)).
         """
         x, x_t, t = noised.x, noised.x_t, noised.t
         log_beta, log_posterior = self._at("log_beta", t, x), self._at("log_posterior", t, x)
@@ -101,7 +104,8 @@ def _gaussian_divergence(mean_q: Tensor, log_variance_q: Tensor, mean_p: Tensor,
 
 
 def _discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """log of a Gaussian's mass on the 1/255-wide bin around x in [-1, 1]; the outer bins reach to infinity. Ho et al., (13)."""
+    """log of a Gaussian's mass on the 1/255-wide bin around x in [-1, 1]; the outer bins reach to infinity. Ho et
+    al., (13)."""
     centered, inverse = x - mean, (-log_scale).exp()
     upper, lower = _normal_cdf(inverse * (centered + 1 / 255)), _normal_cdf(inverse * (centered - 1 / 255))
     tiny = 1e-12

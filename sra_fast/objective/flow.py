@@ -1,9 +1,11 @@
 """Flow matching, the objective of SiT: the velocity of an interpolant between data (t = 0) and noise (t = 1).
 
-    x_t = alpha(t) x + sigma(t) noise        target = alpha'(t) x + sigma'(t) noise        loss = mean (prediction - target)^2
+    x_t    = alpha(t) x + sigma(t) noise
+    target = alpha'(t) x + sigma'(t) noise
+    loss   = mean (prediction - target)^2
 
-Source: Ma et al., "SiT: Exploring Flow and Diffusion-based Generative Models with Scalable Interpolant Transformers", 2024,
-equations (1) to (4); time runs from data to noise, as in SRA's code (the original SiT code has it the other way round).
+Source: Ma et al., "SiT: Exploring Flow and Diffusion-based Generative Models with Scalable Interpolant Transformers",
+2024, section 2; time runs from data to noise, as there and in SRA's code (the public SiT code has it the other way).
 """
 
 from __future__ import annotations
