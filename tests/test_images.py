@@ -178,7 +178,6 @@ def test_dali_agrees_with_pillow(channels, exif, resolution):
     # colours, unless a JPEG stores it, is rounded differently too: 0.5 levels.
     bound = 0.6 if channels == 1 else 0.25
     assert {case: m for case, m in zip(cases, mean.tolist(), strict=True) if m > bound} == {}
-    assert mean.mean() < bound / 2
     # Halved images and those of other than 8 bits are equal in every bit, being decoded by the same code.
     for case in ("larger still, halved", "16-bit grey png", "16-bit rgb png", "black and white png"):
         assert mean[list(cases).index(case)] == 0

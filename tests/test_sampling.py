@@ -168,8 +168,7 @@ def test_guidance_follows_the_noise_level(family: str, sampler: str, rows: list[
 
 
 def test_guidance_reads_null_class_scale_and_channels() -> None:
-    """Velocity = label in every channel, so that one Euler step shows c in channel 2 and u + s (c - u) in the
-    others."""
+    """The velocity is the label, so one Euler step shows c in channel 2 and u + s (c - u) in the others."""
 
     def network(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         return labels.view(-1, 1, 1, 1).float().expand_as(x)

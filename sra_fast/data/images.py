@@ -5,9 +5,9 @@ bicubically so that the shorter side is R; cut the middle R x R. Source: Dhariwa
 GANs on Image Synthesis", 2021 (ADM, guided-diffusion).
 
 `PillowDecoder` is that crop. `DaliDecoder` resizes with DALI's antialiased cubic filter, which differs by 0.2 grey
-levels (of 255) in an image's mean (up to 0.6 where it turns colours to grey) and leaves to Pillow what DALI has no equal
-of: images to be halved, for lack of a box filter (plain cubic differs by up to 28 levels there, and on a CPU Pillow is as
-fast), and PNGs of other than 8 bits, for their conversion and because Pillow clips between its two passes.
+levels (of 255) in an image's mean, up to 0.6 where it turns colours to grey, and leaves to Pillow what DALI has no
+equal of: images to be halved, for lack of a box filter (plain cubic differs by up to 28 levels there, and on a CPU
+Pillow is as fast), and PNGs of other than 8 bits, for their conversion and because Pillow clips between two passes.
 
 Both agree on which files are cut short. Damage within the compressed data is noticed by Pillow more often than by DALI.
 """

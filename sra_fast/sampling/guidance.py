@@ -49,9 +49,8 @@ def guided(network: Network, *, scale: float, low: float, high: float, null_labe
         count = x.shape[1]
         refuse_unless(channels <= count, "sample.guidance-channels", channels, f"must be at most {count}, x's channels")
         both = torch.cat([labels, torch.full_like(labels, null_label)])  # (2B,)
-        conditional, null = (
-            network(torch.cat([x, x]), torch.cat([t, t]), both).double().chunk(2)
-        )  # each (B, C or 2C, H, W)
+        prediction = network(torch.cat([x, x]), torch.cat([t, t]), both).double()  # (2B, C or 2C, H, W)
+        conditional, null = prediction.chunk(2)
         end = channels or count
         mixed = null[:, :end] + scale * (conditional[:, :end] - null[:, :end])
         return torch.cat([mixed, conditional[:, end:]], dim=1)

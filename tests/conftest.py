@@ -1,0 +1,47 @@
+"""A network small enough for a test, and weights under which it does something."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from sra_fast.config import AlignConfig, Config, DataConfig, ModelConfig, TrainConfig
+from sra_fast.model.initial import initial_weights
+from sra_fast.model.transformer import Transformer
+
+torch.set_num_threads(1)  # tensors here are too small to share between threads
+
+
+@pytest.fixture
+def tiny() -> Callable[..., Config]:
+    """Digits-like: 8 x 8 x 1, 4 classes, 4 blocks of width 32, taps 1 -> 3. Named arguments change the model."""
+
+    def make(method: str = "sra", batch: int = 8, accumulate: int = 1, **model: object) -> Config:
+        sizes = ModelConfig(depth=4, hidden=32, heads=2, patch=2, input_size=8, channels=1, classes=4)
+        return Config(
+            model=replace(sizes, **model),
+            align=AlignConfig(method=method),
+            data=DataConfig(resolution=8, channels=1),
+            train=TrainConfig(images=800, batch=batch, accumulate=accumulate),
+        )
+
+    return make
+
+
+@pytest.fixture
+def awake() -> Callable[..., dict[str, Tensor]]:
+    """Initial weights plus noise everywhere, because a fresh network is the identity and predicts zero."""
+
+    def make(model: ModelConfig, seed: int = 0, std: float = 0.2) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        weights = initial_weights(Transformer(model), seed, torch.device("cpu"))
+        for name, value in weights.items():
+            if name != "pos_embed":
+                value += std * torch.randn(value.shape, generator=generator)
+        return weights
+
+    return make
