@@ -30,6 +30,7 @@ from sra_fast.model import public_weights
 from sra_fast.optim import HEAD, TrainState
 
 FORMAT_VERSION = 1
+LOCK = ".lock"
 TENSORS = ("weights", "ema", "adam_m", "adam_v")
 COUNTERS = ("adam_step", "skipped_steps", "skipped_in_a_row")
 
@@ -69,6 +70,7 @@ class Progress:
     images_seen: int = 0
     step: int = 0  # optimizer steps attempted, skipped ones included
     train_s: float = 0.0
+    replaced_images: int = 0  # that stood in for undecodable ones
     data_fingerprint: str = ""
 
 
@@ -192,14 +194,22 @@ def differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> It
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a run directory; refuse if another process does. The operating system lets go when the process ends,
-    however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    however it ends. A directory made here in which nothing was written disappears again."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("w")
+    except OSError as error:
+        raise Refused(f"run.dir: {folder} cannot be written ({error.strerror})") from error
+    with lock:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise Refused(f"run.name: {folder} is in use by another process; choose another --run.name") from error
-        yield
+        try:
+            yield
+        finally:
+            if [path.name for path in folder.iterdir()] == [LOCK]:
+                shutil.rmtree(folder)
 
 
 def read_weights(source: Path, key: str) -> public_weights.Weights:

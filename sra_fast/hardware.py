@@ -24,9 +24,7 @@ class Hardware:
             Refused: if a GPU is asked for and none is usable.
         """
         cuda = torch.cuda.is_available()
-        refuse_unless(
-            device != "cuda" or cuda, "train.device", device, "no NVIDIA GPU is usable here; must be auto or cpu"
-        )
+        refuse_unless(device != "cuda" or cuda, "device", device, "no NVIDIA GPU is usable here; must be auto or cpu")
         chosen = torch.device("cuda" if cuda and device != "cpu" else "cpu")
         bf16 = precision == "bf16"
         if precision == "auto":

@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -63,20 +63,16 @@ class Trainer:
 
     def run(self) -> int:
         """Train, evaluate, write the summary. Returns the exit code: 0, 1 below a bar, 128 + signal when stopped."""
-        with checkpoint.locked(self.folder), StopRequest() as stop:
+        with checkpoint.locked(self.folder):
             self.state, self.progress = self._begin()
             self._introduce()
             write_json(self.folder / "config.json", to_dict(self.config))
             (self.folder / "samples").mkdir(exist_ok=True)
-            log = MetricsLog(self.folder, self.progress.images_seen)
-            try:
+            with closing(MetricsLog(self.folder, self.progress.images_seen)) as log, StopRequest() as stop:
                 last = self._train(log, stop)
-            finally:
-                log.close()
             if stop.signal:
-                self.report(
-                    f"stopped and saved at {self.progress.images_seen:,} images; the same command goes on from here"
-                )
+                seen = f"{self.progress.images_seen:,} images"
+                self.report(f"stopped and saved at {seen}; the same command goes on from here")
                 return 128 + stop.signal
             return self._finish(last)
 
@@ -154,11 +150,12 @@ class Trainer:
         steps = -(-settings.images // batch)  # the last batch is a whole one
         ring, pending = MetricRing(settings.log_every_steps, self.hardware.device), 0
         clock, last_save, row = _Clock(self.progress.train_s), time.monotonic(), {}
+        replaced = self.progress.replaced_images
         with self._stream() as stream, self._progress_bar(steps * batch) as bar:
             while self.progress.step < steps and not stop.signal:
                 ring.push(self._one_step(next(stream)))
                 pending += 1
-                self._advance(batch, clock.total_s())
+                self._advance(batch, clock.total_s(), replaced + stream.replaced)
                 bar.update(batch)
                 validate = self.progress.step == steps or self._due(settings.validate_every_images)
                 if validate or self.progress.step % settings.log_every_steps == 0:
@@ -176,7 +173,7 @@ class Trainer:
                     if self._due(settings.save_every_images) or _minutes_since(last_save) > settings.save_every_minutes:
                         self._save()
                         last_save = time.monotonic()
-            self.undecodable = {"replaced_images": stream.replaced, "undecodable_files": dict(stream.bad)}
+            self.undecodable = dict(stream.bad)
         if checkpoint.newest(self.checkpoints) != self.checkpoints / f"{self.progress.images_seen:012d}":
             self._save()
         return row
@@ -209,9 +206,9 @@ class Trainer:
         weight = torch.full((), alignment_weight(self.config.align, seen // len(self.source.train)), device=device)
         return self.step(self.state, batch.x, batch.labels, batch.number, lr, weight)
 
-    def _advance(self, images: int, train_s: float) -> None:
-        p = self.progress
-        self.progress = replace(p, images_seen=p.images_seen + images, step=p.step + 1, train_s=train_s)
+    def _advance(self, images: int, train_s: float, replaced: int) -> None:
+        seen, step = self.progress.images_seen + images, self.progress.step + 1
+        self.progress = replace(self.progress, images_seen=seen, step=step, train_s=train_s, replaced_images=replaced)
 
     def _due(self, every_images: int) -> bool:
         """Whether the step just made crossed a multiple of `every_images`; 0 = never."""
@@ -299,7 +296,8 @@ class Trainer:
             "device": self.hardware.name,
             "resolved": self.resolved,
             "skipped_steps": int(self.state.skipped_steps),
-            **self.undecodable,
+            "replaced_images": self.progress.replaced_images,
+            "undecodable_files": self.undecodable,
         }
         write_json(self.folder / "summary.json", summary)
         for name, value in summary.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -21,11 +20,11 @@ def tiny() -> Callable[..., Config]:
     """Digits-like: 8 x 8 x 1, 4 classes, 4 blocks of width 32, taps 1 -> 3. Named arguments change the model."""
 
     def make(method: str = "sra", batch: int = 8, accumulate: int = 1, **model: object) -> Config:
-        sizes = ModelConfig(depth=4, hidden=32, heads=2, patch=2, input_size=8, channels=1, classes=4)
+        sizes = {"depth": 4, "hidden": 32, "heads": 2, "patch": 2, "input_size": 8, "channels": 1, "classes": 4} | model
         return Config(
-            model=replace(sizes, **model),
+            model=ModelConfig(**sizes),
             align=AlignConfig(method=method),
-            data=DataConfig(resolution=8, channels=1),
+            data=DataConfig(resolution=sizes["input_size"]),
             train=TrainConfig(images=800, batch=batch, accumulate=accumulate),
         )
 

@@ -68,7 +68,7 @@ def numbers(*values: int) -> Tensor:
 
 
 def kolmogorov(values: Tensor, cdf: Tensor) -> float:
-    """sqrt(n) times the largest distance of the empirical distribution from `cdf`, both (n,); 1.95 is the 0.1 % point."""
+    """sqrt(n) times the largest distance between the empirical distribution and `cdf`; 1.95 is the 0.1 % point."""
     order = values.argsort()
     theory, n = cdf[order].double(), len(values)
     steps = torch.arange(n + 1, dtype=torch.float64) / n

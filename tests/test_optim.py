@@ -1,0 +1,299 @@
+"""The update against torch.optim.AdamW and a plain EMA loop, and what a non-finite gradient must not touch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from sra_fast.config import Config, OptimConfig
+from sra_fast.model.transformer import REFERENCE
+from sra_fast.optim import (
+    MOST_SKIPPED_IN_A_ROW,
+    TrainState,
+    adamw_ema_ref,
+    ema_decay,
+    gradient_norm,
+    learning_rate,
+    update,
+)
+
+CPU = torch.device("cpu")
+SHAPES = [(16, 8), (8,), (4, 4, 2)]
+
+
+def draw(seed: int, scale: float = 1.0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [scale * torch.randn(shape, generator=generator) for shape in SHAPES]
+
+
+def ours(
+    steps: int, optim: OptimConfig, lr: float, gradients: Callable[[int], list[Tensor]]
+) -> dict[str, list[Tensor]]:
+    weights = draw(0)
+    m, v = ([torch.zeros_like(w) for w in weights] for _ in range(2))
+    ema = [w.clone() for w in weights]
+    for k in range(steps):
+        g = gradients(k)
+        adamw_ema_ref(
+            weights,
+            g,
+            m,
+            v,
+            ema,
+            weight_decay=[optim.weight_decay] * len(weights),
+            lr=torch.tensor(lr),
+            step=torch.tensor(k + 1),
+            norm=gradient_norm(g),
+            ema_decay=torch.tensor(optim.ema_decay),
+            clip=optim.clip,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+        )
+    return {"weights": weights, "m": m, "v": v, "ema": ema}
+
+
+def torchs(
+    steps: int, optim: OptimConfig, lr: float, gradients: Callable[[int], list[Tensor]], dtype: torch.dtype
+) -> dict[str, list[Tensor]]:
+    weights = [w.to(dtype).requires_grad_() for w in draw(0)]
+    ema = [w.detach().clone() for w in weights]
+    betas = optim.beta1, optim.beta2
+    adamw = torch.optim.AdamW(weights, lr=lr, betas=betas, eps=optim.eps, weight_decay=optim.weight_decay)
+    for k in range(steps):
+        for weight, g in zip(weights, gradients(k), strict=True):
+            weight.grad = g.to(dtype)
+        if optim.clip:
+            torch.nn.utils.clip_grad_norm_(weights, optim.clip)
+        adamw.step()
+        for average, weight in zip(ema, weights, strict=True):
+            average.mul_(optim.ema_decay).add_(weight.detach(), alpha=1 - optim.ema_decay)
+    moments = [adamw.state[weight] for weight in weights]
+    return {
+        "weights": [w.detach() for w in weights],
+        "m": [state["exp_avg"] for state in moments],
+        "v": [state["exp_avg_sq"] for state in moments],
+        "ema": ema,
+    }
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0], ids=["unclipped", "clipped"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("decay", [0.9, 0.9999])
+def test_thirty_updates_err_at_most_twice_as_much_as_torchs(clip: float, weight_decay: float, decay: float) -> None:
+    optim = OptimConfig(clip=clip, weight_decay=weight_decay, ema_decay=decay)
+
+    def gradients(k: int) -> list[Tensor]:
+        return draw(100 + k, scale=10 ** (k % 5 - 2))  # norms on both sides of the clip
+
+    truth = torchs(30, optim, 1e-2, gradients, torch.float64)
+    theirs = torchs(30, optim, 1e-2, gradients, torch.float32)
+    for name, tensors in ours(30, optim, 1e-2, gradients).items():
+        error, allowed = (
+            max(float((a - b).abs().max()) for a, b in zip(found, truth[name], strict=True))
+            for found in (tensors, theirs[name])
+        )
+        largest = max(float(b.abs().max()) for b in truth[name])
+        # Floor: our worst element may fall where theirs got lucky; one rounding of the largest value.
+        assert error <= 2 * allowed + 2**-23 * largest, name
+        assert allowed < 1e-4 * largest, "the comparison shows nothing"
+
+
+def test_clipping_is_by_the_global_norm() -> None:
+    gradients = draw(1, scale=3.0)
+    norm = gradient_norm(gradients)
+    assert float(norm) == pytest.approx(math.sqrt(sum(float(g.double().square().sum()) for g in gradients)), rel=1e-6)
+    parameters = [torch.zeros_like(g).requires_grad_() for g in gradients]
+    for parameter, g in zip(parameters, gradients, strict=True):
+        parameter.grad = g.clone()
+    assert float(torch.nn.utils.clip_grad_norm_(parameters, 1.0)) == pytest.approx(float(norm), rel=1e-6)
+    m = ours(1, OptimConfig(clip=1.0, beta1=0.0), 1e-3, lambda _: gradients)["m"]  # m is the clipped gradient
+    for got, parameter in zip(m, parameters, strict=True):
+        torch.testing.assert_close(got, parameter.grad, rtol=1e-6, atol=0)
+
+
+def test_a_norm_below_the_clip_leaves_the_gradient_as_it_is() -> None:
+    gradients = draw(1, scale=1e-3)
+    m = ours(1, OptimConfig(clip=1.0, beta1=0.0), 1e-3, lambda _: gradients)["m"]
+    assert all(torch.equal(a, b) for a, b in zip(m, gradients, strict=True))
+
+
+def test_ema_warm_up_is_one_plus_k_over_ten_plus_k() -> None:
+    for k, wanted in ((0, 0.1), (1, 2 / 11), (89, 90 / 99), (89_989, 89_990 / 89_999), (10**6, 0.9999)):
+        assert float(ema_decay(OptimConfig(), torch.tensor(k))) == pytest.approx(min(wanted, 0.9999), rel=1e-7)
+    assert float(ema_decay(OptimConfig(ema_warmup=False), torch.tensor(0))) == pytest.approx(0.9999, rel=1e-7)
+
+
+# The update of a whole state
+
+
+@pytest.fixture
+def start(tiny) -> Callable[..., tuple[TrainState, OptimConfig]]:
+    def make(dtype: torch.dtype = torch.float32, **optim: object) -> tuple[TrainState, OptimConfig]:
+        config: Config = replace(tiny(hidden=16), optim=OptimConfig(**optim))
+        return TrainState.create(config, REFERENCE, CPU, dtype), config.optim
+
+    return make
+
+
+def gradients_for(state: TrainState, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(p.shape, generator=generator) for p in state.trained]
+
+
+def snapshot(state: TrainState) -> dict[str, Tensor]:
+    """Every bit of masters, EMA, moments and both networks, and the number of updates."""
+    kept = {"adam_step": state.adam_step.clone()}
+    for group in ("weights", "ema", "adam_m", "adam_v"):
+        kept |= {f"{group}.{name}": value.clone() for name, value in getattr(state, group).items()}
+    for network in ("student", "teacher"):
+        parameters = getattr(state, network).named_parameters()
+        kept |= {f"{network}.{name}": value.detach().clone() for name, value in parameters}
+    return kept
+
+
+def differing(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    return {name for name in before if before[name].numpy(force=True).tobytes() != after[name].numpy().tobytes()}
+
+
+LR = torch.tensor(1e-3)
+
+
+def test_a_fresh_state_is_its_own_ema_and_has_empty_moments(start) -> None:
+    state, _ = start()
+    assert all(torch.equal(state.ema[name], value) for name, value in state.weights.items())
+    assert all(state.ema[name].data_ptr() != value.data_ptr() for name, value in state.weights.items())
+    assert set(state.adam_m) == set(state.adam_v) == set(state.weights) - {"pos_embed"}
+    assert not any(value.any() for value in (*state.adam_m.values(), *state.adam_v.values()))
+    assert state.student.training
+    assert not state.teacher.training
+    assert not any(p.requires_grad for p in state.teacher.parameters())
+
+
+def test_the_update_moves_everything_trained_and_leaves_the_position_table(start) -> None:
+    state, optim = start()
+    before = snapshot(state)
+    norm, decay = update(state, gradients_for(state, 0), LR, optim)
+    still = {name.split(".", 1)[1] for name in set(before) - differing(before, snapshot(state)) if "." in name}
+    assert still == {"pos_embed"}
+    assert int(state.adam_step) == 1
+    assert float(decay) == pytest.approx(0.1)
+    assert norm.dtype == decay.dtype == torch.float32
+
+
+def test_ema_moves_by_its_share_of_the_way_to_the_new_weights(start) -> None:
+    state, optim = start()
+    before = {name: value.double() for name, value in state.ema.items()}
+    update(state, gradients_for(state, 0), LR, optim)
+    for name, value in state.ema.items():
+        wanted = 0.1 * before[name] + 0.9 * state.weights[name].double()
+        torch.testing.assert_close(value.double(), wanted, atol=1e-7, rtol=1e-6)
+
+
+def test_weight_decay_acts_on_matrices_alone(start) -> None:
+    states = []
+    for weight_decay in (0.0, 0.1):
+        state, optim = start(weight_decay=weight_decay)
+        for value in state.weights.values():
+            value.add_(1.0)  # so that a bias, too, would have something to decay
+        update(state, gradients_for(state, 0), LR, optim)
+        states.append(state)
+    plain, decayed = states
+    changed = {name for name in plain.weights if not torch.equal(plain.weights[name], decayed.weights[name])}
+    assert changed == {name for name, value in plain.weights.items() if value.ndim > 1 and name != "pos_embed"}
+
+
+BAD = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "overflow": 3e38}
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("done", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_non_finite_gradient_changes_no_bit(start, bad: str, done: int, dtype: torch.dtype) -> None:
+    state, optim = start(dtype, weight_decay=0.1)
+    for k in range(done):
+        update(state, gradients_for(state, k), LR, optim)
+    before, gradients = snapshot(state), gradients_for(state, 99)
+    gradients[5].view(-1)[0:2] = BAD[bad]
+    norm, _ = update(state, gradients, LR, optim)
+    assert not norm.isfinite()
+    assert differing(before, snapshot(state)) == set()
+    assert (int(state.skipped_steps), int(state.skipped_in_a_row)) == (1, 1)
+
+
+def test_training_goes_on_after_a_skipped_step_as_if_it_had_not_been(start) -> None:
+    (spared, optim), (struck, _) = start(), start()
+    for k in range(4):
+        if k in (0, 2):
+            update(struck, [g * math.nan for g in gradients_for(struck, 50)], LR, optim)
+        for state in (spared, struck):
+            update(state, gradients_for(state, k), LR, optim)
+    assert differing(snapshot(spared), snapshot(struck)) == set()
+    assert (int(struck.skipped_steps), int(struck.skipped_in_a_row)) == (2, 0)
+
+
+def test_sixty_four_skipped_in_a_row_stay_visible(start) -> None:
+    state, optim = start()
+    nan, good = [g * math.nan for g in gradients_for(state, 0)], gradients_for(state, 0)
+    for gradients, in_a_row in [(nan, 1), (nan, 2), (good, 0)]:
+        update(state, gradients, LR, optim)
+        assert int(state.skipped_in_a_row) == in_a_row
+    state.skipped_in_a_row.fill_(MOST_SKIPPED_IN_A_ROW - 1)
+    update(state, good, LR, optim)
+    assert int(state.skipped_in_a_row) == 0
+    state.skipped_in_a_row.fill_(MOST_SKIPPED_IN_A_ROW - 1)
+    for gradients in (nan, good, nan, good):
+        update(state, gradients, LR, optim)
+        assert int(state.skipped_in_a_row) == MOST_SKIPPED_IN_A_ROW == 64
+    assert int(state.skipped_steps) == 5
+
+
+def test_bf16_networks_are_the_masters_rounded(start) -> None:
+    state, optim = start(torch.bfloat16)
+    for k in range(3):
+        update(state, [g.bfloat16() for g in gradients_for(state, k)], LR, optim)
+        for network, source in ((state.student, state.weights), (state.teacher, state.ema)):
+            for name, parameter in network.named_parameters():
+                assert source[name].dtype == torch.float32
+                assert parameter.dtype == torch.bfloat16
+                assert torch.equal(parameter, source[name].bfloat16()), name
+
+
+def test_fp32_networks_hold_the_masters_themselves(start) -> None:
+    state, _ = start()
+    for network, source in ((state.student, state.weights), (state.teacher, state.ema)):
+        assert all(p.data_ptr() == source[name].data_ptr() for name, p in network.named_parameters())
+
+
+# Learning rate
+
+
+def scheduled(tiny, images_seen: int, **optim: object) -> float:
+    """800 images in steps of 8, peak 1."""
+    return learning_rate(replace(tiny(), optim=OptimConfig(lr=1.0, **optim)), images_seen)
+
+
+def test_constant_rate_is_constant(tiny) -> None:
+    assert {scheduled(tiny, seen) for seen in (0, 8, 400, 792)} == {1.0}
+
+
+def test_warm_up_rises_linearly_and_its_first_step_is_not_zero(tiny) -> None:
+    rates = [scheduled(tiny, seen, warmup_images=80) for seen in range(0, 96, 8)]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0, 1.0])
+
+
+def test_cosine_falls_from_the_end_of_the_warm_up_to_zero_at_the_last_image(tiny) -> None:
+    def rate(seen: int) -> float:
+        return scheduled(tiny, seen, schedule="cosine", warmup_images=80)
+
+    assert rate(80) == pytest.approx(1)
+    assert rate(260) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+    assert rate(440) == pytest.approx(0.5)
+    assert rate(800) == pytest.approx(0, abs=1e-12)
+    assert rate(808) == pytest.approx(0, abs=1e-12)  # the last batch is a whole one
+    rates = [rate(seen) for seen in range(80, 800, 8)]
+    assert rates == sorted(rates, reverse=True)
