@@ -138,7 +138,10 @@ def describe(path: Path) -> tuple[dict[str, Any], Config]:
     state = read_json(path / "state.json")
     version = state.get("format_version") if isinstance(state, dict) else None
     refuse_unless(version == FORMAT_VERSION, f"{path}: format_version", version, f"must be {FORMAT_VERSION}")
-    return state, from_dict(Config, state["config"], f"{path}: config")
+    needed = {"config", *COUNTERS, *(field.name for field in dataclasses.fields(Progress))}
+    missing = sorted(needed - set(state))
+    refuse_unless(not missing, f"{path}: state.json", sorted(state), f"must also have {', '.join(missing)}")
+    return state, from_dict(Config, state["config"], str(path / "state.json"))
 
 
 def load(path: Path, config: Config, fingerprint: str, device: torch.device) -> tuple[dict[str, Any], Progress]:

@@ -132,7 +132,7 @@ def sample(arguments: Sequence[str]) -> int:
     if command.classes:
         labels = torch.tensor(command.classes)[labels]
     device = Hardware.choose(command.device).device
-    path = command.path or (weights.objective or {}).get("path", "linear")
+    path = command.path or (weights.objective.path if weights.objective else "linear")
     with tqdm(total=settings.count, unit="img", disable=None) as bar:
         images = generate(
             network_of(network),
@@ -200,7 +200,7 @@ def export(arguments: Sequence[str]) -> int:
     refuse_unless(out.parent.is_dir(), "out", command.out, f"the folder {out.parent} does not exist")
     if out.suffix == ".safetensors":
         weights = checkpoint.read_weights(source, command.weights_key)
-        checkpoint.export(weights.tensors, out, weights.config, ObjectiveConfig(**(weights.objective or {})))
+        checkpoint.export(weights.tensors, out, weights.config, weights.objective or ObjectiveConfig())
     else:
         refuse_unless(source.is_dir(), "weights", command.weights, "must be a run or a checkpoint to write a .pt file")
         folder = source if (source / "state.json").is_file() else checkpoint.newest(source / "checkpoints")
@@ -244,6 +244,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return COMMANDS[name](rest)
     except Refused as error:
         print(f"sra-fast: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever read our output has had enough, as in `sra-fast train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print("sra-fast: interrupted", file=sys.stderr)

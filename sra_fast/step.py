@@ -45,7 +45,7 @@ class MetricRing:
 
     def last(self, rows: int) -> list[Metrics]:
         """The newest `rows` rows, oldest first, as floats. Waits for the device."""
-        newest = self.buffer.roll(-int(self._slot), dims=0)[-rows:]
+        newest = self.buffer.roll(-int(self._slot), dims=0)[len(self.buffer) - rows :]
         return [Metrics(*row) for row in newest.tolist()]
 
 
@@ -114,7 +114,8 @@ class TrainingStep:
         parameters = state.trained
         gradients: list[Tensor] | None = None
         rows = []
-        for micro in zip(x.chunk(parts), labels.chunk(parts), number.chunk(parts), strict=True):
+        size = len(x) // parts
+        for micro in zip(x.split(size), labels.split(size), number.split(size), strict=True):
             losses = self.losses(state, *micro, weight)
             new = torch.autograd.grad(losses.total / parts, parameters)
             if parts > 1:  # one micro-batch keeps the compute dtype; several are added in fp32

@@ -29,7 +29,7 @@ from sra_fast.hardware import Hardware
 from sra_fast.metrics import MetricsLog, write_json
 from sra_fast.model.transformer import Ops, Transformer, around
 from sra_fast.objective.alignment import alignment_weight
-from sra_fast.optim import MOST_SKIPPED_IN_A_ROW, TrainState, learning_rate
+from sra_fast.optim import HEAD, MOST_SKIPPED_IN_A_ROW, TrainState, learning_rate
 from sra_fast.sampling import balanced_labels, generate
 from sra_fast.sampling.images import save_grid, to_uint8
 from sra_fast.step import MetricRing, Metrics, TrainingStep
@@ -118,12 +118,15 @@ class Trainer:
         weights = checkpoint.read_weights(path, "ema")
         for note in weights.notes:
             self.report(note)
+        if weights.without_head:
+            self.report("the projection head starts from its own initial weights")
         for name, parameter in state.weights.items():
+            if name.startswith(HEAD) and weights.without_head:
+                continue
             given = weights.tensors.get(name)
             shape = None if given is None else tuple(given.shape)
-            refuse_unless(
-                shape == tuple(parameter.shape), f"init-from: {name}", shape, f"must be {tuple(parameter.shape)}"
-            )
+            allowed = f"must be {tuple(parameter.shape)}"
+            refuse_unless(shape == tuple(parameter.shape), f"init-from: {name}", shape, allowed)
             parameter.copy_(given)
             state.ema[name].copy_(given)
         state.refresh()

@@ -232,6 +232,15 @@ def test_the_teacher_gets_no_gradient_and_the_student_all(scene: SimpleNamespace
     assert all(parameter.grad is not None for parameter in scene.student.parameters())
 
 
+def test_the_teacher_builds_no_graph(scene: SimpleNamespace) -> None:
+    def teacher(*inputs: Tensor, tap: int) -> Tensor:
+        features = scene.teacher.features(*inputs, tap=tap)
+        assert not features.requires_grad, "activations of the teacher would be kept"
+        return features
+
+    assert computed(scene, teacher=teacher).total.requires_grad
+
+
 def test_alignment_reaches_no_block_beyond_the_students_tap(scene: SimpleNamespace) -> None:
     names, parameters = zip(*scene.student.named_parameters(), strict=True)
     gradients = torch.autograd.grad(computed(scene).alignment, parameters, allow_unused=True)

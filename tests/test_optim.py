@@ -157,7 +157,10 @@ def snapshot(state: TrainState) -> dict[str, Tensor]:
 
 
 def differing(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
-    return {name for name in before if before[name].numpy(force=True).tobytes() != after[name].numpy().tobytes()}
+    def bits(value: Tensor) -> Tensor:
+        return value.reshape(-1).view(torch.uint8)
+
+    return {name for name in before if not torch.equal(bits(before[name]), bits(after[name]))}
 
 
 LR = torch.tensor(1e-3)
@@ -249,7 +252,7 @@ def test_sixty_four_skipped_in_a_row_stay_visible(start) -> None:
     for gradients in (nan, good, nan, good):
         update(state, gradients, LR, optim)
         assert int(state.skipped_in_a_row) == MOST_SKIPPED_IN_A_ROW == 64
-    assert int(state.skipped_steps) == 5
+    assert int(state.skipped_steps) == 4
 
 
 def test_bf16_networks_are_the_masters_rounded(start) -> None:

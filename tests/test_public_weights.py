@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sra_fast.config import ModelConfig, ObjectiveConfig, Refused
@@ -77,7 +77,7 @@ def test_our_safetensors_say_which_network_and_objective_they_are(tiny, awake, t
     save_file(awake(config), tmp_path / "ours.safetensors", metadata(config, objective))
     loaded = read(tmp_path / "ours.safetensors")
     assert loaded.config == config
-    assert loaded.objective == {"path": "cosine", "times": "uniform", "label_dropout": 0.1}
+    assert loaded.objective == objective
 
 
 # What we write, loaded by others
@@ -167,6 +167,23 @@ def test_a_file_without_ap_head_is_read_and_said(model, awake, tmp_path: Path) -
     loaded = read(tmp_path / "plain.pt")
     assert all(torch.equal(loaded.tensors[name], v) for name, v in weights.items() if not name.startswith("ap_head"))
     assert "ap_head" in loaded.notes[0]
+
+
+def test_training_begun_from_a_file_without_ap_head_has_a_head_that_learns(tmp_path: Path) -> None:
+    from small_run import checkpoints, content, run, small, write_images
+
+    write_images(tmp_path / "data")
+    config = small(tmp_path, model__qk_norm=True, train__images=24)
+    assert run(config)[0] == 0
+    folder = config.path / "checkpoints" / checkpoints(config.path)[-1]
+    weights = {name: v for name, v in load_file(folder / "ema.safetensors").items() if not name.startswith("ap_head")}
+    torch.save(weights, tmp_path / "plain.pt")
+    again = small(tmp_path, model__qk_norm=True, train__images=24, run__name="b", init_from=str(tmp_path / "plain.pt"))
+    code, rows = run(again)
+    assert code == 0
+    assert rows[0]["grad_norm"] < 100  # features of exactly zero have no direction, and a cosine a gradient of 10^7
+    last = content(again.path / "checkpoints" / checkpoints(again.path)[-1])["weights"]
+    assert any(last["ap_head.linear1.weight"]), "a head of zeros stays one: every product of its layers' gradients is 0"
 
 
 def test_half_a_head_is_refused(model, awake, tmp_path: Path) -> None:

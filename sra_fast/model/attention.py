@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def _math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.shape[-1])  # (B, H, T, T)
-    return scores.float().softmax(dim=-1).to(v.dtype) @ v
+    return scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype) @ v
 
 
 _BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {

@@ -8,10 +8,12 @@ Nothing is unpickled but tensors and argparse.Namespace (PyTorch's restricted un
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import pickle
+import re
+import struct
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sra_fast.config import SIZES, ModelConfig, Refused, from_dict, refuse_unless, to_dict
+from sra_fast.config import SIZES, ModelConfig, ObjectiveConfig, Refused, from_dict, refuse_unless, to_dict
 from sra_fast.model.transformer import Transformer
 
 HEADS_BY_HIDDEN = {hidden: heads for _, hidden, heads in SIZES.values()}
 METADATA_KEY = "sra_fast.model"
+
+# What torch.load raises on files that are cut short or are something else.
+_DAMAGE = (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, OSError, struct.error)
 
 # Training-only parts of other projects, which sampling and our own training do without.
 _FOREIGN = {
@@ -39,8 +44,9 @@ class Weights:
 
     tensors: dict[str, Tensor]
     config: ModelConfig
-    notes: tuple[str, ...] = ()  # what was left out or filled in, one line each
-    objective: dict[str, Any] | None = None  # the run's ObjectiveConfig, where the file says it
+    notes: tuple[str, ...] = ()  # what was left out or is missing, one line each
+    objective: ObjectiveConfig | None = None  # where the file says it
+    without_head: bool = False  # zeros stand in for a missing projection head, which sampling does not use
 
 
 def read(path: Path, key: str = "ema") -> Weights:
@@ -49,22 +55,19 @@ def read(path: Path, key: str = "ema") -> Weights:
     Raises:
         Refused: if the file is missing, damaged, wants to run code, or holds another network.
     """
-    refuse_unless(
-        path.is_file(), "weights", str(path), "no such file; must be a run, a .safetensors or a public .pt file"
-    )
+    refuse_unless(path.is_file(), "weights", str(path), "must be a run, a .safetensors or a public .pt file")
     if path.suffix == ".safetensors":
-        tensors, metadata = read_safetensors(path)
+        tensors, said = read_safetensors(path)
+        described = _description(said.get(METADATA_KEY), path)
     else:
-        tensors, metadata = _read_pickle(path, key), {}
+        tensors, described = _read_pickle(path, key)
     tensors, notes = _to_our_names(tensors, path)
-    if METADATA_KEY in metadata:
-        described = json.loads(metadata[METADATA_KEY])
-        config = from_dict(ModelConfig, described["model"], f"{path}: model")
-        objective = described["objective"]
-    else:
-        config, objective = infer(tensors, path), None
-    tensors, filled = check(tensors, config, path)
-    return Weights(tensors, config, (*notes, *filled), objective)
+    config = from_dict(ModelConfig, described["model"], str(path)) if described else infer(tensors, path)
+    tensors, without_head = check(tensors, config, path)
+    if without_head:
+        notes.append(f"{path.name}: has no ap_head (trained without alignment)")
+    objective = from_dict(ObjectiveConfig, described["objective"], str(path)) if described else None
+    return Weights(tensors, config, tuple(notes), objective, without_head)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -76,44 +79,55 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise Refused(f"{path}: not a complete safetensors file ({error})") from error
 
 
-def _read_pickle(path: Path, key: str) -> dict[str, Tensor]:
+def _description(text: str | None, path: Path) -> dict[str, Any] | None:
+    """{"model": ..., "objective": ...} as our own files carry it."""
+    if text is None:
+        return None
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        described = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise Refused(f"{path}: its {METADATA_KEY} is not JSON ({error})") from error
+    complete = isinstance(described, dict) and {"model", "objective"} <= set(described)
+    refuse_unless(complete, f"{path}: {METADATA_KEY}", text[:80], "must be an object with model and objective")
+    return described
+
+
+def _read_pickle(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """(state dict, description if we wrote the file) of a .pt file."""
+    try:
+        with torch.serialization.safe_globals([Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        wanted = (
-            str(error).split("GLOBAL ")[-1].split(" was not")[0] if "GLOBAL" in str(error) else "it is no checkpoint"
-        )
-        raise Refused(
-            f"{path}: refused to unpickle ({wanted}); only tensors and argparse.Namespace are read"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it wants to call {wanted[1]}" if wanted else "it is no checkpoint"
+        raise Refused(f"{path}: not unpickled: {reason}; only tensors and argparse.Namespace are read") from error
+    except _DAMAGE as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise Refused(f"{path}: not a complete PyTorch checkpoint ({reason})") from error
+    arguments = (
+        vars(content["args"]) if isinstance(content, dict) and isinstance(content.get("args"), Namespace) else {}
+    )
+    described = arguments if {"model", "objective"} <= set(arguments) and isinstance(arguments["model"], dict) else None
     if isinstance(content, dict) and isinstance(content.get(key), dict):
         content = content[key]
     elif isinstance(content, dict) and any(isinstance(value, dict) for value in content.values()):
         found = ", ".join(name for name, value in content.items() if isinstance(value, dict))
         raise Refused(f"{path}: no {key!r} weights; it has {found} (choose with --weights-key)")
-    tensors_only = isinstance(content, dict) and content and all(isinstance(v, Tensor) for v in content.values())
-    if not tensors_only:
+    if not (isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values())):
         raise Refused(f"{path}: holds no state dict; must be one, or a public checkpoint with 'model' and 'ema'")
-    return content
+    return content, described
 
 
 def _to_our_names(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """Strip the prefixes of wrappers and leave out foreign parts, saying so."""
     notes = []
-    for prefix in ("module.", "_orig_mod."):
-        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    tensors = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in tensors.items()}
     for prefix, what in _FOREIGN.items():
         if any(name.startswith(prefix) for name in tensors):
             tensors = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
             notes.append(f"{path.name}: left out {prefix}* ({what})")
     if any(name.startswith("projector.") for name in tensors):
-        raise Refused(
-            f"{path}: has projector.*, Self-Flow's layout, whose patch embedding and outputs differ from SRA's"
-        )
+        raise Refused(f"{path}: has projector.*: Self-Flow's layout, whose patches and outputs differ from SRA's")
     return {name: value.float() for name, value in tensors.items()}, notes
 
 
@@ -140,7 +154,7 @@ def infer(tensors: dict[str, Tensor], path: Path) -> ModelConfig:
     )
     return ModelConfig(
         family="sit" if outputs == channels else "dit",
-        depth=1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")),
+        depth=1 + max(int(block[1]) for name in tensors if (block := re.match(r"blocks\.(\d+)\.", name))),
         hidden=hidden,
         heads=heads,
         patch=patch,
@@ -158,14 +172,13 @@ def shapes(config: ModelConfig) -> dict[str, torch.Size]:
         return {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}
 
 
-def check(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors in the network's order, every name and shape as it must be; a wholly missing head is filled with
-    zeros and said."""
-    expected, notes = shapes(config), []
-    head = {name for name in expected if name.startswith("ap_head.")}
-    if not head & set(tensors):
-        notes.append(f"{path.name}: has no ap_head (trained without alignment); zeros stand in for it")
-        tensors = tensors | {name: torch.zeros(expected[name]) for name in head}
+def check(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> tuple[dict[str, Tensor], bool]:
+    """(the tensors in the network's order, whether zeros stand in for a wholly missing head); refuses any other gap."""
+    expected = shapes(config)
+    head = {name: shape for name, shape in expected.items() if name.startswith("ap_head.")}
+    without_head = not set(head) & set(tensors)
+    if without_head:
+        tensors = tensors | {name: torch.zeros(shape) for name, shape in head.items()}
     missing, unknown = set(expected) - set(tensors), set(tensors) - set(expected)
     if missing:
         raise Refused(f"{path}: {min(missing)} is missing ({len(missing)} parameters in all)")
@@ -174,7 +187,7 @@ def check(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> tuple[
     for name, shape in expected.items():
         if tensors[name].shape != shape:
             raise Refused(f"{path}: {name} has shape {tuple(tensors[name].shape)}; must be {tuple(shape)}")
-    return {name: tensors[name] for name in expected}, notes
+    return {name: tensors[name] for name in expected}, without_head
 
 
 def metadata(model: ModelConfig, objective: object) -> dict[str, str]:
@@ -187,7 +200,7 @@ def write_public(
 ) -> None:
     """A checkpoint as SiT-SRA and DiT-SRA write them, without optimizer state. A .pt file is a pickle by nature: the
     one kind we write."""
-    content = {"model": model, "ema": ema, "args": argparse.Namespace(**args), "epoch": epoch, "steps": steps}
+    content = {"model": model, "ema": ema, "args": Namespace(**args), "epoch": epoch, "steps": steps}
     partial = path.with_name(path.name + ".tmp")
     try:
         torch.save(content, partial)

@@ -1,34 +1,34 @@
-"""The whole configuration: frozen dataclasses, their checks, and named presets. Nothing else knows a default.
-
-A run is `Config`; the command line changes fields of a preset, and `config.json` in the run directory holds every one
-of them. Fields are named on the command line as here, with hyphens: `Config.align.t_max` is `--align.t-max`.
-"""
+"""Every option of a training run: name, type, default, meaning, check. Nothing else knows a default."""
 
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import ClassVar, Literal
+
+from sra_fast.config.checks import Refused, Section, refuse_unless
 
 Choice = Literal["auto", "fused", "reference"]
 
+SAMPLERS = {"sit": ("euler", "heun", "sde"), "dit": ("ddpm", "ddim")}
 
-class Refused(ValueError):
-    """Input that cannot be used. The message is one line: the field or file, what was given, what is allowed."""
-
-
-def refuse_unless(condition: bool, name: str, given: object, allowed: str) -> None:
-    """Raise `Refused` with the house's message unless `condition`."""
-    if not condition:
-        raise Refused(f"{name}: {given!r} given; {allowed}")
+# Published pairs of (student, teacher) blocks: SRA, arXiv 2505.02831, by family and (depth, hidden).
+PUBLISHED_TAPS = {
+    ("sit", 12, 768): (3, 8),
+    ("sit", 24, 1024): (6, 16),
+    ("sit", 28, 1152): (8, 20),
+    ("dit", 12, 768): (3, 7),
+    ("dit", 24, 1024): (6, 14),
+    ("dit", 28, 1152): (8, 16),
+}
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Section):
     """Where the run lives and what makes it reproducible."""
+
+    section: ClassVar[str] = "run"
 
     name: str = "run"
     """Folder of the run below --run.dir."""
@@ -39,16 +39,16 @@ class RunConfig:
     dry_run: bool = False
     """Print the resolved configuration and stop."""
 
-    def __post_init__(self) -> None:
-        refuse_unless(
-            self.name not in ("", ".", "..") and "/" not in self.name, "run.name", self.name, "must be one folder name"
-        )
-        refuse_unless(0 <= self.seed < 2**64, "run.seed", self.seed, "must be in [0, 2^64)")
+    def check(self) -> None:
+        self.need(self.name not in ("", ".", "..") and "/" not in self.name, "name", "must be one folder name")
+        self.need(0 <= self.seed < 2**64, "seed", "must be in [0, 2^64)")
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Section):
     """The transformer shared by SiT and DiT. A zero for input size, channels or classes is read from the data."""
+
+    section: ClassVar[str] = "model"
 
     family: Literal["sit", "dit"] = "sit"
     """sit predicts a velocity in continuous time; dit predicts noise and its variance in 1,000 steps."""
@@ -75,30 +75,12 @@ class ModelConfig:
     checkpoint_every: int = 0
     """Recompute every K-th block in the backward pass instead of keeping its activations; 0 = none."""
 
-    def __post_init__(self) -> None:
-        for name in ("depth", "hidden", "heads", "patch", "mlp_ratio"):
-            refuse_unless(
-                getattr(self, name) > 0, f"model.{name.replace('_', '-')}", getattr(self, name), "must be positive"
-            )
-        for name in ("input_size", "channels", "classes", "checkpoint_every"):
-            refuse_unless(
-                getattr(self, name) >= 0, f"model.{name.replace('_', '-')}", getattr(self, name), "must not be negative"
-            )
-        refuse_unless(
-            self.hidden % self.heads == 0,
-            "model.hidden",
-            self.hidden,
-            f"must be a multiple of model.heads = {self.heads}",
-        )
-        refuse_unless(
-            self.hidden % 4 == 0, "model.hidden", self.hidden, "must be a multiple of 4 (the 2-D position table)"
-        )
-        refuse_unless(
-            self.input_size % self.patch == 0,
-            "model.input-size",
-            self.input_size,
-            f"must be a multiple of model.patch = {self.patch}",
-        )
+    def check(self) -> None:
+        self.need_positive("depth", "hidden", "heads", "patch", "mlp_ratio")
+        self.need_not_negative("input_size", "channels", "classes", "checkpoint_every")
+        self.need(self.hidden % self.heads == 0, "hidden", f"must be a multiple of model.heads = {self.heads}")
+        self.need(self.hidden % 4 == 0, "hidden", "must be a multiple of 4 (the 2-D position table)")
+        self.need(self.input_size % self.patch == 0, "input_size", f"must be a multiple of model.patch = {self.patch}")
 
     @property
     def tokens(self) -> int:
@@ -112,8 +94,10 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Section):
     """The generative loss."""
+
+    section: ClassVar[str] = "objective"
 
     path: Literal["linear", "cosine"] = "linear"
     """Interpolant of sit: x_t = (1-t) x + t noise, or cos(pi t/2) x + sin(pi t/2) noise. dit has its own 1,000 linear
@@ -123,14 +107,16 @@ class ObjectiveConfig:
     label_dropout: float = 0.1
     """Share of labels replaced by the null class, for classifier-free guidance."""
 
-    def __post_init__(self) -> None:
-        refuse_unless(0 <= self.label_dropout < 1, "objective.label-dropout", self.label_dropout, "must be in [0, 1)")
+    def check(self) -> None:
+        self.need(0 <= self.label_dropout < 1, "label_dropout", "must be in [0, 1)")
 
 
 @dataclass(frozen=True)
-class AlignConfig:
+class AlignConfig(Section):
     """Self-representation alignment (arXiv 2505.02831): which block learns from which, at what distance, how
     strongly, and when."""
+
+    section: ClassVar[str] = "align"
 
     method: Literal["sra", "none"] = "sra"
     """sra aligns with the EMA teacher; none trains the plain model."""
@@ -153,27 +139,16 @@ class AlignConfig:
     """The teacher sees the student's dropped labels (published). Off: the teacher's labels are dropped
     independently."""
 
-    def __post_init__(self) -> None:
-        refuse_unless(self.weight >= 0, "align.weight", self.weight, "must not be negative")
-        refuse_unless(
-            self.weight_hold_epochs >= 0, "align.weight-hold-epochs", self.weight_hold_epochs, "must not be negative"
-        )
-        refuse_unless(
-            self.weight_decade_epochs >= 0,
-            "align.weight-decade-epochs",
-            self.weight_decade_epochs,
-            "must not be negative",
-        )
-        refuse_unless(0 < self.t_max <= 1, "align.t-max", self.t_max, "must be in (0, 1]")
-        for name in ("student_tap", "teacher_tap"):
-            refuse_unless(
-                getattr(self, name) >= 0, f"align.{name.replace('_', '-')}", getattr(self, name), "must not be negative"
-            )
+    def check(self) -> None:
+        self.need_not_negative("weight", "weight_hold_epochs", "weight_decade_epochs", "student_tap", "teacher_tap")
+        self.need(0 < self.t_max <= 1, "t_max", "must be in (0, 1]")
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Section):
     """AdamW with decoupled decay, gradient clipping and the EMA of the weights, which is also the teacher."""
+
+    section: ClassVar[str] = "optim"
 
     lr: float = 1e-4
     """Peak learning rate."""
@@ -196,25 +171,18 @@ class OptimConfig:
     ema_warmup: bool = True
     """Use min(decay, (1 + k) / (10 + k)) at optimizer step k."""
 
-    def __post_init__(self) -> None:
-        refuse_unless(self.lr > 0, "optim.lr", self.lr, "must be positive")
+    def check(self) -> None:
+        self.need_positive("lr", "eps")
+        self.need_not_negative("weight_decay", "clip", "warmup_images")
         for name in ("beta1", "beta2", "ema_decay"):
-            refuse_unless(
-                0 <= getattr(self, name) < 1,
-                f"optim.{name.replace('_', '-')}",
-                getattr(self, name),
-                "must be in [0, 1)",
-            )
-        refuse_unless(self.eps > 0, "optim.eps", self.eps, "must be positive")
-        for name in ("weight_decay", "clip", "warmup_images"):
-            refuse_unless(
-                getattr(self, name) >= 0, f"optim.{name.replace('_', '-')}", getattr(self, name), "must not be negative"
-            )
+            self.need(0 <= getattr(self, name) < 1, name, "must be in [0, 1)")
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section):
     """Training images: one folder per class, JPEG or PNG."""
+
+    section: ClassVar[str] = "data"
 
     images: str = ""
     """Folder of class folders. The digits preset writes scikit-learn's digits there if it does not exist."""
@@ -236,16 +204,18 @@ class DataConfig:
     threads: int = 0
     """Decoding threads; 0 = one per core, at most 8."""
 
-    def __post_init__(self) -> None:
-        refuse_unless(self.resolution > 0, "data.resolution", self.resolution, "must be positive")
-        refuse_unless(0 < self.held_out < 1, "data.held-out", self.held_out, "must be in (0, 1)")
-        refuse_unless(0 <= self.max_bad_share <= 1, "data.max-bad-share", self.max_bad_share, "must be in [0, 1]")
-        refuse_unless(self.threads >= 0, "data.threads", self.threads, "must not be negative")
+    def check(self) -> None:
+        self.need_positive("resolution")
+        self.need_not_negative("threads")
+        self.need(0 < self.held_out < 1, "held_out", "must be in (0, 1)")
+        self.need(0 <= self.max_bad_share <= 1, "max_bad_share", "must be in [0, 1]")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Section):
     """Length, batch and rhythm of training. Everything is counted in images."""
+
+    section: ClassVar[str] = "train"
 
     images: int = 102_400_000
     """Length of the run in images (400,000 steps of 256)."""
@@ -275,38 +245,21 @@ class TrainConfig:
     keep_every_images: int = 0
     """Checkpoints at multiples of this are never removed; 0 = no such rule."""
 
-    def __post_init__(self) -> None:
-        for name in (
-            "images",
-            "batch",
-            "accumulate",
-            "log_every_steps",
-            "save_every_images",
-            "keep_checkpoints",
-            "validation_images",
-        ):
-            refuse_unless(
-                getattr(self, name) > 0, f"train.{name.replace('_', '-')}", getattr(self, name), "must be positive"
-            )
-        for name in ("validate_every_images", "preview_every_images", "keep_every_images"):
-            refuse_unless(
-                getattr(self, name) >= 0, f"train.{name.replace('_', '-')}", getattr(self, name), "must not be negative"
-            )
-        refuse_unless(
-            self.save_every_minutes > 0, "train.save-every-minutes", self.save_every_minutes, "must be positive"
-        )
-        refuse_unless(
-            self.batch % self.accumulate == 0,
-            "train.batch",
-            self.batch,
-            f"must be a multiple of train.accumulate = {self.accumulate}",
+    def check(self) -> None:
+        self.need_positive("images", "batch", "accumulate", "log_every_steps", "validation_images")
+        self.need_positive("save_every_images", "save_every_minutes", "keep_checkpoints")
+        self.need_not_negative("validate_every_images", "preview_every_images", "keep_every_images")
+        self.need(
+            self.batch % self.accumulate == 0, "batch", f"must be a multiple of train.accumulate = {self.accumulate}"
         )
 
 
 @dataclass(frozen=True)
-class KernelsConfig:
+class KernelsConfig(Section):
     """Which implementation computes each op: a fused kernel, its reference in plain PyTorch, or auto: whichever was
     measured faster."""
+
+    section: ClassVar[str] = "kernels"
 
     default: Choice = "auto"
     """For every op not named below."""
@@ -333,8 +286,10 @@ class KernelsConfig:
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(Section):
     """How images are generated."""
+
+    section: ClassVar[str] = "sample"
 
     sampler: Literal["auto", "euler", "heun", "sde", "ddpm", "ddim"] = "auto"
     """sit: euler and heun (ODE), sde (Euler-Maruyama); dit: ddpm, ddim. auto = sde for sit, ddpm for dit."""
@@ -358,25 +313,23 @@ class SampleConfig:
     """Call the network for one image at a time, so that a sample is the same in every bit whatever --sample.batch is.
     Slow."""
 
-    def __post_init__(self) -> None:
-        for name in ("steps", "count", "batch"):
-            refuse_unless(getattr(self, name) > 0, f"sample.{name}", getattr(self, name), "must be positive")
-        refuse_unless(self.guidance >= 0, "sample.guidance", self.guidance, "must not be negative")
-        refuse_unless(
-            0 <= self.guidance_low <= self.guidance_high <= 1,
-            "sample.guidance-low, sample.guidance-high",
-            (self.guidance_low, self.guidance_high),
-            "must be 0 <= low <= high <= 1",
+    def check(self) -> None:
+        self.need_positive("steps", "count", "batch")
+        self.need_not_negative("guidance", "guidance_channels")
+        self.need(0 <= self.guidance_low <= 1, "guidance_low", "must be in [0, 1]")
+        self.need(
+            self.guidance_low <= self.guidance_high <= 1,
+            "guidance_high",
+            f"must be in [sample.guidance-low = {self.guidance_low:g}, 1]",
         )
-        refuse_unless(
-            self.guidance_channels >= 0, "sample.guidance-channels", self.guidance_channels, "must not be negative"
-        )
-        refuse_unless(0 <= self.seed < 2**64, "sample.seed", self.seed, "must be in [0, 2^64)")
+        self.need(0 <= self.seed < 2**64, "seed", "must be in [0, 2^64)")
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Section):
     """What a trained model must reach. A bar of zero is not checked."""
+
+    section: ClassVar[str] = "evaluate"
 
     after_training: bool = False
     """Evaluate at the end of training and fail below the bars."""
@@ -394,25 +347,17 @@ class EvaluateConfig:
     """Smallest ratio of nearest-training-neighbour distances, samples over held-out images: memorising drives it to
     zero."""
 
-    def __post_init__(self) -> None:
-        refuse_unless(self.samples > 0, "evaluate.samples", self.samples, "must be positive")
-        refuse_unless(self.guidance >= 0, "evaluate.guidance", self.guidance, "must not be negative")
-
-
-# Published pairs of (student, teacher) blocks: SRA, arXiv 2505.02831, by family and (depth, hidden).
-PUBLISHED_TAPS = {
-    ("sit", 12, 768): (3, 8),
-    ("sit", 24, 1024): (6, 16),
-    ("sit", 28, 1152): (8, 20),
-    ("dit", 12, 768): (3, 7),
-    ("dit", 24, 1024): (6, 14),
-    ("dit", 28, 1152): (8, 16),
-}
+    def check(self) -> None:
+        self.need_positive("samples")
+        self.need_not_negative("guidance", "min_class_accuracy", "min_class_accuracy_guided")
+        self.need_not_negative("max_frechet_ratio", "min_nearest_ratio")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section):
     """A whole training run."""
+
+    section: ClassVar[str] = ""
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -433,27 +378,25 @@ class Config:
     deterministic: bool = False
     """Ask every backend for bitwise reproducible kernels (CPU runs are reproducible without)."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         student, teacher = self.taps
-        depth = self.model.depth
+        depth, patch, family = self.model.depth, self.model.patch, self.model.family
         if self.align.method != "none":
             refuse_unless(1 <= teacher <= depth, "align.teacher-tap", teacher, f"must be in [1, model.depth = {depth}]")
             refuse_unless(1 <= student <= depth, "align.student-tap", student, f"must be in [1, model.depth = {depth}]")
             refuse_unless(
                 student < teacher, "align.student-tap", student, f"must be below align.teacher-tap = {teacher}"
             )
+        resolution, sampler = self.data.resolution, self.sample.sampler
         refuse_unless(
-            self.data.resolution % self.model.patch == 0,
-            "data.resolution",
-            self.data.resolution,
-            f"must be a multiple of model.patch = {self.model.patch}",
+            resolution % patch == 0, "data.resolution", resolution, f"must be a multiple of model.patch = {patch}"
         )
-        sampler, allowed = self.sample.sampler, SAMPLERS[self.model.family]
+        allowed = ("auto", *SAMPLERS[family])
         refuse_unless(
-            sampler == "auto" or sampler in allowed,
+            sampler in allowed,
             "sample.sampler",
             sampler,
-            f"must be auto or one of {', '.join(allowed)} for model.family = {self.model.family}",
+            f"must be one of {', '.join(allowed)} for model.family = {family}",
         )
 
     @property
@@ -468,114 +411,3 @@ class Config:
     def path(self) -> Path:
         """The run directory."""
         return Path(self.run.dir) / self.run.name
-
-
-SAMPLERS = {"sit": ("euler", "heun", "sde"), "dit": ("ddpm", "ddim")}
-
-SIZES = {  # depth, hidden, heads: DiT, table 1
-    "s": (12, 384, 6),
-    "b": (12, 768, 12),
-    "l": (24, 1024, 16),
-    "xl": (28, 1152, 16),
-}
-
-DIGITS_FOLDER = "data/digits"
-
-
-def _digits() -> Config:
-    return Config(
-        run=RunConfig(name="digits"),
-        model=ModelConfig(family="sit", depth=6, hidden=128, heads=4, patch=2),
-        optim=OptimConfig(lr=1e-3, schedule="cosine", warmup_images=3_200, ema_decay=0.995),
-        data=DataConfig(images=DIGITS_FOLDER, resolution=8, channels=1, held_out=0.2),
-        train=TrainConfig(
-            images=64_000,
-            batch=64,
-            log_every_steps=10,
-            validate_every_images=16_000,
-            validation_images=256,
-            preview_every_images=16_000,
-            save_every_images=16_000,
-        ),
-        sample=SampleConfig(sampler="heun", steps=16, count=100, batch=100),
-        evaluate=EvaluateConfig(
-            after_training=True,
-            samples=2000,
-            min_class_accuracy=0.95,
-            min_class_accuracy_guided=0.98,
-            max_frechet_ratio=3.0,
-            min_nearest_ratio=0.5,
-        ),
-    )
-
-
-def _public(family: str, size: str, patch: int, paper: bool) -> Config:
-    """A model of the papers. `paper` variants carry the published loss, its weight and decay, and the EMA without
-    warm-up."""
-    depth, hidden, heads = SIZES[size]
-    name = f"{family}-{size}-{patch}"
-    config = Config(
-        run=RunConfig(name=name),
-        model=ModelConfig(family=family, depth=depth, hidden=hidden, heads=heads, patch=patch),
-        sample=SampleConfig(guidance_channels=3 if family == "dit" and paper else 0),
-    )
-    if not paper:
-        return config
-    # SRA's code at 256 px: smooth-L1 with weight 0.2 (DiT 0.04) up to epoch 149, then tenfold less every 1,000 epochs.
-    return replace(
-        config,
-        run=RunConfig(name=f"{name}-paper"),
-        align=AlignConfig(
-            distance="smooth_l1",
-            weight=0.2 if family == "sit" else 0.04,
-            weight_hold_epochs=149,
-            weight_decade_epochs=1000,
-        ),
-        optim=OptimConfig(ema_warmup=False),
-    )
-
-
-PRESETS: dict[str, Config] = {"digits": _digits()} | {
-    f"{family}-{size}-{patch}" + ("-paper" if paper else ""): _public(family, size, patch, paper)
-    for family in ("sit", "dit")
-    for size in SIZES
-    for patch in (2, 4, 8)
-    for paper in (False, True)
-}
-
-
-def preset(name: str) -> Config:
-    """The preset of that name."""
-    families = "digits and {sit,dit}-{s,b,l,xl}-{2,4,8}, each also with -paper"
-    refuse_unless(name in PRESETS, "preset", name, f"must be one of {families}")
-    return PRESETS[name]
-
-
-def to_dict(config: object) -> dict[str, Any]:
-    """A dataclass as nested dictionaries of JSON values."""
-    return dataclasses.asdict(config)
-
-
-def from_dict(cls: type, values: dict[str, Any], where: str = "config") -> Any:
-    """The dataclass `cls` from `to_dict`'s output; unknown fields and values of the wrong type are refused by name."""
-    refuse_unless(isinstance(values, dict), where, values, "must be an object")
-    hints = typing.get_type_hints(cls)
-    unknown = set(values) - set(hints)
-    refuse_unless(not unknown, where, sorted(unknown), f"must be among {', '.join(hints)}")
-    return cls(**{name: _checked(hints[name], value, f"{where}.{name}") for name, value in values.items()})
-
-
-def _checked(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, where)
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return None if value is None else _checked(typing.get_args(hint)[0], value, where)
-    if origin is Literal:
-        allowed = typing.get_args(hint)
-        refuse_unless(value in allowed, where, value, f"must be one of {', '.join(map(str, allowed))}")
-        return value
-    if hint is float and type(value) is int:
-        return float(value)
-    refuse_unless(type(value) is hint, where, value, f"must be {hint.__name__}")
-    return value

@@ -1,0 +1,139 @@
+"""Runs of a few seconds for tests: a small image folder, a small network, and ways to start, stop and read a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from sra_fast.config import Config, from_dict, preset, to_dict
+from sra_fast.step import TrainingStep
+from sra_fast.trainer import Trainer
+
+TENSORS = ("weights", "ema", "adam_m", "adam_v")
+COUNTERS = ("images_seen", "step", "adam_step", "skipped_steps", "skipped_in_a_row", "data_fingerprint")
+
+SMALL = {
+    "model.depth": 3,
+    "model.hidden": 32,
+    "model.heads": 2,
+    "optim.warmup_images": 24,
+    "data.reader": "pillow",
+    "data.threads": 1,
+    "train.images": 80,
+    "train.batch": 8,
+    "train.log_every_steps": 1,
+    "train.validate_every_images": 0,
+    "train.validation_images": 8,
+    "train.preview_every_images": 0,
+    "train.save_every_images": 1_000_000,
+    "sample.steps": 2,
+    "sample.count": 4,
+    "evaluate.after_training": False,
+}
+
+
+def write_images(root: Path, count: int = 80, classes: int = 4) -> Path:
+    """`count` different 8 x 8 grey PNGs in class folders c0, c1, ...; each class has a brightness of its own."""
+    generator = np.random.default_rng(0)
+    for index in range(count):
+        label = index % classes
+        path = root / f"c{label}" / f"{index:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((50 * label + generator.integers(0, 60, (8, 8))).astype(np.uint8)).save(path)
+    return root
+
+
+def changed(root: Path, changes: dict[str, object]) -> dict[str, object]:
+    """SMALL below `root` (images in root/data, run root/runs/a), with some fields changed."""
+    return {**SMALL, "run.dir": str(root / "runs"), "run.name": "a", "data.images": str(root / "data"), **changes}
+
+
+def small(root: Path, **changes: object) -> Config:
+    """The digits preset, made small. `train__batch=4` sets train.batch."""
+    values = to_dict(preset("digits"))
+    for name, value in changed(root, {key.replace("__", "."): value for key, value in changes.items()}).items():
+        *section, last = name.split(".")
+        (values[section[0]] if section else values)[last] = value
+    return from_dict(Config, values)
+
+
+def arguments(root: Path, *extra: str, **changes: object) -> list[str]:
+    """The same on the command line: train digits --model.depth 3 ..., then `extra`."""
+    words = ["train", "digits"]
+    for name, value in changed(root, {key.replace("__", "."): value for key, value in changes.items()}).items():
+        section, _, last = name.replace("_", "-").rpartition(".")
+        prefix = f"--{section}." if section else "--"
+        words += [f"{prefix}{'' if value else 'no-'}{last}"] if isinstance(value, bool) else [prefix + last, str(value)]
+    return [*words, *extra]
+
+
+def run(config: Config, stop_after: int = 0, number: int = signal.SIGTERM) -> tuple[int, list[dict[str, float]]]:
+    """(exit code, metrics of each step) of a training, stopped by a signal during step `stop_after` of this process."""
+    rows, original = [], TrainingStep.__call__
+
+    def step(self, *batch):
+        metrics = original(self, *batch)
+        rows.append({name: float(value) for name, value in metrics._asdict().items()})
+        if len(rows) == stop_after:
+            signal.raise_signal(number)
+        return metrics
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingStep, "__call__", step)
+        return Trainer(config, report=lambda line: None).run(), rows
+
+
+def process(words: list[str], **options: object) -> subprocess.Popen:
+    """`sra-fast WORDS` as a process of its own."""
+    program = Path(sys.executable).with_name("sra-fast")
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    return subprocess.Popen([program, *words], env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+
+
+def strict_json(text: str) -> object:
+    """JSON by its standard, which knows no NaN and no Infinity."""
+
+    def refuse(word):
+        raise ValueError(f"{word} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [strict_json(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def summary(folder: Path) -> dict:
+    return strict_json((folder / "summary.json").read_text())
+
+
+def checkpoints(folder: Path) -> list[str]:
+    """Names of everything in the run's folder of checkpoints."""
+    return sorted(path.name for path in (folder / "checkpoints").glob("*"))
+
+
+def content(folder: Path) -> dict[str, dict]:
+    """Everything a checkpoint holds that decides how the run goes on: bytes of all tensors, and the counters."""
+    state = json.loads((folder / "state.json").read_text())
+    tensors = {file: load_file(folder / f"{file}.safetensors") for file in TENSORS}
+    held = {file: {name: value.numpy().tobytes() for name, value in tensors[file].items()} for file in TENSORS}
+    return held | {"counters": {name: state[name] for name in COUNTERS}}
+
+
+def complaint(captured: tuple[str, str]) -> str:
+    """The one line of `sra-fast:` on stderr, which is also its last, without a traceback before it."""
+    error = captured[1]
+    lines = error.replace("\r", "\n").splitlines()
+    said = [line for line in lines if line.startswith("sra-fast:")]
+    assert said == lines[-1:], error
+    assert "Traceback" not in error
+    return said[0]
