@@ -22,10 +22,19 @@ TENSORS = ("weights", "ema", "adam_m", "adam_v")
 COUNTERS = ("images_seen", "step", "adam_step", "skipped_steps", "skipped_in_a_row", "data_fingerprint")
 
 SMALL = {
+    "model.family": "sit",
     "model.depth": 3,
     "model.hidden": 32,
     "model.heads": 2,
+    "model.patch": 2,
+    "objective.times": "uniform",
+    "optim.lr": 1e-3,
+    "optim.schedule": "cosine",
     "optim.warmup_images": 24,
+    "optim.ema_decay": 0.99,
+    "data.resolution": 8,
+    "data.channels": 1,
+    "data.held_out": 0.2,
     "data.reader": "pillow",
     "data.threads": 1,
     "train.images": 80,
@@ -35,6 +44,7 @@ SMALL = {
     "train.validation_images": 8,
     "train.preview_every_images": 0,
     "train.save_every_images": 1_000_000,
+    "sample.sampler": "heun",
     "sample.steps": 2,
     "sample.count": 4,
     "evaluate.after_training": False,
@@ -63,7 +73,7 @@ def small(root: Path, **changes: object) -> Config:
     for name, value in changed(root, {key.replace("__", "."): value for key, value in changes.items()}).items():
         *section, last = name.split(".")
         (values[section[0]] if section else values)[last] = value
-    return from_dict(Config, values)
+    return from_dict(Config, values, "small")
 
 
 def arguments(root: Path, *extra: str, **changes: object) -> list[str]:
