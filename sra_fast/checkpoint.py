@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ class Progress:
     train_s: float = 0.0
     replaced_images: int = 0  # that stood in for undecodable ones
     data_fingerprint: str = ""
+    undecodable_files: dict[str, str] = field(default_factory=dict)  # name -> reason
 
 
 def save(folder: Path, state: TrainState, config: Config, progress: Progress) -> Path:
@@ -113,13 +114,13 @@ def _flush(path: Path) -> None:
 
 
 def newest(folder: Path) -> Path | None:
-    """The complete checkpoint with the most images below `folder`, if any."""
+    """The checkpoint with the most images below `folder`, if any."""
     complete = _complete(folder)
     return complete[-1] if complete else None
 
 
 def _complete(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("[0-9]" * 12) if (path / "state.json").is_file())
+    return sorted(folder.glob("[0-9]" * 12))
 
 
 def prune(folder: Path, keep: int, keep_every_images: int) -> None:
@@ -138,9 +139,10 @@ def describe(path: Path) -> tuple[dict[str, Any], Config]:
     state = read_json(path / "state.json")
     version = state.get("format_version") if isinstance(state, dict) else None
     refuse_unless(version == FORMAT_VERSION, f"{path}: format_version", version, f"must be {FORMAT_VERSION}")
-    needed = {"config", *COUNTERS, *(field.name for field in dataclasses.fields(Progress))}
-    missing = sorted(needed - set(state))
-    refuse_unless(not missing, f"{path}: state.json", sorted(state), f"must also have {', '.join(missing)}")
+    defaults = {**dataclasses.asdict(Progress()), **dict.fromkeys(COUNTERS, 0), "config": {}}
+    for name, default in defaults.items():
+        fits = type(state.get(name)) is type(default)
+        refuse_unless(fits, f"{path}/state.json: {name}", state.get(name), f"must be of type {type(default).__name__}")
     return state, from_dict(Config, state["config"], str(path / "state.json"))
 
 
@@ -181,6 +183,8 @@ def _exactly(tensors: dict[str, Tensor], wanted: dict[str, torch.Size], file: Pa
     for name, shape in wanted.items():
         if tensors[name].shape != shape:
             raise Refused(f"{file}: {name} has shape {tuple(tensors[name].shape)}; must be {tuple(shape)}")
+        if tensors[name].dtype != torch.float32:
+            raise Refused(f"{file}: {name} is {tensors[name].dtype}; must be torch.float32")
     return {name: tensors[name] for name in wanted}
 
 

@@ -124,6 +124,7 @@ def sample(arguments: Sequence[str]) -> int:
 
     weights, network = _network(command.weights, command.weights_key, command.device)
     settings, model = command.sample, weights.config
+    refuse_unless(command.grid >= 0, "grid", command.grid, "must not be negative")
     for label in command.classes:
         refuse_unless(0 <= label < model.classes, "classes", label, f"must be in [0, {model.classes})")
     out = Path(command.out)
@@ -247,6 +248,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except BrokenPipeError:  # whoever read our output has had enough, as in `sra-fast train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"sra-fast: {error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("sra-fast: interrupted", file=sys.stderr)

@@ -54,6 +54,9 @@ def _version(program: str) -> str:
     path = shutil.which(program)
     if path is None:
         return ""
-    answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=False)
+    try:
+        answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return f"{path}, which does not answer"
     said = [line for line in answer.stdout.splitlines() if line.strip()]
     return (said[0] if program != "nvcc" else said[-1]) if said else path

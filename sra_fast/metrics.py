@@ -23,14 +23,17 @@ class MetricsLog:
     def __init__(self, folder: Path, images_seen: int) -> None:
         path = folder / "metrics.jsonl"
         kept = [line for line in _lines(path) if line["images_seen"] <= images_seen]
-        path.write_text("".join(_dump(line) for line in kept))
+        _replace(path, "".join(_dump(line) for line in kept))
         self._file = path.open("a")
         self._board = _tensorboard(folder, images_seen)
 
     def write(self, row: dict[str, Any]) -> None:
         """One line. Floats that are not finite become null, as JSON has no word for them."""
-        self._file.write(_dump(row))
-        self._file.flush()
+        try:
+            self._file.write(_dump(row))
+            self._file.flush()
+        except OSError as error:
+            raise Refused(f"{self._file.name}: could not be written ({error.strerror})") from error
         if self._board:
             for name, value in row.items():
                 if isinstance(value, int | float) and math.isfinite(value):
@@ -44,10 +47,16 @@ class MetricsLog:
 
 def write_json(path: Path, value: Any) -> None:
     """A JSON file, complete or not there at all."""
+    _replace(path, json.dumps(_finite(value), indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".tmp")
     try:
-        partial.write_text(json.dumps(_finite(value), indent=2) + "\n")
+        partial.write_text(text)
         partial.replace(path)
+    except OSError as error:
+        raise Refused(f"{path}: could not be written ({error.strerror})") from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
 from types import FrameType
 
 
@@ -29,4 +29,5 @@ class StopRequest:
         if self.signal:
             raise KeyboardInterrupt
         self.signal = number
-        print("\nfinishing the step and saving; once more to stop at once", file=sys.stderr)
+        # Not print: the signal may have come in the middle of another write to stderr.
+        os.write(2, b"\nfinishing the step and saving; once more to stop at once\n")

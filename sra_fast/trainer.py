@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sra_fast import checkpoint
+from sra_fast import checkpoint, evaluation
 from sra_fast.checkpoint import Progress
 from sra_fast.config import Config, Refused, refuse_unless, to_dict
 from sra_fast.data.source import open_source
 from sra_fast.data.stream import Batch, ImageStream, load
 from sra_fast.distributed import refuse_several_processes
-from sra_fast.evaluation import Report, evaluate, network_of
+from sra_fast.evaluation import Report, network_of
 from sra_fast.hardware import Hardware
 from sra_fast.metrics import MetricsLog, write_json
 from sra_fast.model.transformer import Ops, Transformer, around
@@ -59,7 +59,11 @@ class Trainer:
         self.source, self.config = open_source(config, self.hardware.device)
         self.step = TrainingStep(self.config, self.resolved, self.hardware.device)
         self.folder = self.config.path
-        self.checkpoints = self.folder / "checkpoints"
+        self.checkpoints, self.summary = self.folder / "checkpoints", self.folder / "summary.json"
+        if config.evaluate.after_training:
+            model = self.config.model
+            values = model.channels * model.input_size**2
+            evaluation.refuse_unless_possible(values, model.classes, self.source.train, self.source.held_out)
 
     def run(self) -> int:
         """Train, evaluate, write the summary. Returns the exit code: 0, 1 below a bar, 128 + signal when stopped."""
@@ -68,11 +72,13 @@ class Trainer:
             self._introduce()
             write_json(self.folder / "config.json", to_dict(self.config))
             (self.folder / "samples").mkdir(exist_ok=True)
+            self.summary.unlink(missing_ok=True)  # of a shorter run that goes on
             with closing(MetricsLog(self.folder, self.progress.images_seen)) as log, StopRequest() as stop:
                 last = self._train(log, stop)
             if stop.signal:
                 seen = f"{self.progress.images_seen:,} images"
-                self.report(f"stopped and saved at {seen}; the same command goes on from here")
+                how = "the same command goes" if self.config.resume == "auto" else "--resume auto goes"
+                self.report(f"stopped and saved at {seen}; {how} on from here")
                 return 128 + stop.signal
             return self._finish(last)
 
@@ -87,7 +93,7 @@ class Trainer:
                 self._initialise_from(state, Path(config.init_from))
             return state, Progress(data_fingerprint=self.source.fingerprint)
         tensors, progress = checkpoint.load(path, config, self.source.fingerprint, device)
-        finished = progress.images_seen >= config.train.images and (self.folder / "summary.json").exists()
+        finished = progress.images_seen >= config.train.images and self.summary.exists()
         seen = f"{progress.images_seen:,} images"
         refuse_unless(
             not finished, "run.name", config.run.name, f"is finished ({seen}); choose another, or raise --train.images"
@@ -158,10 +164,14 @@ class Trainer:
             while self.progress.step < steps and not stop.signal:
                 ring.push(self._one_step(next(stream)))
                 pending += 1
-                self._advance(batch, clock.total_s(), replaced + stream.replaced)
+                self._advance(batch, clock.total_s(), replaced + stream.replaced, dict(stream.bad))
                 bar.update(batch)
-                validate = self.progress.step == steps or self._due(settings.validate_every_images)
-                if validate or self.progress.step % settings.log_every_steps == 0:
+                done = self.progress.step == steps
+                validate = done or self._due(settings.validate_every_images)
+                save = done or stop.signal or self._due(settings.save_every_images)
+                save = save or _minutes_since(last_save) > settings.save_every_minutes
+                # A checkpoint ends a line, so that metrics.jsonl is the same however often a run is resumed there.
+                if save or validate or self.progress.step % settings.log_every_steps == 0:
                     row = self._row(ring.last(pending), pending * batch / clock.lap_s())
                     pending = 0
                     if validate:
@@ -173,12 +183,9 @@ class Trainer:
                 with clock.aside():
                     if self._due(settings.preview_every_images):
                         self._preview()
-                    if self._due(settings.save_every_images) or _minutes_since(last_save) > settings.save_every_minutes:
+                    if save:
                         self._save()
                         last_save = time.monotonic()
-            self.undecodable = dict(stream.bad)
-        if checkpoint.newest(self.checkpoints) != self.checkpoints / f"{self.progress.images_seen:012d}":
-            self._save()
         return row
 
     def _stream(self) -> ImageStream:
@@ -190,6 +197,7 @@ class Trainer:
             first_image=self.progress.images_seen,
             strict=self.config.data.strict,
             max_bad_share=self.config.data.max_bad_share,
+            bad=self.progress.undecodable_files,
         )
 
     def _progress_bar(self, images: int) -> tqdm:
@@ -209,9 +217,15 @@ class Trainer:
         weight = torch.full((), alignment_weight(self.config.align, seen // len(self.source.train)), device=device)
         return self.step(self.state, batch.x, batch.labels, batch.number, lr, weight)
 
-    def _advance(self, images: int, train_s: float, replaced: int) -> None:
-        seen, step = self.progress.images_seen + images, self.progress.step + 1
-        self.progress = replace(self.progress, images_seen=seen, step=step, train_s=train_s, replaced_images=replaced)
+    def _advance(self, images: int, train_s: float, replaced: int, bad: dict[str, str]) -> None:
+        self.progress = replace(
+            self.progress,
+            images_seen=self.progress.images_seen + images,
+            step=self.progress.step + 1,
+            train_s=train_s,
+            replaced_images=replaced,
+            undecodable_files=bad,
+        )
 
     def _due(self, every_images: int) -> bool:
         """Whether the step just made crossed a multiple of `every_images`; 0 = never."""
@@ -300,9 +314,9 @@ class Trainer:
             "resolved": self.resolved,
             "skipped_steps": int(self.state.skipped_steps),
             "replaced_images": self.progress.replaced_images,
-            "undecodable_files": self.undecodable,
+            "undecodable_files": self.progress.undecodable_files,
         }
-        write_json(self.folder / "summary.json", summary)
+        write_json(self.summary, summary)
         for name, value in summary.items():
             if isinstance(value, int | float):
                 self.report(f"{name:>26}  {value:,.4f}" if isinstance(value, float) else f"{name:>26}  {value:,}")
@@ -315,7 +329,7 @@ class Trainer:
     def _evaluate(self) -> Report:
         c = self.config
         with tqdm(total=2 * c.evaluate.samples, desc="evaluating", unit="img", disable=None) as bar:
-            return evaluate(
+            return evaluation.evaluate(
                 self._average(),
                 load(self.source.train, self.source.decoder),
                 load(self.source.held_out, self.source.decoder),

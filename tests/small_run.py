@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,9 @@ def arguments(root: Path, *extra: str, **changes: object) -> list[str]:
     return [*words, *extra]
 
 
-def run(config: Config, stop_after: int = 0, number: int = signal.SIGTERM) -> tuple[int, list[dict[str, float]]]:
+def run(
+    config: Config, stop_after: int = 0, number: int = signal.SIGTERM, report: Callable[[str], None] = lambda line: None
+) -> tuple[int, list[dict[str, float]]]:
     """(exit code, metrics of each step) of a training, stopped by a signal during step `stop_after` of this process."""
     rows, original = [], TrainingStep.__call__
 
@@ -99,7 +102,7 @@ def run(config: Config, stop_after: int = 0, number: int = signal.SIGTERM) -> tu
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainingStep, "__call__", step)
-        return Trainer(config, report=lambda line: None).run(), rows
+        return Trainer(config, report=report).run(), rows
 
 
 def process(words: list[str], **options: object) -> subprocess.Popen:

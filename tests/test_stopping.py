@@ -13,12 +13,12 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_the_first_signal_is_noted_and_said(number, capsys):
+def test_the_first_signal_is_noted_and_said(number, capfd):
     with StopRequest() as stop:
         assert stop.signal == 0
         signal.raise_signal(number)
         assert stop.signal == number
-    assert "once more to stop at once" in capsys.readouterr().err
+    assert "once more to stop at once" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("first", SIGNALS)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import queue
 import sys
 import threading
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -53,6 +54,7 @@ class ImageStream:
         first_image: image number of the first image.
         strict: stop at the first undecodable file.
         max_bad_share: stop when more than this share of the files has turned out undecodable.
+        bad: files already known to be undecodable, and why.
 
     Raises:
         Refused: by `next`, in the two cases above, naming the file. Any other exception of the thread is raised there
@@ -69,8 +71,9 @@ class ImageStream:
         first_image: int,
         strict: bool = False,
         max_bad_share: float = 0.01,
+        bad: Mapping[str, str] | None = None,
     ) -> None:
-        self.bad: dict[str, str] = {}
+        self.bad = dict(bad or {})
         """Undecodable files met so far, by the thread that reads ahead, and why."""
         self.replaced = 0
         """Images in the batches handed out so far that stand in for undecodable ones."""

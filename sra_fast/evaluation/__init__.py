@@ -11,7 +11,8 @@ are refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sized
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from sra_fast.config import EvaluateConfig, ModelConfig, SampleConfig, refuse_unless
 from sra_fast.evaluation.frechet import frechet_distance
-from sra_fast.evaluation.judge import Judge
+from sra_fast.evaluation.judge import Judge, require_scikit_learn
 from sra_fast.model.transformer import Transformer
 from sra_fast.sampling import balanced_labels, generate
 from sra_fast.sampling.images import to_uint8
@@ -42,7 +43,7 @@ class Report:
 
     def failures(self, bars: EvaluateConfig) -> list[str]:
         """One line for each bar that is not reached."""
-        ratio = self.frechet_distance / self.frechet_distance_real
+        ratio = _ratio(self.frechet_distance, self.frechet_distance_real)
         checks = [
             ("class_accuracy", self.class_accuracy, ">=", bars.min_class_accuracy),
             ("class_accuracy_guided", self.class_accuracy_guided, ">=", bars.min_class_accuracy_guided),
@@ -71,6 +72,21 @@ def nearest_distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(distances.min(dim=1).values.mean())
 
 
+def refuse_unless_possible(values: int, classes: int, train: Sized, held_out: Sized) -> None:
+    """Refuse what `evaluate` cannot judge, before a run is spent on it.
+
+    Args:
+        values: per image, C H W.
+        classes: of the model.
+        train, held_out: anything with the sets' lengths.
+    """
+    refuse_unless(values <= LARGEST_IMAGE, "evaluate: values per image", values, f"must be at most {LARGEST_IMAGE}")
+    refuse_unless(len(train) <= LARGEST_SET, "evaluate: training images", len(train), f"must be at most {LARGEST_SET}")
+    refuse_unless(len(held_out) > 1, "evaluate: held-out images", len(held_out), "must be at least 2")
+    refuse_unless(classes > 1, "evaluate: classes", classes, "must be at least 2")
+    require_scikit_learn()
+
+
 def evaluate(
     network: Transformer,
     train: tuple[Tensor, Tensor],
@@ -91,17 +107,8 @@ def evaluate(
         model, path, sample: as `sampling.generate`; guidance and count come from `config`.
         progress: called with the number of images after each batch.
     """
-    values = train[0][0].numel()
-    refuse_unless(
-        values <= LARGEST_IMAGE,
-        "evaluate: image",
-        tuple(train[0].shape[1:]),
-        f"must have at most {LARGEST_IMAGE} values",
-    )
-    refuse_unless(
-        len(train[0]) <= LARGEST_SET, "evaluate: training images", len(train[0]), f"must be at most {LARGEST_SET}"
-    )
     device = next(network.parameters()).device
+    refuse_unless_possible(train[0][0].numel(), model.classes, train[0], held_out[0])
     labels = balanced_labels(config.samples, model.classes).to(device)
 
     def samples(guidance: float) -> np.ndarray:
@@ -121,8 +128,12 @@ def evaluate(
         real_accuracy=judge.accuracy(unseen, unseen_labels),
         frechet_distance=frechet_distance(plain, unseen),
         frechet_distance_real=frechet_distance(real, unseen),
-        nearest_train_ratio=nearest_distance(plain, real) / nearest_distance(unseen, real),
+        nearest_train_ratio=_ratio(nearest_distance(plain, real), nearest_distance(unseen, real)),
     )
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else math.inf
 
 
 def network_of(model: Transformer) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

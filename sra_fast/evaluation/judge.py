@@ -7,6 +7,14 @@ import numpy as np
 from sra_fast.config import Refused
 
 
+def require_scikit_learn() -> None:
+    """Refuse to go on without scikit-learn."""
+    try:
+        import sklearn.svm  # noqa: F401
+    except ImportError as error:
+        raise Refused("evaluate: scikit-learn is not installed; pip install scikit-learn") from error
+
+
 class Judge:
     """A support vector machine with an RBF kernel on pixels.
 
@@ -19,10 +27,9 @@ class Judge:
     """
 
     def __init__(self, features: np.ndarray, labels: np.ndarray) -> None:
-        try:
-            from sklearn.svm import SVC
-        except ImportError as error:
-            raise Refused("evaluate: scikit-learn is not installed; pip install scikit-learn") from error
+        require_scikit_learn()
+        from sklearn.svm import SVC
+
         self._machine = SVC(kernel="rbf", C=10.0, gamma="scale").fit(features, labels)
 
     def accuracy(self, features: np.ndarray, labels: np.ndarray) -> float:
