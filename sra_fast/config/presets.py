@@ -33,17 +33,17 @@ def _digits() -> Config:
         run=RunConfig(name="digits"),
         model=ModelConfig(family="sit", depth=6, hidden=96, heads=3, patch=2),
         objective=ObjectiveConfig(times="lognormal"),
-        # A run of 1,000 steps: averages that forget fast, and a high rate that falls to zero.
+        # A run of 900 steps: averages that forget fast, and a high rate that falls to zero.
         optim=OptimConfig(lr=3e-3, beta2=0.99, schedule="cosine", warmup_images=3_200, ema_decay=0.99),
         data=DataConfig(images=DIGITS_FOLDER, resolution=8, channels=1, held_out=0.2),
         train=TrainConfig(
-            images=64_000,
+            images=57_600,
             batch=64,
             log_every_steps=10,
-            validate_every_images=16_000,
+            validate_every_images=14_400,
             validation_images=256,
-            preview_every_images=16_000,
-            save_every_images=16_000,
+            preview_every_images=14_400,
+            save_every_images=14_400,
         ),
         sample=SampleConfig(sampler="euler", steps=20, count=100, batch=250),
         evaluate=EvaluateConfig(
