@@ -93,8 +93,10 @@ def save(folder: Path, state: TrainState, config: Config, progress: Progress) ->
             tensors = {key: value.contiguous() for key, value in getattr(state, name).items()}
             save_file(tensors, partial / f"{name}.safetensors", metadata)
         write_json(partial / "state.json", description)
-        for path in (*partial.iterdir(), partial):
+        for path in partial.iterdir():
+            path.chmod((partial / "state.json").stat().st_mode)  # safetensors keeps its files to their owner
             _flush(path)
+        _flush(partial)
         shutil.rmtree(target, ignore_errors=True)  # the same moment, saved before
         partial.rename(target)
         _flush(folder)

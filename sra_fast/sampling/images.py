@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sra_fast.config import refuse_unless
 
+GAP = 96  # between black and white, to be told from either
 SMALLEST_TILE = 32  # pixels; smaller images are magnified in a grid
 
 
@@ -37,7 +38,7 @@ def to_uint8(x: Tensor) -> np.ndarray:
 
 
 def save_grid(path: str | Path, pixels: np.ndarray, columns: int) -> None:
-    """One PNG of all images, row by row, with black gaps of one pixel.
+    """One PNG of all images, row by row, with grey gaps of one pixel.
 
     Args:
         pixels: (N, H, W, C) uint8, C = 1 or 3. Magnified by the smallest whole number that makes both sides at least
@@ -51,7 +52,7 @@ def save_grid(path: str | Path, pixels: np.ndarray, columns: int) -> None:
     count, height, width, channels = tiles.shape
     columns = min(columns, count)
     rows = -(-count // columns)
-    canvas = np.zeros((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), np.uint8)
+    canvas = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), GAP, np.uint8)
     for i, tile in enumerate(tiles):
         top, left = i // columns * (height + 1), i % columns * (width + 1)
         canvas[top : top + height, left : left + width] = tile
