@@ -1,7 +1,7 @@
 """A checkpoint of the first version, committed under tests/first_version, resumes in every later one.
 
-It was written by `python tests/test_first_version.py`: four of eight steps of the run below, whose remaining losses stand
-beside it. It is never written again: a change that cannot read it must convert it.
+It was written by `python tests/test_first_version.py`: four of the eight steps of the run below; the losses of the
+rest stand beside it. It is never written again: a change that cannot read it must convert it.
 """
 
 from __future__ import annotations

@@ -271,9 +271,9 @@ def test_grid_magnifies_small_images_and_parts_them_by_one_pixel(tmp_path: Path,
         top, left = 33 * (i // 3), 33 * (i % 3)
         tile = read[top : top + 32, left : left + 32]
         assert np.array_equal(tile, pixels[i].repeat(4, 0).repeat(4, 1))
-    assert not read[32].any()
-    assert not read[:, 32].any()
-    assert not read[33:, 66:].any()  # the place of a sixth image
+    assert (read[32] == 96).all()
+    assert (read[:, 32] == 96).all()
+    assert (read[33:, 66:] == 96).all()  # the place of a sixth image
 
 
 def test_grid_leaves_large_images_alone(tmp_path: Path) -> None:
