@@ -6,15 +6,14 @@ VENV   ?= .venv
 RUN    ?= digits-$(shell date +%Y%m%d-%H%M%S)
 ARGS   ?=
 
-# Without an NVIDIA GPU the CPU build of torch, a tenth of the size of the CUDA build. The first index that has it serves: pip's own
-# configuration, then TORCH_INDEX.
-ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
-  ifeq ($(shell uname -s),Linux)
-    TORCH     ?= torch==2.13.0+cpu
-  endif
+# Without an NVIDIA GPU the CPU build of torch, a tenth of the size of the CUDA build; pip's own index serves if it has that
+# build, else TORCH_INDEX. With a GPU the CUDA build, from pip's own index.
+ifeq ($(shell command -v nvidia-smi 2>/dev/null)$(shell uname -s),Linux)
+  TORCH       ?= torch==2.13.0+cpu
+  TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 endif
 TORCH       ?= torch>=2.11
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
 
 PIP   := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 READY := $(VENV)/.ready
@@ -38,7 +37,7 @@ $(READY): pyproject.toml setup.py Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install setuptools wheel
-	$(PIP) install "$(TORCH)" 2>/dev/null || $(PIP) install "$(TORCH)" --extra-index-url $(TORCH_INDEX)
+	$(PIP) install "$(TORCH)" $(if $(TORCH_INDEX),|| $(PIP) install "$(TORCH)" --extra-index-url $(TORCH_INDEX))
 	$(PIP) install --no-build-isolation -e ".[digits,dali,tensorboard,dev]"
 	@touch $@
 

@@ -1,4 +1,4 @@
-"""From clean images to what the two networks see: the only place of a training step that draws.
+"""Every random draw of a training batch, and the interpolant: the only place of a training step that draws.
 
 Flow matching (SiT), alpha and sigma from `path_coefficients`:
 

@@ -23,10 +23,7 @@ import torch
 from torch import Tensor
 
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
-_WEYL_0, _WEYL_1 = (
-    0x9E3779B9,
-    0xBB67AE85,
-)  # golden ratio, sqrt(3) - 1: added to the key before every round but the first
+_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85  # golden ratio, sqrt(3) - 1: the key's increments from round to round
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
 

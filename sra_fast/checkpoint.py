@@ -24,7 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sra_fast.config import Config, ObjectiveConfig, Refused, from_dict, refuse_unless, to_dict
+from sra_fast.atomic import replacing
+from sra_fast.config import Config, ModelConfig, ObjectiveConfig, Refused, from_dict, refuse_unless, to_dict
 from sra_fast.metrics import read_json, write_json
 from sra_fast.model import public_weights
 from sra_fast.optim import HEAD, TrainState
@@ -34,7 +35,8 @@ LOCK = ".lock"
 TENSORS = ("weights", "ema", "adam_m", "adam_v")
 COUNTERS = ("adam_step", "skipped_steps", "skipped_in_a_row")
 
-# What may differ when a run goes on: nothing that decides what a step computes.
+# What may differ when a run goes on: where and how it is computed and looked at, not the recipe. Some of these may
+# change last bits, or pixels by a fraction of a grey level (data.reader).
 FREE_ON_RESUME = {
     "run.name",
     "run.dir",
@@ -97,10 +99,11 @@ def save(folder: Path, state: TrainState, config: Config, progress: Progress) ->
             path.chmod((partial / "state.json").stat().st_mode)  # safetensors keeps its files to their owner
             _flush(path)
         _flush(partial)
-        shutil.rmtree(target, ignore_errors=True)  # the same moment, saved before
+        if target.exists():  # the same moment, saved before; pruning removes it
+            target.rename(target.with_name(target.name + ".old.tmp"))
         partial.rename(target)
         _flush(folder)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, Refused) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise Refused(f"{target}: could not be written ({error}); earlier checkpoints are untouched") from error
     return target
@@ -229,20 +232,18 @@ def read_weights(source: Path, key: str) -> public_weights.Weights:
         key: "ema", or "model" for the raw weights. A safetensors file has one set only.
     """
     if source.is_dir():
-        found = source if (source / "state.json").is_file() else newest(source / "checkpoints")
-        if found is None:
-            raise Refused(f"weights: {str(source)!r} given; has no checkpoints, so it is not a run that was saved")
-        source = found / ("ema.safetensors" if key == "ema" else "weights.safetensors")
+        source = locate(source) / ("ema.safetensors" if key == "ema" else "weights.safetensors")
     return public_weights.read(source, key)
 
 
-def export(tensors: dict[str, Tensor], path: Path, model: object, objective: ObjectiveConfig) -> None:
+def locate(source: Path) -> Path:
+    """The checkpoint that a path names: itself, or the newest of a run."""
+    found = source if (source / "state.json").is_file() else newest(source / "checkpoints")
+    refuse_unless(found is not None, "weights", str(source), "must be a run that was saved, or a checkpoint")
+    return found
+
+
+def export(tensors: dict[str, Tensor], path: Path, model: ModelConfig, objective: ObjectiveConfig) -> None:
     """One set of weights as a safetensors file that `read_weights` and other tools read."""
-    partial = path.with_name(path.name + ".tmp")
-    try:
+    with replacing(path) as partial:
         save_file(tensors, partial, public_weights.metadata(model, objective))
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise Refused(f"{path}: could not be written ({error})") from error
-    finally:
-        partial.unlink(missing_ok=True)

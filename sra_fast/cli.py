@@ -46,6 +46,8 @@ class SampleCommand:
     """Interpolant a sit was trained with; empty = as the weights say, linear where they do not."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = the GPU where there is one."""
+    tf32: bool = True
+    """On a GPU, multiply matrices in TF32, as the published samplers do; without, in full fp32."""
     sample: SampleConfig = field(default_factory=SampleConfig)
     """A run's own settings are the default here."""
 
@@ -114,43 +116,42 @@ def sample(arguments: Sequence[str]) -> int:
     run = _run_of(arguments)
     default = SampleCommand(weights=tyro.MISSING, sample=run.sample if run else SampleConfig())
     command = _parse(SampleCommand, default, arguments, "sra-fast sample")
+    refuse_unless(command.grid >= 0, "grid", command.grid, "must not be negative")
+    import numpy as np
     import torch
     from tqdm import tqdm
 
     from sra_fast.evaluation import network_of
-    from sra_fast.hardware import Hardware
     from sra_fast.sampling import balanced_labels, generate
-    from sra_fast.sampling.images import save_each, save_grid, save_npz, to_uint8
+    from sra_fast.sampling.images import grid_columns, save_each, save_grid, save_npz, to_uint8
 
     weights, network = _network(command.weights, command.weights_key, command.device)
     settings, model = command.sample, weights.config
-    refuse_unless(command.grid >= 0, "grid", command.grid, "must not be negative")
     for label in command.classes:
         refuse_unless(0 <= label < model.classes, "classes", label, f"must be in [0, {model.classes})")
     out = Path(command.out)
     refuse_unless(not out.exists() or out.is_dir(), "out", command.out, "must be a folder")
+    if command.tf32:
+        torch.set_float32_matmul_precision("high")
+    device = next(network.parameters()).device
     labels = balanced_labels(settings.count, len(command.classes) or model.classes)
     if command.classes:
         labels = torch.tensor(command.classes)[labels]
-    device = Hardware.choose(command.device).device
     path = command.path or (weights.objective.path if weights.objective else "linear")
+    made = []
     with tqdm(total=settings.count, unit="img", disable=None) as bar:
-        images = generate(
-            network_of(network),
-            labels.to(device),
-            torch.arange(settings.count, device=device),
-            config=settings,
-            model=model,
-            path=path,
-            progress=bar.update,
-        )
-    pixels = to_uint8(images)
-    out.mkdir(parents=True, exist_ok=True)
+        for part in torch.arange(settings.count).split(settings.batch):
+            images = generate(
+                network_of(network), labels[part].to(device), part.to(device), config=settings, model=model, path=path
+            )
+            made.append(to_uint8(images))
+            if command.images:  # as they come: a long run that is stopped has not been for nothing
+                save_each(out / "images", made[-1], first=int(part[0]))
+            bar.update(len(part))
+    pixels = np.concatenate(made)
     if command.grid:
-        columns = len(command.classes) or (model.classes if model.classes <= 16 else 10)
+        columns = grid_columns(command.grid, len(command.classes) or model.classes)
         save_grid(out / "grid.png", pixels[: command.grid], columns)
-    if command.images:
-        save_each(out / "images", pixels)
     if command.npz:
         save_npz(out / "samples.npz", pixels)
     print(f"{settings.count} images in {out}")
@@ -204,8 +205,7 @@ def export(arguments: Sequence[str]) -> int:
         checkpoint.export(weights.tensors, out, weights.config, weights.objective or ObjectiveConfig())
     else:
         refuse_unless(source.is_dir(), "weights", command.weights, "must be a run or a checkpoint to write a .pt file")
-        folder = source if (source / "state.json").is_file() else checkpoint.newest(source / "checkpoints")
-        refuse_unless(folder is not None, "weights", command.weights, "has no checkpoints")
+        folder = checkpoint.locate(source)
         state, config = checkpoint.describe(folder)
         model, ema = (checkpoint.read_weights(folder, key).tensors for key in ("model", "ema"))
         public_weights.write_public(out, model, ema, steps=state["adam_step"], epoch=0, args=to_dict(config))

@@ -32,7 +32,7 @@ def lines() -> Iterator[str]:
         ("tensorboard", "pip install tensorboard", "TensorBoard events; metrics.jsonl is always written"),
         ("scikit-learn", "pip install scikit-learn", "the digits data and `sra-fast evaluate`"),
     ):
-        found = _installed(package)
+        found = _installed(package) or (package.startswith("nvidia-dali") and _installed("nvidia-dali-cuda120"))
         yield f"{package.removesuffix('-cuda130'):<12} {found or f'missing ({use}): {cure}'}"
     for program, use in (("c++", "compiled ops"), ("nvcc", "CUDA ops")):
         yield f"{program:<12} {_version(program) or f'missing ({use})'}"

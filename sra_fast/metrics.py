@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sra_fast.atomic import replacing
 from sra_fast.config import Refused
 
 
@@ -51,14 +52,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    try:
+    with replacing(path) as partial:
         partial.write_text(text)
-        partial.replace(path)
-    except OSError as error:
-        raise Refused(f"{path}: could not be written ({error.strerror})") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:

@@ -87,8 +87,8 @@ class TrainState:
         if self.student.pos_embed.dtype == torch.float32:
             return
         for model, source in ((self.student, self.weights), (self.teacher, self.ema)):
-            for name, parameter in model.named_parameters():
-                parameter.copy_(source[name])
+            named = dict(model.named_parameters())
+            torch._foreach_copy_(list(named.values()), [source[name] for name in named])
 
 
 def learning_rate(config: Config, images_seen: int) -> float:
@@ -111,7 +111,7 @@ def ema_decay(config: OptimConfig, updates: Tensor) -> Tensor:
 
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Global 2-norm of all gradients: a float32 scalar."""
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]))
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients), dtype=torch.float32)))
 
 
 @torch.no_grad()

@@ -60,12 +60,13 @@ class TrainingStep:
 
     def __init__(self, config: Config, resolved: dict[str, str], device: torch.device) -> None:
         self.config = config
-        self.objective = objective(config, device)
+        self.objective = make_objective(config, device)
         self._draw = implementation("perturb", resolved)
         self._alignment = implementation("alignment", resolved)
 
     def perturb(self, x: Tensor, labels: Tensor, number: Tensor) -> tuple[Noised, Tensor, Tensor]:
-        """All random draws of a batch and what they make of it: (noised, labels, teacher's labels).
+        """All random draws of a batch and what they make of it: (noised, labels, teacher's labels). One pass over the
+        batch has its seam here.
 
         Args:
             x: (B, C, H, W) float32; labels, number: (B,) int64, number = position of each image in the run.
@@ -127,6 +128,6 @@ class TrainingStep:
         return Metrics(loss, generative, alignment, norm, lr, decay)
 
 
-def objective(config: Config, device: torch.device) -> Flow | Diffusion:
+def make_objective(config: Config, device: torch.device) -> Flow | Diffusion:
     """What the run's network learns."""
     return Flow(config.objective.path) if config.model.family == "sit" else Diffusion(device)

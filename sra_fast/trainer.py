@@ -31,7 +31,7 @@ from sra_fast.model.transformer import Ops, Transformer, around
 from sra_fast.objective.alignment import alignment_weight
 from sra_fast.optim import HEAD, MOST_SKIPPED_IN_A_ROW, TrainState, learning_rate
 from sra_fast.sampling import balanced_labels, generate
-from sra_fast.sampling.images import save_grid, to_uint8
+from sra_fast.sampling.images import grid_columns, save_grid, to_uint8
 from sra_fast.step import MetricRing, Metrics, TrainingStep
 from sra_fast.stopping import StopRequest
 
@@ -77,8 +77,7 @@ class Trainer:
                 last = self._train(log, stop)
             if stop.signal:
                 seen = f"{self.progress.images_seen:,} images"
-                how = "the same command goes" if self.config.resume == "auto" else "--resume auto goes"
-                self.report(f"stopped and saved at {seen}; {how} on from here")
+                self.report(f"stopped and saved at {seen}; --run.name {self.config.run.name} goes on from here")
                 return 128 + stop.signal
             return self._finish(last)
 
@@ -99,6 +98,11 @@ class Trainer:
             not finished, "run.name", config.run.name, f"is finished ({seen}); choose another, or raise --train.images"
         )
         self.report(f"resuming from {path}")
+        before = checkpoint.describe(path)[1].train.images
+        if config.optim.schedule == "cosine" and config.train.images != before:
+            self.report(
+                f"train.images: {before:,} before, {config.train.images:,} now; the cosine schedule jumps there"
+            )
         return TrainState.assemble(config, self.ops, self.hardware.dtype, **tensors), progress
 
     def _checkpoint_to_resume(self) -> Path | None:
@@ -159,33 +163,49 @@ class Trainer:
         steps = -(-settings.images // batch)  # the last batch is a whole one
         ring, pending = MetricRing(settings.log_every_steps, self.hardware.device), 0
         clock, last_save, row = _Clock(self.progress.train_s), time.monotonic(), {}
-        replaced = self.progress.replaced_images
+        replaced, saved_step = self.progress.replaced_images, self.progress.step
+
+        def write_line(**more: float) -> None:
+            nonlocal pending, row
+            row = {**self._row(ring.last(pending), pending * batch / clock.lap_s()), **more}
+            pending = 0
+            log.write(row)
+            bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+            self._refuse_divergence()
+
+        def save() -> None:
+            nonlocal last_save, saved_step
+            if saved_step == self.progress.step:
+                return
+            if pending:  # a checkpoint ends a line, so that a resumed run writes the same ones
+                write_line()
+            with clock.aside():
+                self._save()
+            last_save, saved_step = time.monotonic(), self.progress.step
+
         with self._stream() as stream, self._progress_bar(steps * batch) as bar:
             while self.progress.step < steps and not stop.signal:
-                ring.push(self._one_step(next(stream)))
+                try:
+                    data = next(stream)
+                except Refused:  # the data has given out; what was learned until then is worth keeping
+                    save()
+                    raise
+                ring.push(self._one_step(data))
                 pending += 1
                 self._advance(batch, clock.total_s(), replaced + stream.replaced, dict(stream.bad))
                 bar.update(batch)
-                done = self.progress.step == steps
-                validate = done or self._due(settings.validate_every_images)
-                save = done or stop.signal or self._due(settings.save_every_images)
-                save = save or _minutes_since(last_save) > settings.save_every_minutes
-                # A checkpoint ends a line, so that metrics.jsonl is the same however often a run is resumed there.
-                if save or validate or self.progress.step % settings.log_every_steps == 0:
-                    row = self._row(ring.last(pending), pending * batch / clock.lap_s())
-                    pending = 0
-                    if validate:
-                        with clock.aside():
-                            row["validation_velocity_loss"] = self._validation_loss()
-                    log.write(row)
-                    bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-                    self._refuse_divergence()
-                with clock.aside():
-                    if self._due(settings.preview_every_images):
+                if self.progress.step == steps or self._due(settings.validate_every_images):
+                    with clock.aside():
+                        loss = self._validation_loss()
+                    write_line(validation_velocity_loss=loss)
+                elif self.progress.step % settings.log_every_steps == 0:
+                    write_line()
+                if self._due(settings.save_every_images) or _minutes_since(last_save) > settings.save_every_minutes:
+                    save()
+                if self._due(settings.preview_every_images):
+                    with clock.aside():
                         self._preview()
-                    if save:
-                        self._save()
-                        last_save = time.monotonic()
+            save()
         return row
 
     def _stream(self) -> ImageStream:
@@ -292,8 +312,11 @@ class Trainer:
         indices = torch.arange(c.sample.count, device=device)
         predict = network_of(self._average())
         images = generate(predict, labels, indices, config=c.sample, model=c.model, path=c.objective.path)
-        columns = c.model.classes if c.model.classes <= 16 else max(1, math.isqrt(c.sample.count))
-        save_grid(self.folder / "samples" / f"{self.progress.images_seen:012d}.png", to_uint8(images), columns)
+        path = self.folder / "samples" / f"{self.progress.images_seen:012d}.png"
+        try:
+            save_grid(path, to_uint8(images), grid_columns(c.sample.count, c.model.classes))
+        except Refused as error:  # samples of a young network may overflow; that is no reason to end its training
+            print(f"no preview: {error}", file=sys.stderr)
 
     # The end
 
@@ -310,6 +333,8 @@ class Trainer:
             "images_per_s": self.progress.images_seen / self.progress.train_s,
             **{name: last[name] for name in ("velocity_loss", "alignment_loss", "validation_velocity_loss")},
             **figures,
+            "evaluated_samples": self.config.evaluate.samples if report else None,
+            "frechet_features": "pixels in [0, 1]" if report else None,
             "device": self.hardware.name,
             "resolved": self.resolved,
             "skipped_steps": int(self.state.skipped_steps),

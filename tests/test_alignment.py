@@ -115,7 +115,7 @@ def rescaled(axis: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).exp()
 
 
-# METHODS 1.5: the per-token cosine does not see a teacher token's length, the per-channel one not a channel's.
+# The per-token cosine does not see a teacher token's length, the per-channel one not a channel's.
 @pytest.mark.parametrize(("name", "blind_to", "sees"), [("cosine", 1, 2), ("cosine_channel", 2, 1)])
 def test_a_cosine_is_blind_to_the_scale_of_its_own_vectors_only(name: str, blind_to: int, sees: int) -> None:
     student, teacher = features(3, 10, 7)
@@ -164,7 +164,7 @@ def block_output(model: Transformer, number: int, x: Tensor, t: Tensor, labels: 
 
 
 def published(s: SimpleNamespace, weight: float) -> tuple[float, float, float]:
-    """METHODS 1.1 in full: student at t through its head, teacher at t_teacher and raw."""
+    """student at t through its head, teacher at t_teacher and raw."""
     n = s.noised
     prediction, tapped = block_output(s.student, s.taps[0], n.x_t, n.t, s.labels)
     x_teacher = (1 - n.t_teacher)[:, None, None, None] * n.x + n.t_teacher[:, None, None, None] * n.noise
@@ -278,7 +278,7 @@ def published_generative(s: SimpleNamespace) -> float:
     return float((prediction - (s.noised.noise - s.noised.x)).square().mean())
 
 
-# METHODS 1.2, three significant figures there.
+# The public code at three significant figures.
 @pytest.mark.parametrize(
     ("epoch", "weight"), [(0, 0.2), (149, 0.2), (150, 0.19954), (400, 0.112), (600, 0.071), (800, 0.0447)]
 )

@@ -23,7 +23,7 @@ from sra_fast.checkpoint import Progress
 from sra_fast.config import ModelConfig, Refused
 from sra_fast.metrics import MetricsLog
 from sra_fast.model.public_weights import shapes
-from sra_fast.model.transformer import Ops
+from sra_fast.model.transformer import REFERENCE, Ops
 from sra_fast.optim import TrainState
 
 CPU = torch.device("cpu")
@@ -348,3 +348,19 @@ def test_the_newest_complete_checkpoint_is_found(saved):
     shutil.copytree(saved, saved.with_name(f"{56:012d}.tmp"))
     assert checkpoint.newest(saved.parent).name == f"{48:012d}"
     assert checkpoint.newest(saved / "nothing") is None
+
+
+def test_a_state_file_that_cannot_be_written_leaves_nothing(stopped, saved, monkeypatch):
+    before = content(saved)
+
+    def full(path, value):
+        raise Refused(f"{path}: could not be written (No space left on device)")
+
+    monkeypatch.setattr(checkpoint, "write_json", full)
+    _, config = checkpoint.describe(saved)
+    state = checkpoint.load(saved, config, checkpoint.describe(saved)[0]["data_fingerprint"], torch.device("cpu"))[0]
+    state = TrainState.assemble(config, REFERENCE, torch.float32, **state)
+    with pytest.raises(Refused, match="earlier checkpoints are untouched"):
+        checkpoint.save(saved.parent, state, config, checkpoint.Progress(images_seen=48))
+    assert content(saved) == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]

@@ -473,7 +473,7 @@ def test_a_run_that_was_never_saved_is_refused(refused, root):
         ["export", "--out", root / "a.pt"],
         ["export", "--out", root / "a.safetensors"],
     ):
-        assert "has no checkpoints" in refused([*command, "--weights", folder])
+        assert "must be a run that was saved" in refused([*command, "--weights", folder])
     (folder / "config.json").write_text("{")
     assert str(folder / "config.json") in refused(["sample", "--weights", folder])
 

@@ -269,3 +269,16 @@ def test_a_fused_op_that_does_not_exist_is_refused_not_replaced(monkeypatch: pyt
     monkeypatch.setitem(kernels.IMPLEMENTATIONS, "adaln", {"reference": kernels.adaln_ref})
     assert refusal(KernelsConfig(adaln="fused").resolve).startswith("kernels.adaln: 'fused' given")
     assert KernelsConfig(adaln="auto").resolve()["adaln"] == "reference"
+
+
+@pytest.mark.parametrize(
+    ("changes", "beginning"),
+    [
+        ({"sample": SampleConfig(steps=1)}, "sample.steps: 1 given"),
+        ({"sample": SampleConfig(steps=1001)}, "sample.steps: 1001 given"),
+        ({"sample": SampleConfig(guidance_channels=5)}, "sample.guidance-channels: 5 given"),
+    ],
+)
+def test_sampling_that_must_fail_is_refused_before_training(changes: dict, beginning: str) -> None:
+    dit = dataclasses.replace(preset("dit-s-2"), model=dataclasses.replace(preset("dit-s-2").model, channels=4))
+    assert refusal(lambda: dataclasses.replace(dit, **changes)).startswith(beginning)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from sra_fast.config import DataConfig, Refused
-from sra_fast.data.images import Undecodable, adm_crop, open_decoder, read_header
+from sra_fast.data.images import DaliDecoder, Undecodable, adm_crop, open_decoder, read_header
 
 CPU = torch.device("cpu")
 
@@ -310,7 +310,7 @@ def test_auto_falls_back_to_pillow_and_says_so_in_one_line(monkeypatch, capsys):
 
 def test_auto_takes_dali_where_it_is(capsys):
     pytest.importorskip("nvidia.dali")
-    assert open_decoder(DataConfig(), CPU).name == "dali cpu"
+    assert open_decoder(DataConfig(), CPU).name.startswith("dali cpu")
     assert capsys.readouterr().err == ""
 
 
@@ -318,3 +318,21 @@ def test_threads_do_not_change_pixels():
     cases = list(files().values())
     one, three = (reader("pillow", resolution=32, threads=threads).decode(cases) for threads in (1, 3))
     assert torch.equal(one, three)
+
+
+def test_a_dali_that_cannot_start_is_no_bad_file(monkeypatch):
+    pytest.importorskip("nvidia.dali")
+
+    def broken(self, capacity):
+        raise RuntimeError("driver version is insufficient\nand more")
+
+    monkeypatch.setattr(DaliDecoder, "_build", broken)
+    decoder = DaliDecoder(DataConfig(resolution=32), CPU)
+    with pytest.raises(Refused, match=r"DALI cannot start \(driver version is insufficient\)"):
+        decoder.decode([jpeg_for_start()])
+
+
+def jpeg_for_start() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(file, "JPEG")
+    return file.getvalue()

@@ -13,10 +13,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 OPTIONAL = ("triton", "nvidia", "tensorboard", "sklearn", "scipy")
 
-# DESIGN.md, "The house". A noun may import those on lines above its own, and itself where it is a folder. Kernels are
+# A noun may import those on lines above its own, and itself where it is a folder. Kernels are
 # open to all. hardware and stopping stand with distributed and metrics, doctor with cli.
 ORDER = [
     {"config"},
+    {"atomic"},
     {"distributed", "hardware", "metrics", "stopping"},
     {"data"},
     {"model"},

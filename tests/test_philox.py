@@ -58,7 +58,7 @@ def philox_in_integers(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[
 
 
 def word(seed: int, n: int, draw: int, element: int) -> int:
-    """CONTRACTS.md: counter = (element // 4, n low, n high, draw), key = the seed as two words."""
+    """counter = (element // 4, n low, n high, draw), key = the seed as two words."""
     counter = (element // 4, n % 2**32, n // 2**32, draw)
     return philox_in_integers(counter, (seed % 2**32, seed // 2**32))[element % 4]
 

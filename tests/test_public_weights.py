@@ -47,7 +47,8 @@ def test_reads_bare_state_dicts_with_and_without_wrappers(model, awake, tmp_path
     torch.save(OrderedDict((prefix + name, value) for name, value in weights.items()), tmp_path / "bare.pt")
     loaded = read(tmp_path / "bare.pt")
     assert same(loaded.tensors, weights)
-    assert loaded.notes == ()
+    (note,) = loaded.notes
+    assert "by its shapes a sit" in note
 
 
 @pytest.mark.parametrize("family", ["sit", "dit"])
@@ -93,7 +94,7 @@ class Holder(nn.Module):
 
 
 def public_module(d: int, depth: int, heads: int, p: int, tokens: int, channels: int, outputs: int, classes: int):
-    """SiT-SRA's module tree from METHODS 6.1, strict about names and shapes."""
+    """SiT-SRA's module tree as published, strict about names and shapes."""
 
     def modulation(vectors: int) -> nn.Sequential:
         return nn.Sequential(nn.SiLU(), nn.Linear(d, vectors * d))
@@ -156,7 +157,7 @@ def test_heads_of_other_projects_are_left_out_and_said(model, awake, tmp_path: P
     torch.save(weights | {foreign: torch.zeros(3)}, tmp_path / "other.pt")
     loaded = read(tmp_path / "other.pt")
     assert same(loaded.tensors, weights)
-    (note,) = loaded.notes
+    note = loaded.notes[0]
     assert foreign.split(".")[0] in note
     assert said in note
 
@@ -166,7 +167,7 @@ def test_a_file_without_ap_head_is_read_and_said(model, awake, tmp_path: Path) -
     torch.save({name: v for name, v in weights.items() if not name.startswith("ap_head")}, tmp_path / "plain.pt")
     loaded = read(tmp_path / "plain.pt")
     assert all(torch.equal(loaded.tensors[name], v) for name, v in weights.items() if not name.startswith("ap_head"))
-    assert "ap_head" in loaded.notes[0]
+    assert "ap_head" in loaded.notes[-1]
 
 
 def test_training_begun_from_a_file_without_ap_head_has_a_head_that_learns(tmp_path: Path) -> None:

@@ -23,9 +23,12 @@ from small_run import (
     write_images,
 )
 
-from sra_fast import cli
+from sra_fast import cli, trainer
+from sra_fast.config import Refused
 from sra_fast.data.folder import scan, split
+from sra_fast.data.stream import ImageStream
 from sra_fast.step import TrainingStep
+from sra_fast.trainer import Trainer
 
 END = "000000000080"  # checkpoint after ten steps of eight
 
@@ -374,7 +377,7 @@ def test_a_stopped_run_goes_on_as_promised(stopped, main, resume):
     said = []
     code, _ = run(small(stopped, run__name="b", resume=path), stop_after=2, report=said.append)
     assert code == 143
-    assert "--resume auto goes on from here" in said[-1]
+    assert "--run.name b goes on from here" in said[-1]
     code, line = main(arguments(stopped, run__name="b", resume="auto"))
     assert code == 0, line
 
@@ -384,3 +387,44 @@ def test_the_saved_configuration_is_strict_json_with_every_field(stopped):
     assert saved["model"]["classes"] == 4
     assert saved["train"]["images"] == 80
     assert torch.tensor(saved["optim"]["lr"]) == 1e-3
+
+
+@pytest.mark.parametrize("where", ["_preview", "_validation_loss", "_row"])
+def test_a_signal_outside_the_step_saves_too(tmp_path, monkeypatch, where):
+    write_images(tmp_path / "data")
+    original = getattr(Trainer, where)
+
+    def interrupted(self, *arguments):
+        if self.progress.step == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Trainer, where, interrupted)
+    often = {"train__preview_every_images": 40, "train__validate_every_images": 40}
+    code, _ = run(small(tmp_path, **often))
+    assert code == 143
+    assert checkpoints(tmp_path / "runs/a") == ["000000000040"]
+
+
+def test_what_was_learned_before_the_data_gave_out_is_kept(tmp_path, monkeypatch):
+    write_images(tmp_path / "data")
+    original = ImageStream.__next__
+
+    def failing(self):
+        batch = original(self)
+        if int(batch.number[0]) == 24:
+            raise Refused("data.images: gone")
+        return batch
+
+    monkeypatch.setattr(ImageStream, "__next__", failing)
+    with pytest.raises(Refused, match="gone"):
+        run(small(tmp_path))
+    assert checkpoints(tmp_path / "runs/a") == ["000000000024"]
+
+
+def test_a_preview_that_cannot_be_drawn_does_not_end_the_run(tmp_path, monkeypatch, capfd):
+    write_images(tmp_path / "data")
+    monkeypatch.setattr(trainer, "generate", lambda *_, **__: torch.full((4, 1, 8, 8), torch.nan))
+    code, rows = run(small(tmp_path))
+    assert (code, len(rows)) == (0, 10)
+    assert "no preview: " in capfd.readouterr().err

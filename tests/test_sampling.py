@@ -317,7 +317,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
         raise OSError("disk full")
 
     monkeypatch.setattr(np, "savez", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(Refused, match=r"samples.npz: could not be written \(disk full\)"):
         save_npz(tmp_path / "samples.npz", 255 - pixels)
     assert [file.name for file in tmp_path.iterdir()] == ["samples.npz"]
     with np.load(tmp_path / "samples.npz") as read:

@@ -1,4 +1,4 @@
-"""The network against METHODS 6.1's names, shapes and counts and against an independent forward pass in numpy."""
+"""The network against the public names, shapes and counts and against an independent forward pass in numpy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def on_meta(config: ModelConfig) -> Transformer:
 
 
 def public_shapes(depth: int, d: int, side: int, p: int, channels: int, outputs: int, classes: int) -> dict:
-    """METHODS 6.1, line by line, by hand."""
+    """The public checkpoints, line by line, by hand."""
 
     def linear(name: str, rows: int, columns: int) -> dict:
         return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
@@ -49,7 +49,7 @@ def shapes_of(model: nn.Module) -> dict:
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
-# depth, width; the exact count; METHODS 6.1's count in millions.
+# depth, width; the exact count; the same in millions.
 PUBLISHED_COUNTS = {
     "s": (12, 384, 33_548_176, 33.55),
     "b": (12, 768, 132_861_712, 132.86),
@@ -118,7 +118,7 @@ def numpy_forward(w: dict[str, np.ndarray], x: np.ndarray, t: np.ndarray, y: np.
         return 0.5 * h * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
 
     def norm(h: np.ndarray, name: str = "") -> np.ndarray:
-        h = (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-6)
+        h = (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + (1e-5 if name else 1e-6))
         return h * w[f"{name}.weight"] + w[f"{name}.bias"] if f"{name}.weight" in w else h
 
     def attend(h: np.ndarray, block: str) -> np.ndarray:
@@ -259,11 +259,11 @@ def test_the_networks_backends_agree(tiny, awake) -> None:
 def test_the_null_label_is_the_tables_last_row(tiny, awake) -> None:
     config = tiny().model
     model = around(config, awake(config))
-    assert model.null_label == config.classes == 4
+    assert model.y_embedder.embedding_table.num_embeddings == 5
     x, t, _ = inputs(config)
-    before, _ = model(x, t, torch.tensor([0, 1, model.null_label]))
+    before, _ = model(x, t, torch.tensor([0, 1, config.classes]))
     model.y_embedder.embedding_table.weight[-1] += 1
-    after, _ = model(x, t, torch.tensor([0, 1, model.null_label]))
+    after, _ = model(x, t, torch.tensor([0, 1, config.classes]))
     assert torch.equal(after[:2], before[:2])
     assert not torch.equal(after[2], before[2])
 

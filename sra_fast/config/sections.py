@@ -235,7 +235,7 @@ class TrainConfig(Section):
     validation_images: int = 512
     """Held-out images of the validation loss."""
     preview_every_images: int = 2_560_000
-    """Images between two preview grids; 0 = none."""
+    """Images between two preview grids; 0 = only at the end."""
     save_every_images: int = 2_560_000
     """Images between two checkpoints."""
     save_every_minutes: float = 15.0
@@ -390,6 +390,13 @@ class Config(Section):
         resolution, sampler = self.data.resolution, self.sample.sampler
         refuse_unless(
             resolution % patch == 0, "data.resolution", resolution, f"must be a multiple of model.patch = {patch}"
+        )
+        if family == "dit":
+            steps = self.sample.steps
+            refuse_unless(2 <= steps <= 1000, "sample.steps", steps, "must be in [2, 1000] for model.family = dit")
+        channels, guided = self.model.channels, self.sample.guidance_channels
+        refuse_unless(
+            not channels or guided <= channels, "sample.guidance-channels", guided, f"must be at most {channels}"
         )
         allowed = ("auto", *SAMPLERS[family])
         refuse_unless(

@@ -200,7 +200,8 @@ class DaliDecoder(Decoder):
 
     def __init__(self, data: DataConfig, device: torch.device) -> None:
         super().__init__(data, device)
-        self.name = "dali gpu" if device.type == "cuda" else "dali cpu"
+        place = "gpu" if device.type == "cuda" else "cpu"
+        self.name = f"dali {place} (pillow where a side of {2 * data.resolution} or more is halved first)"
         self._pillow = PillowDecoder(data, device)
         self._pipeline, self._capacity = None, 0
 
@@ -212,9 +213,16 @@ class DaliDecoder(Decoder):
     def _fill_with_dali(self, pixels: Tensor, files: list[bytes], indices: list[int]) -> dict[int, str]:
         if not indices:
             return {}
+        if self._pipeline is None or len(indices) > self._capacity:
+            self._capacity = max(self._capacity, len(indices))
+            self._pipeline = self._start(self._capacity)
         try:
             decoded = self._run([files[index] for index in indices])
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
+            if "CUDA" in str(error) and "nvJPEG" not in str(error):  # the device's trouble is not the file's
+                raise
             # One bad file fails a whole batch without being named, and DALI declares the pipeline dead: halve the
             # batch until it is alone. (Asking Pillow instead would make a verdict depend on a file's neighbours: the
             # two differ on some damaged files.)
@@ -233,22 +241,26 @@ class DaliDecoder(Decoder):
             decode_with_pillow(file, self.data)
         except Exception as pillow_error:
             return _explained(pillow_error)
-        lines = str(error).partition("encountered:")[2].split("\n") or [str(error)]
-        return "DALI: " + next((line.strip() for line in lines if line.strip()), "no reason given")
+        lines = (str(error).partition("encountered:")[2] or str(error)).splitlines()
+        return "DALI: " + next((line.strip() for line in lines if line.strip()), type(error).__name__)
 
     def _run(self, files: list[bytes]) -> Tensor:
         """(B, C, R, R) uint8 on the device. Raises RuntimeError if any file is undecodable."""
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
-        if self._pipeline is None or len(files) > self._capacity:
-            self._capacity = max(self._capacity, len(files))
-            self._pipeline = self._build(self._capacity)
         self._pipeline.feed_input("files", [np.frombuffer(file, np.uint8) for file in files])
         (output,) = self._pipeline.run()
         pixels = torch.empty((len(files), *output[0].shape()), dtype=torch.uint8, device=self.device)
         on_gpu = self.device.type == "cuda"
         feed_ndarray(output.as_tensor(), pixels, cuda_stream=torch.cuda.current_stream(self.device) if on_gpu else None)
         return pixels
+
+    def _start(self, capacity: int):
+        try:
+            return self._build(capacity)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise Refused(f"data.reader: DALI cannot start ({reason}); choose pillow") from error
 
     def _build(self, capacity: int):
         from nvidia.dali import Pipeline, fn, types

@@ -33,7 +33,7 @@ def open_source(config: Config, device: torch.device) -> tuple[Source, Config]:
         config.data.images != "", "data.images", config.data.images, "must be a folder of class folders of images"
     )
     root = Path(config.data.images)
-    if config.data.images == DIGITS_FOLDER:
+    if root == Path(DIGITS_FOLDER):
         write_digits(root)
     folder = scan(root)
     train, held_out = split(folder, config.data.held_out)

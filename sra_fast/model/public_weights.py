@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sra_fast.atomic import replacing
 from sra_fast.config import SIZES, ModelConfig, ObjectiveConfig, Refused, from_dict, refuse_unless, to_dict
 from sra_fast.model.transformer import Transformer
 
@@ -64,6 +65,8 @@ def read(path: Path, key: str = "ema") -> Weights:
     tensors, notes = _to_our_names(tensors, path)
     config = from_dict(ModelConfig, described["model"], str(path)) if described else infer(tensors, path)
     tensors, without_head = check(tensors, config, path)
+    if described is None:
+        notes.append(f"{path.name}: by its shapes a {config.family} of {config.depth} blocks, width {config.hidden}")
     if without_head:
         notes.append(f"{path.name}: has no ap_head (trained without alignment)")
     objective = from_dict(ObjectiveConfig, described["objective"], str(path)) if described else None
@@ -201,9 +204,5 @@ def write_public(
     """A checkpoint as SiT-SRA and DiT-SRA write them, without optimizer state. A .pt file is a pickle by nature: the
     one kind we write."""
     content = {"model": model, "ema": ema, "args": Namespace(**args), "epoch": epoch, "steps": steps}
-    partial = path.with_name(path.name + ".tmp")
-    try:
+    with replacing(path) as partial:
         torch.save(content, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

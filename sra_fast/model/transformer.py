@@ -6,8 +6,7 @@ B batch, T tokens = (H / p) (W / p), D width, p patch. Modules and parameters ca
 nothing here knows about dtype copies, compilation or devices: that is applied from outside.
 
 Sources: Peebles and Xie, "Scalable Diffusion Models with Transformers" (DiT), 2023, section 3.2; Ma et al., "SiT",
-    2024; Jiang et al.,
-arXiv 2505.02831, section 3 (the head, and the taps).
+2024; Jiang et al., "SRA", arXiv 2505.02831, section 3 (the head and the taps).
 """
 
 from __future__ import annotations
@@ -45,14 +44,21 @@ REFERENCE = Ops.select(dict.fromkeys(Ops._fields, "reference"))
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping p x p patches, each projected to D."""
+    """Non-overlapping p x p patches, each projected to D.
+
+    A convolution by its parameters, as in the public checkpoints, but computed as the matrix product it is.
+    """
 
     def __init__(self, patch: int, channels: int, hidden: int) -> None:
         super().__init__()
+        self.patch = patch
         self.proj = nn.Conv2d(channels, hidden, kernel_size=patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)  # (B, D, H/p, W/p) -> (B, T, D)
+        p = self.patch
+        patches = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, C, h, p, w, q)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, T, C p q)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # (B, T, D)
 
 
 class TimestepEmbedder(nn.Module):
@@ -93,8 +99,9 @@ class Attention(nn.Module):
         self.heads, self.backend = config.heads, config.attention
         self.qkv = nn.Linear(config.hidden, 3 * config.hidden)
         head = config.hidden // config.heads
-        self.q_norm = nn.LayerNorm(head, eps=1e-6) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(head, eps=1e-6) if config.qk_norm else nn.Identity()
+        # PyTorch's own eps, 1e-5: the public networks build this part with timm's defaults, their blocks with 1e-6.
+        self.q_norm = nn.LayerNorm(head) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head) if config.qk_norm else nn.Identity()
         self.proj = nn.Linear(config.hidden, config.hidden)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -186,18 +193,13 @@ class Transformer(nn.Module):
         self.final_layer = FinalLayer(config, ops)
         self.ap_head = ProjectionHead(config.hidden)
 
-    @property
-    def null_label(self) -> int:
-        """The class index that stands for "no label"."""
-        return self.config.classes
-
     def forward(self, x: Tensor, t: Tensor, labels: Tensor, tap: int = 0) -> tuple[Tensor, Tensor | None]:
         """Prediction, and the projected features of one block.
 
         Args:
             x: (B, C, H, W).
             t: (B,) float32: time in [0, 1] for SiT, integer-valued step for DiT.
-            labels: (B,) int64, `null_label` = none.
+            labels: (B,) int64; config.classes stands for "no label".
             tap: 1-based block whose output goes through the head; 0 = none.
 
         Returns:
@@ -226,7 +228,8 @@ class Transformer(nn.Module):
     def _run(self, block: Block, number: int, h: Tensor, c: Tensor) -> Tensor:
         every = self.config.checkpoint_every
         if every and number % every == 0 and torch.is_grad_enabled():
-            return checkpoint(block, h, c, use_reentrant=False)
+            # Nothing in a block is random, and reading a generator's state is refused while a CUDA graph is captured.
+            return checkpoint(block, h, c, use_reentrant=False, preserve_rng_state=False)
         return block(h, c)
 
     def _unpatchify(self, patches: Tensor) -> Tensor:

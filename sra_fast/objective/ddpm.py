@@ -7,8 +7,7 @@ reverse variance between its two bounds. Loss = mse(noise) + the variational bou
 v alone.
 
 Sources: Ho et al., "Denoising Diffusion Probabilistic Models", 2020 (equations by number below); Nichol and Dhariwal,
-    "Improved
-Denoising Diffusion Probabilistic Models", 2021, section 3.1 (learned range); Peebles and Xie, "DiT", 2023, section 3.1.
+"Improved Denoising Diffusion Probabilistic Models", 2021, section 3.1 (learned range); Peebles and Xie, "DiT", 2023.
 """
 
 from __future__ import annotations
@@ -30,8 +29,6 @@ def betas() -> Tensor:
 
 class Diffusion:
     """DiT's objective on tables of 1,000 float64 entries. It never draws."""
-
-    family = "dit"
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         beta = betas()

@@ -20,8 +20,6 @@ from sra_fast.objective import Noised
 class Flow:
     """SiT's objective on one path, "linear" or "cosine". It never draws."""
 
-    family = "sit"
-
     def __init__(self, path: str) -> None:
         self.path = path
 

@@ -5,17 +5,15 @@ Every file is written under a temporary name beside its own and renamed, so that
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from sra_fast.atomic import replacing
 from sra_fast.config import refuse_unless
 
 GAP = 96  # between black and white, to be told from either
@@ -35,6 +33,11 @@ def to_uint8(x: Tensor) -> np.ndarray:
     refuse_unless(bad == 0, "samples", f"{bad} of {len(x)} not finite", "every value must be finite")
     levels = ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def grid_columns(count: int, classes: int) -> int:
+    """Columns of a grid of samples with labels in turn: one per class where there are few, else about a square."""
+    return classes if 4 <= classes <= 16 else max(1, math.isqrt(count))
 
 
 def save_grid(path: str | Path, pixels: np.ndarray, columns: int) -> None:
@@ -69,7 +72,7 @@ def save_each(folder: str | Path, pixels: np.ndarray, first: int = 0) -> None:
 def save_npz(path: str | Path, pixels: np.ndarray) -> None:
     """The array `arr_0`, (N, H, W, 3) uint8, as the ADM evaluation suite reads it; one channel is repeated to three."""
     _check(pixels)
-    with _replacing(Path(path)) as file:
+    with replacing(Path(path)) as partial, partial.open("wb") as file:
         np.savez(file, np.broadcast_to(pixels, (*pixels.shape[:3], 3)))
 
 
@@ -79,18 +82,5 @@ def _check(pixels: np.ndarray) -> None:
 
 
 def _save_png(path: Path, image: np.ndarray) -> None:
-    with _replacing(path) as file:
-        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(file, format="PNG")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file open for writing that becomes `path` once the block has ended well, and vanishes otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as partial:
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(partial, format="PNG")

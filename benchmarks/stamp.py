@@ -1,0 +1,139 @@
+"""The circumstances of a measurement: without them a number cannot be compared with another."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+# Bits of nvmlClocksEventReasons (nvml.h). The first is no reason to doubt a number.
+THROTTLE_REASONS = {
+    0x1: "gpu_idle",
+    0x2: "applications_clocks_setting",
+    0x4: "sw_power_cap",
+    0x8: "hw_slowdown",
+    0x10: "sync_boost",
+    0x20: "sw_thermal_slowdown",
+    0x40: "hw_thermal_slowdown",
+    0x80: "hw_power_brake_slowdown",
+    0x100: "display_clock_setting",
+}
+
+QUERY = {  # our name -> nvidia-smi's
+    "sm_mhz": "clocks.sm",
+    "sm_max_mhz": "clocks.max.sm",
+    "memory_mhz": "clocks.mem",
+    "temperature_c": "temperature.gpu",
+    "power_w": "power.draw",
+    "power_limit_w": "power.limit",
+    "throttle_reasons": "clocks_throttle_reasons.active",
+    "driver": "driver_version",
+}
+CLOCKS = ("sm_mhz", "sm_max_mhz", "memory_mhz", "temperature_c", "power_w")
+
+
+def stamp(device: torch.device | str | None = None) -> dict[str, Any]:
+    """Everything a reader needs to judge a number or measure it again. Fields that do not apply, or that the system
+    does not tell, are None.
+
+    Clocks, power and throttle reasons are those of this moment: a stamp taken right after the measuring shows the
+    device under load, one taken before shows it idle.
+
+    Args:
+        device: that was measured; None = the GPU where there is one.
+
+    Returns:
+        `kind` (cuda or cpu), `device` (GPU or CPU model), `cores` this process may use and torch's `threads`, `clocks`
+        (MHz, degrees Celsius, W), `power_limit_w`, `throttle_reasons` (list of names), `driver`, `versions` (python,
+        torch, triton, cudnn, cuda), `commit` ($SRA_FAST_COMMIT, else git's), `dirty`, `command`, `date` (UTC).
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    gpu = _gpu(device) if device.type == "cuda" else dict.fromkeys(QUERY)
+    commit, dirty = _commit()
+    return {
+        "kind": device.type,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "clocks": {name: gpu[name] for name in CLOCKS} if device.type == "cuda" else None,
+        "power_limit_w": gpu["power_limit_w"],
+        "throttle_reasons": gpu["throttle_reasons"],
+        "driver": gpu["driver"],
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": _installed("triton"),
+            "cudnn": torch.backends.cudnn.version(),
+            "cuda": torch.version.cuda,
+        },
+        "commit": commit,
+        "dirty": dirty,
+        "command": shlex.join(sys.orig_argv),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints, None where it is missing or fails."""
+    try:
+        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return ran.stdout.strip() if ran.returncode == 0 else None
+
+
+def _cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, None) or platform.processor() or platform.machine()
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """(hash, whether tracked files differ from it). A copy without .git names its commit in the environment, with
+    "-dirty" at the end where that applies."""
+    if named := os.environ.get("SRA_FAST_COMMIT"):
+        return named.removesuffix("-dirty"), named.endswith("-dirty")
+    commit = _output("git", "rev-parse", "HEAD")
+    changes = _output("git", "status", "--porcelain", "--untracked-files=no")
+    return commit, None if changes is None else bool(changes)
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    """nvidia-smi's answers about this GPU, which it is told by UUID: CUDA_VISIBLE_DEVICES may renumber."""
+    uuid = torch.cuda.get_device_properties(device).uuid
+    fields = ",".join(QUERY.values())
+    line = _output("nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
+    return parse_query(line)
+
+
+def parse_query(line: str | None) -> dict[str, Any]:
+    """One comma-separated answer to `QUERY` as numbers and names; None for everything the driver does not tell."""
+    values = [value.strip() for value in line.split(",")] if line else []
+    if len(values) != len(QUERY):
+        return dict.fromkeys(QUERY)
+    told: dict[str, Any] = {}
+    for name, value in zip(QUERY, values, strict=True):
+        if value.strip("[]").lower() in ("n/a", "not supported", "unknown error"):
+            told[name] = None
+        elif name == "throttle_reasons":
+            told[name] = [reason for bit, reason in THROTTLE_REASONS.items() if int(value, 16) & bit]
+        else:
+            told[name] = value if name == "driver" else float(value)
+    return told
