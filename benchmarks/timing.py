@@ -127,7 +127,7 @@ def measure(
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
-            errors[name] = f"out of memory ({str(error).splitlines()[0] or type(error).__name__})"
+            errors[name] = f"out of memory ({(str(error) or type(error).__name__).splitlines()[0]})"
             ready.pop(name, None)
         if name in errors:  # outside the handler, whose traceback holds the candidate's tensors
             clock.release()

@@ -29,7 +29,7 @@ XL = replace(preset("sit-xl-2").model, input_size=32, channels=4, classes=1000)
     [
         (forward_flops(XL), 237.2),
         (head_flops(XL), 2.72),
-        (forward_flops(XL, 20), 169.5),
+        (forward_flops(XL, 20), 169.45),  # 169.46 with the final layer, which a teacher stopped at its tap does not run
         (training_flops(XL, 20), 889.3),
         (training_flops(XL, None), 711.7),
     ],
@@ -60,7 +60,7 @@ def test_the_time_embedding_is_as_wide_as_the_models():
 
 
 def test_what_cannot_be_counted_is_refused():
-    with pytest.raises(Refused, match="model.input-size: 0 given"):
+    with pytest.raises(Refused, match=r"model\.input-size: 0 given"):
         forward_flops(preset("sit-xl-2").model)
     with pytest.raises(Refused, match="blocks: 29 given"):
         forward_flops(XL, 29)

@@ -18,7 +18,7 @@ from sra_fast.config import ModelConfig
 from sra_fast.kernels.philox import Draw, normals, uniforms
 from sra_fast.model.transformer import Transformer
 
-_ZERO = ("adaLN_modulation.1.weight", "final_layer.linear.weight")
+ZERO = ("adaLN_modulation.1.weight", "final_layer.linear.weight")
 _NORMAL = ("y_embedder.embedding_table.weight", "t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight")
 _NORMAL_STD = 0.02
 
@@ -40,7 +40,7 @@ def _initial(
         return position_table(config.hidden, config.input_size // config.patch)
     if name.endswith(("q_norm.weight", "k_norm.weight")):
         return torch.ones(shape)
-    if name.endswith(("bias", *_ZERO)):
+    if name.endswith(("bias", *ZERO)):
         return torch.zeros(shape)
     number = torch.tensor([position], device=device)
     if name.endswith(_NORMAL):

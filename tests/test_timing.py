@@ -1,0 +1,236 @@
+"""Timing: who is called when, what stops a number from being made, and what is written down."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.record import FORMAT_VERSION, folder, read, table, write
+from benchmarks.stamp import parse_query, stamp
+from benchmarks.timing import GateFailed, Samples, measure, roofs, row
+from sra_fast.config import Refused
+
+ROW = "name params samples_ms median_ms p20_ms p80_ms bytes flops roof_share peak_memory_gib device versions clocks"
+ROW_FIELDS = {*ROW.split(), "commit", "command", "host_ms"}  # the contract's, and the host's time
+VERSIONS = {"python", "torch", "triton", "cudnn", "cuda"}
+ROOFS = {"copy_gb_per_s": 100.0, "matmul_tflop_per_s": 2.0}
+
+
+@pytest.fixture(scope="module")
+def here():
+    return stamp("cpu")
+
+
+def recorders(*names):
+    calls = []
+    return calls, {name: lambda name=name: calls.append(name) for name in names}
+
+
+def test_repeats_are_interleaved_and_each_round_starts_with_the_next():
+    calls, candidates = recorders("a", "b", "c")
+    taken = measure(candidates, device="cpu", repeats=4, warmup=2, inner=1)
+    sampled = "".join(calls)[-12:]
+    assert sampled == "abc" + "bca" + "cab" + "abc"
+    assert {name: len(samples.ms) for name, samples in taken.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+def test_warm_up_comes_first_and_inner_calls_make_one_sample():
+    calls, candidates = recorders("a", "b")
+    taken = measure(candidates, device="cpu", repeats=3, warmup=5, inner=4)
+    assert "".join(calls).endswith("aaaabbbb" + "bbbbaaaa" + "aaaabbbb")
+    warm = calls[: -2 * 3 * 4]
+    assert warm == sorted(warm)
+    assert min(warm.count("a"), warm.count("b")) >= 5
+    assert len(taken["a"].ms) == 3
+
+
+def test_a_sample_is_the_time_of_one_call(monkeypatch):
+    """A clock that only the candidate moves: 3 ms a call."""
+    now = [0]
+    monkeypatch.setattr("benchmarks.timing.time.perf_counter_ns", lambda: now[0])
+
+    def work():
+        now[0] += 3_000_000
+
+    taken = measure({"a": work}, device="cpu", repeats=5, warmup=1, inner=7)["a"]
+    assert taken.ms == pytest.approx([3.0] * 5)
+    assert taken.host_ms == pytest.approx(3.0)
+
+
+def test_a_failing_gate_leaves_no_number():
+    calls, candidates = recorders("a")
+
+    def gate():
+        raise GateFailed("loss 1.0 against 2.0")
+
+    with pytest.raises(GateFailed, match="loss"):
+        measure(candidates, device="cpu", repeats=3, warmup=1, gate=gate)
+    assert calls == []
+
+
+def test_the_gate_is_called_once_and_first():
+    calls, candidates = recorders("a")
+    measure(candidates, device="cpu", repeats=3, warmup=1, gate=lambda: calls.append("gate"))
+    assert calls[0] == "gate"
+    assert calls.count("gate") == 1
+
+
+def too_large():
+    torch.empty(2**50)
+
+
+def python_runs_out():
+    raise MemoryError
+
+
+@pytest.mark.parametrize("fail", [too_large, python_runs_out])
+@pytest.mark.parametrize("after", [0, 2, 5])
+def test_out_of_memory_is_a_row_and_the_others_go_on(here, fail, after):
+    """At once, while warming up, and in the middle of the samples."""
+    calls = []
+
+    def grows():
+        calls.append("grows")
+        if len(calls) > after:
+            fail()
+
+    taken = measure({"grows": grows, "fits": lambda: None}, device="cpu", repeats=6, warmup=2)
+    assert len(taken["fits"].ms) == 6
+    made = row("step", {"rung": "grows"}, taken["grows"], stamp=here, flops=10, roofs=ROOFS)
+    assert made["error"].startswith("out of memory")
+    assert (made["samples_ms"], made["median_ms"], made["roof_share"], made["host_ms"]) == ([], None, None, None)
+    assert "out of memory" in table([made])
+    assert len(calls) == after + 1
+
+
+def test_other_errors_are_not_swallowed():
+    def broken():
+        raise RuntimeError("shape mismatch")
+
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        measure({"a": broken}, device="cpu", repeats=1, warmup=1)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"repeats": 0}, {"warmup": 0}, {"inner": 0}, {"graph": True}, {"cold_l2": True}, {"cold_l2": 1, "inner": 2}],
+)
+def test_arguments_that_cannot_be(wrong):
+    with pytest.raises(ValueError, match=r"at least 1|need a CUDA device|must be 1"):
+        measure({"a": lambda: None}, **({"device": "cpu", "repeats": 1, "warmup": 1} | wrong))
+
+
+def test_percentiles_are_those_of_the_samples():
+    samples = Samples(ms=tuple(range(101)), host_samples_ms=(1.0, 2.0, 9.0))
+    assert (samples.p20_ms, samples.median_ms, samples.p80_ms, samples.host_ms) == (20, 50, 80, 2)
+    one = Samples(ms=(4.0,))
+    assert (one.p20_ms, one.median_ms, one.p80_ms, one.host_ms) == (4, 4, 4, None)
+    uneven = (1.0, 5.0, 2.0, 4.0)
+    assert Samples(ms=uneven).p20_ms == pytest.approx(np.quantile(uneven, 0.2))
+
+
+def test_a_row_has_the_contracts_fields(here):
+    made = row("adaln", {"rows": 8}, Samples(ms=(1.0, 2.0, 3.0), host_samples_ms=(1.0,)), stamp=here, bytes=10**8)
+    assert set(made) == ROW_FIELDS
+    assert (made["samples_ms"], made["median_ms"]) == ([1.0, 2.0, 3.0], 2.0)
+    assert made["roof_share"] is None
+    for field in ("device", "versions", "clocks", "commit", "command"):
+        assert made[field] == here[field]
+
+
+@pytest.mark.parametrize(
+    ("bytes", "flops", "share"),
+    [
+        (10**8, None, 0.5),  # 1 ms of 2 at 100 GB/s
+        (None, 10**9, 0.25),  # 0.5 ms of 2 at 2 TFLOP/s
+        (10**8, 10**9, 0.5),  # the tighter of both
+        (None, None, None),
+    ],
+)
+def test_the_share_of_the_roof(here, bytes, flops, share):
+    made = row("a", {}, Samples(ms=(2.0,)), stamp=here, bytes=bytes, flops=flops, roofs=ROOFS)
+    assert made["roof_share"] == (share and pytest.approx(share))
+
+
+def test_roofs_are_measured_and_count_what_they_say():
+    found = roofs("cpu", copy_bytes=2**22, matmul_size=64)
+    assert set(found) == {"copy_gb_per_s", "matmul_tflop_per_s", "copy_bytes", "matmul_size"}
+    assert (found["copy_bytes"], found["matmul_size"]) == (2**22, 64)
+    assert 0.01 < found["copy_gb_per_s"] < 1e5
+    assert 1e-6 < found["matmul_tflop_per_s"] < 1e4
+
+
+def test_the_stamp_of_a_cpu_is_whole(here):
+    told = {"kind", "device", "cores", "threads", "versions", "commit", "dirty", "command", "date"}
+    gpu_only = {"clocks", "power_limit_w", "throttle_reasons", "driver"}
+    assert set(here) == told | gpu_only
+    assert all(here[field] is None for field in gpu_only)
+    assert here["kind"] == "cpu"
+    assert here["device"]
+    assert here["cores"] >= 1
+    assert here["threads"] == torch.get_num_threads()
+    assert set(here["versions"]) == VERSIONS
+    assert here["versions"]["torch"] == torch.__version__
+    assert "pytest" in here["command"]
+    json.dumps(here)
+
+
+@pytest.mark.parametrize(("named", "expected"), [("abc123", ("abc123", False)), ("abc123-dirty", ("abc123", True))])
+def test_the_commit_can_come_from_the_environment(monkeypatch, named, expected):
+    monkeypatch.setenv("SRA_FAST_COMMIT", named)
+    told = stamp("cpu")
+    assert (told["commit"], told["dirty"]) == expected
+
+
+def test_without_git_and_environment_the_commit_is_unknown(monkeypatch, tmp_path):
+    monkeypatch.delenv("SRA_FAST_COMMIT", raising=False)
+    monkeypatch.setattr("benchmarks.stamp.ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    told = stamp("cpu")
+    assert (told["commit"], told["dirty"]) == (None, None)
+
+
+def test_an_answer_of_nvidia_smi_is_read():
+    told = parse_query("1755, 1980, 3201, 41, 512.33, 700.00, 0x0000000000000024, 580.159.04")
+    assert told["sm_mhz"] == 1755
+    assert told["power_limit_w"] == 700
+    assert told["throttle_reasons"] == ["sw_power_cap", "sw_thermal_slowdown"]
+    assert told["driver"] == "580.159.04"
+    partly = parse_query("[N/A], 1980, 3201, 41, [Not Supported], 700.00, 0x0, 580.159.04")
+    assert (partly["sm_mhz"], partly["power_w"], partly["throttle_reasons"]) == (None, None, [])
+    for nothing in (None, "", "No devices were found"):
+        assert set(parse_query(nothing).values()) == {None}
+
+
+def test_files_come_back_as_they_were_written(tmp_path, here):
+    rows = [row("adaln", {"rows": 8}, Samples(ms=(1.25, 2.5)), stamp=here)]
+    path = write(tmp_path / "new" / "folder", "kernels", rows, here)
+    assert path.name == "kernels.json"
+    assert read(path) == {"format_version": FORMAT_VERSION, "name": "kernels", "stamp": here, "rows": rows}
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"format_version": 99, "name": "", "stamp": {}, "rows": []}', "{"])
+def test_other_files_are_refused_by_name(tmp_path, content):
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    with pytest.raises(Refused, match=r"other\.json"):
+        read(path)
+
+
+def test_the_folder_of_results(here, tmp_path):
+    cpu = here | {"commit": "ebcf046aaaa", "date": "2026-11-21T10:00:00+00:00"}
+    assert folder(cpu, tmp_path) == tmp_path / "cpu-2026-11-21-ebcf046"
+    gpu = cpu | {"kind": "cuda", "device": "NVIDIA H100 80GB HBM3"}
+    assert folder(gpu, tmp_path).name == "h100-80gb-hbm3-2026-11-21-ebcf046"
+
+
+def test_the_table_is_markdown(here):
+    made = row("copy", {"a": 1, "b": "x|y"}, Samples(ms=(2.0,)), stamp=here, bytes=10**8, flops=10**9, roofs=ROOFS)
+    head, line, cells = table([made]).splitlines()
+    assert "GB/s" in head
+    assert set(line) <= set("|- ")
+    assert "a=1, b=x\\|y" in cells
+    assert [cell.strip() for cell in cells.split(" | ")][5:8] == ["50", "0.5", "50.0%"]
