@@ -16,9 +16,9 @@ The interval comes from resampling blocks of consecutive samples, because neighb
 temperature, other work on the machine): resampling single ones would promise too much (Kuensch, "The Jackknife and the
 Bootstrap for General Stationary Observations", 1989; circular, Politis and Romano, 1992).
 
-No interval knows of a drift as long as the run itself. On a machine whose noise lasts for 20 samples, 200 samples raised
-no false alarm in 300 comparisons of equals, and 20 samples up to 24: measure for several times as long as neighbours
-trouble each other, and measure old and new in turns.
+No interval knows of a drift as long as the run itself. On a machine whose noise lasts for 20 samples, 200 samples
+raised no false alarm in 300 comparisons of equals, and 20 samples up to 24: measure for several times as long as the
+noise lasts, and measure old and new in turns.
 
 Exit code 0: nothing got slower. 1: something did, or the files cannot be compared; the last line says which.
 """
@@ -91,8 +91,8 @@ def change(old: Sequence[Sequence[float]], new: Sequence[Sequence[float]], confi
 
 def _log_medians(runs: list[NDArray[np.float64]], generator: np.random.Generator) -> tuple[NDArray[np.float64], int]:
     """(log of the median of each resample, number of blocks in one). Blocks stay within their run, which they
-    wrap around, and hold n^(2/3) samples: with sqrt(n), noise that lasts for 20 samples raised false alarms. Three blocks
-    are the fewest whose spread says anything."""
+    wrap around, and hold n^(2/3) samples: with sqrt(n), noise that lasts for 20 samples raised false alarms. Three
+    blocks are the fewest whose spread says anything."""
     resampled, total = [], 0
     for samples in runs:
         n = len(samples)

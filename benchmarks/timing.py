@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.record import folder, read, row, table, write
+from benchmarks.record import Row, folder, read, row, table, write
 from benchmarks.stamp import stamp
 
-__all__ = ["GateFailed", "Samples", "folder", "measure", "read", "roofs", "row", "stamp", "table", "write"]
+__all__ = ["GateFailed", "Row", "Samples", "folder", "measure", "read", "roofs", "row", "stamp", "table", "write"]
 
 GIB = 2**30
 

@@ -18,7 +18,7 @@ OPTIONAL = ("triton", "nvidia", "tensorboard", "sklearn", "scipy")
 ORDER = [
     {"config"},
     {"atomic"},
-    {"distributed", "hardware", "metrics", "stopping"},
+    {"distributed", "flops", "hardware", "metrics", "stopping"},
     {"data"},
     {"model"},
     {"objective"},
