@@ -51,7 +51,7 @@ def _digits() -> Config:
             samples=2000,
             min_class_accuracy=0.95,
             min_class_accuracy_guided=0.98,
-            max_frechet_ratio=2.5,
+            max_frechet_ratio=2.2,
             min_nearest_ratio=0.8,
         ),
     )
