@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from small_run import run, small, write_images
 from torch import Tensor
 
 from sra_fast.config import AlignConfig, Config, DataConfig, ModelConfig, TrainConfig
@@ -44,3 +47,18 @@ def awake() -> Callable[..., dict[str, Tensor]]:
         return weights
 
     return make
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory) -> Path:
+    """A folder with images in data/ and the run runs/a, stopped after five steps. Only to be copied."""
+    root = tmp_path_factory.mktemp("template")
+    write_images(root / "data")
+    assert run(small(root), stop_after=5)[0] == 143
+    return root
+
+
+@pytest.fixture
+def stopped(template, tmp_path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(template, tmp_path / "copy")

@@ -31,21 +31,6 @@ FILES = sorted([*(f"{name}.safetensors" for name in TENSORS), "state.json"])
 FIRST = "000000000040"  # where the fixture stops
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory):
-    """A run that was stopped after five steps."""
-    root = tmp_path_factory.mktemp("template")
-    write_images(root / "data")
-    assert run(small(root), stop_after=5)[0] == 143
-    return root
-
-
-@pytest.fixture
-def stopped(template, tmp_path):
-    """A copy of it."""
-    return shutil.copytree(template, tmp_path / "copy")
-
-
 @pytest.fixture
 def saved(stopped):
     return stopped / "runs/a/checkpoints" / FIRST

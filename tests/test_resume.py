@@ -246,21 +246,6 @@ def test_a_second_signal_stops_at_once_and_leaves_the_last_checkpoint(root, monk
 # What is refused, and what may change
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory):
-    """A run that was stopped after five steps."""
-    root = tmp_path_factory.mktemp("template")
-    write_images(root / "data")
-    assert run(small(root), stop_after=5)[0] == 143
-    return root
-
-
-@pytest.fixture
-def stopped(template, tmp_path):
-    """A copy of it."""
-    return shutil.copytree(template, tmp_path / "copy")
-
-
 @pytest.mark.parametrize(
     ("changes", "field"),
     [

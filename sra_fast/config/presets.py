@@ -5,18 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sra_fast.config.checks import refuse_unless
-from sra_fast.config.sections import (
-    AlignConfig,
-    Config,
-    DataConfig,
-    EvaluateConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    RunConfig,
-    SampleConfig,
-    TrainConfig,
-)
+from sra_fast.config.recipe import AlignConfig, ModelConfig, ObjectiveConfig, OptimConfig
+from sra_fast.config.running import DataConfig, EvaluateConfig, RunConfig, SampleConfig, TrainConfig
+from sra_fast.config.whole import Config
 
 SIZES = {  # depth, hidden, heads: DiT, table 1
     "s": (12, 384, 6),

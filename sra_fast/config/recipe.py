@@ -1,0 +1,142 @@
+"""What is computed: the network, its losses, its optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from sra_fast.config.checks import Section
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    """The transformer shared by SiT and DiT. A zero for input size, channels or classes is read from the data."""
+
+    section: ClassVar[str] = "model"
+
+    family: Literal["sit", "dit"] = "sit"
+    """sit predicts a velocity in continuous time; dit predicts noise and its variance in 1,000 steps."""
+    depth: int = 12
+    """Number of blocks."""
+    hidden: int = 768
+    """Width D of a token."""
+    heads: int = 12
+    """Attention heads."""
+    patch: int = 2
+    """Side of a patch in pixels (latent pixels for latents)."""
+    mlp_ratio: int = 4
+    """Width of the MLP's hidden layer over D."""
+    input_size: int = 0
+    """Side of the input in pixels; 0 = from the data."""
+    channels: int = 0
+    """Input channels; 0 = from the data."""
+    classes: int = 0
+    """Number of classes, without the null class; 0 = from the data."""
+    qk_norm: bool = False
+    """Normalise queries and keys per head (LayerNorm with affine)."""
+    attention: Literal["sdpa", "math"] = "sdpa"
+    """Attention backend: PyTorch's scaled_dot_product_attention, or plain matrix products and softmax."""
+    checkpoint_every: int = 0
+    """Recompute every K-th block in the backward pass instead of keeping its activations; 0 = none."""
+
+    def check(self) -> None:
+        self.need_positive("depth", "hidden", "heads", "patch", "mlp_ratio")
+        self.need_not_negative("input_size", "channels", "classes", "checkpoint_every")
+        self.need(self.hidden % self.heads == 0, "hidden", f"must be a multiple of model.heads = {self.heads}")
+        self.need(self.hidden % 4 == 0, "hidden", "must be a multiple of 4 (the 2-D position table)")
+        self.need(self.input_size % self.patch == 0, "input_size", f"must be a multiple of model.patch = {self.patch}")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per image, T = (input_size / patch)^2."""
+        return (self.input_size // self.patch) ** 2
+
+    @property
+    def output_channels(self) -> int:
+        """Channels predicted per pixel: the velocity, or noise and variance."""
+        return self.channels * (2 if self.family == "dit" else 1)
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig(Section):
+    """The generative loss."""
+
+    section: ClassVar[str] = "objective"
+
+    path: Literal["linear", "cosine"] = "linear"
+    """Interpolant of sit: x_t = (1-t) x + t noise, or cos(pi t/2) x + sin(pi t/2) noise. dit has its own 1,000 linear
+    betas."""
+    times: Literal["uniform", "lognormal"] = "uniform"
+    """Distribution of sit's training times."""
+    label_dropout: float = 0.1
+    """Share of labels replaced by the null class, for classifier-free guidance."""
+
+    def check(self) -> None:
+        self.need(0 <= self.label_dropout < 1, "label_dropout", "must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class AlignConfig(Section):
+    """Self-representation alignment (arXiv 2505.02831): which block learns from which, at what distance, how
+    strongly, and when."""
+
+    section: ClassVar[str] = "align"
+
+    method: Literal["sra", "none"] = "sra"
+    """sra aligns with the EMA teacher; none trains the plain model."""
+    distance: Literal["cosine", "cosine_channel", "smooth_l1", "l1", "l2"] = "cosine"
+    """cosine is per token; cosine_channel normalises over tokens, as the public code does; smooth_l1 (beta 0.05) is
+    the published loss."""
+    weight: float = 0.5
+    """Weight of the alignment loss."""
+    weight_hold_epochs: int = 0
+    """Epochs (0-based) up to and including which the weight is constant before it decays."""
+    weight_decade_epochs: int = 0
+    """Epochs in which the weight then falls tenfold; 0 = it never falls."""
+    student_tap: int = 0
+    """Block (1-based) whose output the student aligns; 0 = the published one for this size, else max(1, depth // 4)."""
+    teacher_tap: int = 0
+    """Block (1-based) of the teacher it is aligned with; 0 = the published one for this size, else 3 depth // 4."""
+    t_max: float = 0.2
+    """Largest distance between the student's time and the teacher's lower one, as a share of all time."""
+    shared_label_dropout: bool = True
+    """The teacher sees the student's dropped labels (published). Off: the teacher's labels are dropped
+    independently."""
+
+    def check(self) -> None:
+        self.need_not_negative("weight", "weight_hold_epochs", "weight_decade_epochs", "student_tap", "teacher_tap")
+        self.need(0 < self.t_max <= 1, "t_max", "must be in (0, 1]")
+
+
+@dataclass(frozen=True)
+class OptimConfig(Section):
+    """AdamW with decoupled decay, gradient clipping and the EMA of the weights, which is also the teacher."""
+
+    section: ClassVar[str] = "optim"
+
+    lr: float = 1e-4
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the square root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 = no clipping."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after warm-up: constant, or a half cosine down to zero at --train.images."""
+    warmup_images: int = 0
+    """Images over which the learning rate rises linearly from zero."""
+    ema_decay: float = 0.9999
+    """Decay of the EMA per optimizer step."""
+    ema_warmup: bool = True
+    """Use min(decay, (1 + k) / (10 + k)) at optimizer step k."""
+
+    def check(self) -> None:
+        self.need_positive("lr", "eps")
+        self.need_not_negative("weight_decay", "clip", "warmup_images")
+        for name in ("beta1", "beta2", "ema_decay"):
+            self.need(0 <= getattr(self, name) < 1, name, "must be in [0, 1)")

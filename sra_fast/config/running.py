@@ -1,0 +1,206 @@
+"""How a run goes: where, on which data, how long, with which kernels, and what its samples must be worth."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from sra_fast.config.checks import Refused, Section
+
+Choice = Literal["auto", "fused", "reference"]
+
+
+@dataclass(frozen=True)
+class RunConfig(Section):
+    """Where the run lives and what makes it reproducible."""
+
+    section: ClassVar[str] = "run"
+
+    name: str = "run"
+    """Folder of the run below --run.dir."""
+    dir: str = "runs"
+    """Folder that holds all runs."""
+    seed: int = 0
+    """64-bit key of every random number: initial weights, order, noise, times, label dropout, previews."""
+    dry_run: bool = False
+    """Print the resolved configuration and stop."""
+
+    def check(self) -> None:
+        self.need(self.name not in ("", ".", "..") and "/" not in self.name, "name", "must be one folder name")
+        self.need(0 <= self.seed < 2**64, "seed", "must be in [0, 2^64)")
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    """Training images: one folder per class, JPEG or PNG."""
+
+    section: ClassVar[str] = "data"
+
+    images: str = ""
+    """Folder of class folders. The digits preset writes scikit-learn's digits there if it does not exist."""
+    resolution: int = 32
+    """Side in pixels after the ADM center crop."""
+    channels: Literal[1, 3] = 3
+    """1 = grey, 3 = RGB."""
+    reader: Literal["auto", "dali", "pillow"] = "auto"
+    """Who decodes: auto takes DALI where it is installed and Pillow elsewhere."""
+    held_out: float = 0.02
+    """Share of the files, chosen by a hash of their names, that is never trained on but used for validation and
+    evaluation."""
+    strict: bool = False
+    """Stop at the first undecodable image instead of replacing it."""
+    max_bad_share: float = 0.01
+    """Stop when more than this share of the data set's files has turned out undecodable."""
+    exif: bool = False
+    """Turn images as their EXIF orientation says (ADM does not)."""
+    threads: int = 0
+    """Decoding threads; 0 = one per core, at most 8."""
+
+    def check(self) -> None:
+        self.need_positive("resolution")
+        self.need_not_negative("threads")
+        self.need(0 < self.held_out < 1, "held_out", "must be in (0, 1)")
+        self.need(0 <= self.max_bad_share <= 1, "max_bad_share", "must be in [0, 1]")
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    """Length, batch and rhythm of training. Everything is counted in images."""
+
+    section: ClassVar[str] = "train"
+
+    images: int = 102_400_000
+    """Length of the run in images (400,000 steps of 256)."""
+    batch: int = 256
+    """Images per optimizer step, over all micro-batches."""
+    accumulate: int = 1
+    """Micro-batches per optimizer step; their gradients are added in fp32."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute type of the networks; auto = bf16 on GPUs that have it, fp32 elsewhere. Weights, moments and losses are
+    always fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = the GPU where there is one."""
+    log_every_steps: int = 50
+    """Steps between two lines of metrics.jsonl, and between two looks at the device's counters."""
+    validate_every_images: int = 2_560_000
+    """Images between two computations of the validation loss; 0 = only at the end."""
+    validation_images: int = 512
+    """Held-out images of the validation loss."""
+    preview_every_images: int = 2_560_000
+    """Images between two preview grids; 0 = only at the end."""
+    save_every_images: int = 2_560_000
+    """Images between two checkpoints."""
+    save_every_minutes: float = 15.0
+    """Minutes between two checkpoints, if that comes first."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints to keep; older ones are removed after a new one is complete."""
+    keep_every_images: int = 0
+    """Checkpoints at multiples of this are never removed; 0 = no such rule."""
+
+    def check(self) -> None:
+        self.need_positive("images", "batch", "accumulate", "log_every_steps", "validation_images")
+        self.need_positive("save_every_images", "save_every_minutes", "keep_checkpoints")
+        self.need_not_negative("validate_every_images", "preview_every_images", "keep_every_images")
+        self.need(
+            self.batch % self.accumulate == 0, "batch", f"must be a multiple of train.accumulate = {self.accumulate}"
+        )
+
+
+@dataclass(frozen=True)
+class KernelsConfig(Section):
+    """Which implementation computes each op: a fused kernel, its reference in plain PyTorch, or auto: whichever was
+    measured faster."""
+
+    section: ClassVar[str] = "kernels"
+
+    default: Choice = "auto"
+    """For every op not named below."""
+    adaln: Choice | None = None
+    """LayerNorm and modulation."""
+    gated_adaln: Choice | None = None
+    """Gated residual, LayerNorm and modulation: the seam between two half blocks."""
+    gated_residual: Choice | None = None
+    """Gated residual where no normalisation follows."""
+    alignment: Choice | None = None
+    """Distance between student and teacher features."""
+    perturb: Choice | None = None
+    """All random draws of a batch."""
+
+    def resolve(self) -> dict[str, str]:
+        """{op: "fused" or "reference"}, decided once for a run. Refuses what cannot be had."""
+        from sra_fast import kernels  # here, because it brings in torch, which --help can do without
+
+        ops = [op.name for op in dataclasses.fields(self) if op.name != "default"]
+        try:
+            return kernels.resolve({op: getattr(self, op) or self.default for op in ops})
+        except ValueError as error:
+            raise Refused(str(error)) from error
+
+
+@dataclass(frozen=True)
+class SampleConfig(Section):
+    """How images are generated."""
+
+    section: ClassVar[str] = "sample"
+
+    sampler: Literal["auto", "euler", "heun", "sde", "ddpm", "ddim"] = "auto"
+    """sit: euler and heun (ODE), sde (Euler-Maruyama); dit: ddpm, ddim. auto = sde for sit, ddpm for dit."""
+    steps: int = 250
+    """Sampling steps. Heun calls the network twice a step but for the last."""
+    guidance: float = 1.0
+    """Classifier-free guidance scale; 1 = none."""
+    guidance_low: float = 0.0
+    """Guide only at noise levels (0 = data, 1 = noise) from here ..."""
+    guidance_high: float = 1.0
+    """... to here."""
+    guidance_channels: int = 0
+    """Guide only the first so many channels of the prediction; 0 = all. The public DiT uses 3 of 4."""
+    count: int = 64
+    """Images to generate."""
+    batch: int = 64
+    """Images per network call."""
+    seed: int = 0
+    """Sample i is a function of this seed and i alone."""
+    batch_invariant: bool = False
+    """Call the network for one image at a time, so that a sample is the same in every bit whatever --sample.batch is.
+    Slow."""
+
+    def check(self) -> None:
+        self.need_positive("steps", "count", "batch")
+        self.need_not_negative("guidance", "guidance_channels")
+        self.need(0 <= self.guidance_low <= 1, "guidance_low", "must be in [0, 1]")
+        self.need(
+            self.guidance_low <= self.guidance_high <= 1,
+            "guidance_high",
+            f"must be in [sample.guidance-low = {self.guidance_low:g}, 1]",
+        )
+        self.need(0 <= self.seed < 2**64, "seed", "must be in [0, 2^64)")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(Section):
+    """What a trained model must reach. A bar of zero is not checked."""
+
+    section: ClassVar[str] = "evaluate"
+
+    after_training: bool = False
+    """Evaluate at the end of training and fail below the bars."""
+    samples: int = 2000
+    """Samples generated without guidance, and as many with."""
+    guidance: float = 2.0
+    """Guidance scale of the guided samples."""
+    min_class_accuracy: float = 0.0
+    """Share of unguided samples the judge must recognise as their class."""
+    min_class_accuracy_guided: float = 0.0
+    """The same with guidance."""
+    max_frechet_ratio: float = 0.0
+    """Largest Frechet distance of samples to held-out images, over that of training images to held-out images."""
+    min_nearest_ratio: float = 0.0
+    """Smallest ratio of nearest-training-neighbour distances, samples over held-out images: memorising drives it to
+    zero."""
+
+    def check(self) -> None:
+        self.need_positive("samples")
+        self.need_not_negative("guidance", "min_class_accuracy", "min_class_accuracy_guided")
+        self.need_not_negative("max_frechet_ratio", "min_nearest_ratio")
