@@ -13,6 +13,7 @@ Sources: Ho et al., "Denoising Diffusion Probabilistic Models", 2020 (equations 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,22 +28,40 @@ def betas() -> Tensor:
     return torch.linspace(1e-4, 0.02, DIFFUSION_STEPS, dtype=torch.float64)
 
 
+class Posterior(NamedTuple):
+    """q(x_{k-1} | x_k, x_0) at every step of a chain: mean = mean_of_x0 x_0 + mean_of_xt x_k. Ho et al., (7)."""
+
+    kept_before: Tensor  # abar_{k-1}; 1 at the first step
+    beta: Tensor
+    variance: Tensor  # 0 at the first step
+    mean_of_x0: Tensor
+    mean_of_xt: Tensor
+
+
+def posterior(kept: Tensor) -> Posterior:
+    """The posterior of the chain whose abar are `kept`, (K,) float64, falling: all 1,000 steps or a selection."""
+    before = torch.cat([kept.new_ones(1), kept[:-1]])
+    beta = 1 - kept / before
+    variance = beta * (1 - before) / (1 - kept)
+    return Posterior(
+        before, beta, variance, beta * before.sqrt() / (1 - kept), (1 - before) * (1 - beta).sqrt() / (1 - kept)
+    )
+
+
 class Diffusion:
     """DiT's objective on tables of 1,000 float64 entries. It never draws."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        beta = betas()
-        kept = (1 - beta).cumprod(0)  # abar_t
-        kept_before = torch.cat([kept.new_ones(1), kept[:-1]])  # abar_{t-1}
-        posterior_variance = beta * (1 - kept_before) / (1 - kept)  # Ho et al., (7)
+        kept = (1 - betas()).cumprod(0)  # abar_t
+        q = posterior(kept)
         tables = {
             "signal": kept.sqrt(),
             "noise": (1 - kept).sqrt(),
-            "log_beta": beta.log(),
+            "log_beta": betas().log(),
             # The first posterior variance is zero; its logarithm is replaced by the second one's, as published.
-            "log_posterior": torch.cat([posterior_variance[1:2], posterior_variance[1:]]).log(),
-            "mean_of_x0": beta * kept_before.sqrt() / (1 - kept),
-            "mean_of_xt": (1 - kept_before) * (1 - beta).sqrt() / (1 - kept),
+            "log_posterior": torch.cat([q.variance[1:2], q.variance[1:]]).log(),
+            "mean_of_x0": q.mean_of_x0,
+            "mean_of_xt": q.mean_of_xt,
         }
         self._tables = {name: table.to(device) for name, table in tables.items()}
 

@@ -19,11 +19,10 @@ from collections.abc import Callable
 from itertools import accumulate, repeat
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from sra_fast.config import refuse_unless
-from sra_fast.objective.ddpm import DIFFUSION_STEPS, betas
+from sra_fast.objective.ddpm import DIFFUSION_STEPS, betas, posterior
 
 Prediction = Callable[[Tensor, int], Tensor]
 """(x (B, C, H, W) float64, original step in [0, 999]) -> (B, 2C, H, W) float64: noise, then v, nominally in [-1, 1]."""
@@ -36,7 +35,9 @@ class Transition(NamedTuple):
     kept: float  # abar_k
     kept_before: float  # abar_{k-1}; 1 at k = 0
     beta: float
-    posterior_variance: float  # beta~_k; 0 at k = 0, whose noise is never drawn
+    variance: float  # beta~_k; 0 at k = 0, whose noise is never drawn
+    mean_of_x0: float
+    mean_of_xt: float
 
 
 def kept_steps(steps: int) -> list[int]:
@@ -55,10 +56,7 @@ def chain(steps: int) -> list[Transition]:
     """The respaced chain in ascending order of noise: `steps` transitions in float64."""
     original = kept_steps(steps)
     kept = (1 - betas()).cumprod(0)[original]
-    kept_before = torch.cat([kept.new_ones(1), kept[:-1]])
-    beta = 1 - kept / kept_before
-    posterior = beta * (1 - kept_before) / (1 - kept)
-    columns = (kept.tolist(), kept_before.tolist(), beta.tolist(), posterior.tolist())
+    columns = (column.tolist() for column in (kept, *posterior(kept)))
     return [Transition(*row) for row in zip(original, *columns, strict=True)]
 
 
@@ -81,11 +79,9 @@ def ddpm(prediction: Prediction, x: Tensor, *, steps: int, noise: Callable[[int]
     """
     for j, now in enumerate(reversed(chain(steps))):
         predicted_noise, v = prediction(x, now.step).chunk(2, dim=1)  # each (B, C, H, W)
-        of_data = now.beta * now.kept_before**0.5 / (1 - now.kept)
-        of_x = (1 - now.kept_before) * (1 - now.beta) ** 0.5 / (1 - now.kept)
-        x = of_data * _data(x, predicted_noise, now.kept) + of_x * x
+        x = now.mean_of_x0 * _data(x, predicted_noise, now.kept) + now.mean_of_xt * x
         if j < steps - 1:
-            log_beta, log_posterior = math.log(now.beta), math.log(now.posterior_variance)
+            log_beta, log_posterior = math.log(now.beta), math.log(now.variance)
             share = (v + 1) / 2
             x = x + (0.5 * (share * log_beta + (1 - share) * log_posterior)).exp() * noise(j)
     return x
