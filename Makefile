@@ -1,5 +1,9 @@
 # make train   sets up .venv, trains the digits preset and judges the result       make test   sets up .venv and runs the tests
-# Variables: PYTHON, VENV, RUN (name of the run), ARGS (more options of `sra-fast train`), TORCH and TORCH_INDEX.
+# make bench   how fast this machine is, into benchmarks/results       make gpu-report   all that needs a GPU, in 8 minutes
+# Variables: PYTHON, VENV, RUN (name of the run), ARGS (more options of `sra-fast train` or of the report), TORCH and
+# TORCH_INDEX, BENCH (options of bench_step), PYTHON_RUN.
+# On a GPU machine with an environment of its own, bench and gpu-report install nothing: where there is no VENV and PYTHON
+# has a torch that sees a GPU, they run in it. PYTHON_RUN=/path/to/python says which, whatever else there is.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -18,7 +22,17 @@ TORCH_INDEX ?=
 PIP   := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 READY := $(VENV)/.ready
 
-.PHONY: train test test-full lint clean
+ifneq ($(filter bench gpu-report,$(MAKECMDGOALS)),)
+  ifeq ($(PYTHON_RUN)$(wildcard $(READY)),)
+    PYTHON_RUN := $(shell $(PYTHON) -c 'import torch; torch.cuda.is_available() and print("$(PYTHON)")' 2>/dev/null)
+  endif
+endif
+# By its file, because an environment of another's has sra_fast not installed.
+IN_TREE := $(or $(PYTHON_RUN),$(VENV)/bin/python) benchmarks/in_tree.py .
+# A step of SiT-S takes a CPU some seconds, one of SiT-XL a GPU a tenth of one.
+BENCH ?= $(if $(shell command -v nvidia-smi 2>/dev/null),--size xl --batch 32,--size s --batch 8 --repeats 10 --warmup 2 --rungs public ours "ours fp32")
+
+.PHONY: train test test-full bench gpu-report lint setup clean
 
 train: $(READY)
 	$(VENV)/bin/sra-fast train digits --run.name $(RUN) $(ARGS)
@@ -28,6 +42,17 @@ test: $(READY)
 
 test-full: $(READY)
 	$(VENV)/bin/python -m pytest
+
+bench: $(if $(PYTHON_RUN),,$(READY))
+	$(IN_TREE) benchmarks.bench_step $(BENCH)
+	$(IN_TREE) benchmarks.bench_kernels
+	$(IN_TREE) benchmarks.bench_optimizer
+	$(IN_TREE) benchmarks.readme --print
+
+gpu-report: $(if $(PYTHON_RUN),,$(READY))
+	$(IN_TREE) benchmarks.gpu_report $(ARGS)
+
+setup: $(READY)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -2,6 +2,7 @@
 
 The public recipe (SiT-SRA of vvvvvjdy/SRA), written anew from its description:
 
+    network    as public_network.py has it
     student    under autocast with a gradient scaler (fp16; on a CPU, which has no fast fp16, fp32 without either)
     teacher    outside autocast: fp32 weights, TF32 products on a GPU; all blocks and the final layer are run
     draws      times on the CPU, noise and label dropout from the device's global generator
@@ -15,18 +16,18 @@ from the same draws: `PublicStep.losses` takes them, and the benchmark's gate co
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from benchmarks.public_network import PublicNetwork
 from sra_fast.config import Config
 from sra_fast.kernels.alignment import alignment_ref
 from sra_fast.kernels.perturb import interpolate
 from sra_fast.model.initial import initial_weights
-from sra_fast.model.transformer import Transformer, around
+from sra_fast.step.graph import Captured
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Rung:
     fused_update: bool = False  # fused AdamW and foreach EMA; else the defaults and a Python loop
     draws_on_device: bool = False  # times drawn where they are used
     asks_every_step: bool = True  # two `.item()` a step
+    graph: bool = False  # one CUDA graph of it all
 
 
 RUNGS = (
@@ -48,6 +50,7 @@ RUNGS = (
     Rung("+ torch.compile", bf16_teacher=True, teacher_stops_at_tap=True, compiled=True),
     Rung("+ fused AdamW, foreach EMA", True, True, True, fused_update=True),
     Rung("+ no host reads", True, True, True, True, draws_on_device=True, asks_every_step=False),
+    Rung("+ CUDA graph", True, True, True, True, True, asks_every_step=False, graph=True),
 )
 
 
@@ -62,10 +65,9 @@ class PublicStep:
 
     def __init__(self, config: Config, rung: Rung, device: torch.device) -> None:
         self.config, self.rung, self.device = config, rung, device
-        gpu = device.type == "cuda"
         with torch.device("meta"):
-            shapes = Transformer(config.model)
-        self.model = around(config.model, initial_weights(shapes, config.run.seed, device)).train().requires_grad_(True)
+            self.model = PublicNetwork(config.model)
+        self.model.load_state_dict(initial_weights(config.model, config.run.seed, device), assign=True)
         self.model.pos_embed.requires_grad_(False)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         optim = config.optim
@@ -77,21 +79,18 @@ class PublicStep:
             eps=optim.eps,
             weight_decay=optim.weight_decay,
             fused=True if rung.fused_update else None,
+            capturable=rung.graph,
         )
         # A rung with a bf16 teacher computes the student in bf16 too, which needs no scaler.
+        gpu = device.type == "cuda"
         self.dtype = torch.bfloat16 if rung.bf16_teacher else (torch.float16 if gpu else None)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        compiled: Callable = torch.compile if rung.compiled else lambda function: function
-        self._student = compiled(self.model.forward)
-        self._teacher = compiled(self.ema.features if rung.teacher_stops_at_tap else self._whole_teacher)
-
-    def _whole_teacher(self, x: Tensor, t: Tensor, labels: Tensor, tap: int) -> Tensor:
-        """Features of block `tap` from a pass through the whole network, as the public forward returns them."""
-        kept: list[Tensor] = []
-        handle = self.ema.blocks[tap - 1].register_forward_hook(lambda module, inputs, output: kept.append(output))
-        self.ema(x, t, labels)
-        handle.remove()
-        return kept[0]
+        if rung.compiled:
+            self.model.compile()
+            self.ema.compile()
+        self._captured: Captured | None = None
+        if rung.graph:
+            self._captured = Captured(lambda: self._step(*self._batch), device)
 
     def _autocast(self, wanted: bool) -> AbstractContextManager:
         return torch.autocast(self.device.type, self.dtype) if wanted and self.dtype is not None else nullcontext()
@@ -112,14 +111,28 @@ class PublicStep:
         x_t, target = interpolate(path, x, noise, t)
         x_teacher, _ = interpolate(path, x, noise, t_teacher)
         with self._autocast(True):
-            prediction, features = self._student(x_t, t, labels, tap=student_tap)
+            prediction, features = self.model(x_t, t, labels, student_tap)
         with torch.no_grad(), self._autocast(self.rung.bf16_teacher):
-            goal = self._teacher(x_teacher, t_teacher, labels, tap=teacher_tap)
+            stop = self.rung.teacher_stops_at_tap
+            _, goal = self.ema(x_teacher, t_teacher, labels, teacher_tap, project=False, stop=stop)
         velocity = (prediction.float() - target).square().mean()
         return velocity, alignment_ref(features, goal, self.config.align.distance)
 
     def __call__(self, x: Tensor, labels: Tensor) -> None:
-        """One optimizer step on a batch: x (B, C, H, W) float32, labels (B,) int64."""
+        """One optimizer step on a batch: x (B, C, H, W) float32, labels (B,) int64; the same tensors every time where
+        the rung is a graph."""
+        if self._captured is None:
+            self._step(x, labels)
+        else:
+            self._batch = x, labels
+            self._captured()
+
+    @property
+    def failure(self) -> str | None:
+        """Why there is no CUDA graph although the rung has one."""
+        return self._captured.failure if self._captured else None
+
+    def _step(self, x: Tensor, labels: Tensor) -> None:
         velocity, alignment = self.losses(x, *self.draw(x, labels))
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(velocity + self.config.align.weight * alignment).backward()

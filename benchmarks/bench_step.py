@@ -1,19 +1,22 @@
 """Whole training steps: the public recipe, the rungs above it, and ours, interleaved in one process.
 
     python -m benchmarks.bench_step --size xl --batch 32
-    python -m benchmarks.bench_step --size s --batch 8 --rungs public ours "ours fp32"      (a CPU)
+    python -m benchmarks.bench_step --size xl --batch 256 --interleave none             steps too large to live together
+    python -m benchmarks.bench_step --size xl --batch auto-check --rungs ours public    which batches fit
+    python -m benchmarks.bench_step --size s --batch 8 --rungs public ours "ours fp32"  a CPU
 
 Images/s, ms/step and TFLOP/s by the formula of sra_fast/flops.py (2 per multiply-add; student three forwards, teacher
 to its tap, whatever a rung really computes), and the share of the matrix roof measured in the same run. No number is
-printed from a step whose losses disagree with the reference.
+printed from a step whose losses disagree with the reference, nor from one that was to be a CUDA graph and is not.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,15 +24,40 @@ from torch import Tensor
 from benchmarks import timing
 from benchmarks.baseline import RUNGS, PublicStep
 from sra_fast.config import SIZES, Config, preset
+from sra_fast.data.stream import Batch
 from sra_fast.flops import dense_peak_flops, training_flops
+from sra_fast.hardware import Hardware, set_deterministic
 from sra_fast.kernels.philox import Draw, normals
+from sra_fast.model.choices import resolve
 from sra_fast.model.initial import ZERO
+from sra_fast.model.layout import apart
 from sra_fast.model.transformer import Ops
 from sra_fast.optim import TrainState
-from sra_fast.step import TrainingStep
+from sra_fast.step import MetricRing, TrainingStep
+from sra_fast.step.runner import StepRunner, choose_execution
 
-OURS = {"ours fp32": torch.float32, "ours": torch.bfloat16, "ours, plain SiT": torch.bfloat16}
-NAMES = (*(rung.name for rung in RUNGS), *OURS)
+
+@dataclass(frozen=True)
+class Ours:
+    """A way to take the project's own step."""
+
+    name: str
+    execution: str = ""  # empty = the fastest there is: a graph on a GPU, compiled on a CPU
+    dtype: torch.dtype = torch.bfloat16
+    aligned: bool = True
+    deterministic: bool = False
+
+
+OURS = (
+    Ours("ours"),
+    Ours("ours compiled", execution="compiled"),
+    Ours("ours eager", execution="eager"),
+    Ours("ours fp32", dtype=torch.float32),
+    Ours("ours deterministic", deterministic=True),
+    Ours("ours, plain SiT", aligned=False),
+)
+NAMES = (*(rung.name for rung in RUNGS), *(way.name for way in OURS))
+CHECKED_BATCHES = (32, 64, 128, 256)
 # Relative error of a batch's losses against fp32. fp32 differs by the order of additions (TF32 by its 10 bits), bf16 by
 # its 8 bits in every product, nearly all of which a mean over the batch takes away (4e-4 seen).
 GATE = {None: 1e-3, torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 2e-3}
@@ -43,114 +71,198 @@ def make_config(size: str, tokens: int, batch: int) -> Config:
     return replace(base, model=model, train=replace(base.train, batch=batch))
 
 
-def make_batch(config: Config, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """(x, labels, numbers): random latents of unit variance, as scaled SD latents have."""
+def make_batch(config: Config) -> Batch:
+    """Random latents of unit variance, as scaled SD latents have, on the host."""
     generator = torch.Generator().manual_seed(0)
     batch, side = config.train.batch, config.model.input_size
     x = torch.randn(batch, config.model.channels, side, side, generator=generator)
-    labels = torch.randint(config.model.classes, (batch,), generator=generator)
-    return x.to(device), labels.to(device), torch.arange(batch, device=device)
+    return Batch(x, torch.randint(config.model.classes, (batch,), generator=generator), torch.arange(batch))
 
 
 class OurStep:
-    """The project's own step with the state it needs."""
+    """The project's own step with the state it needs.
 
-    def __init__(self, config: Config, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype = dtype
-        resolved = config.kernels.resolve()
-        self.state = TrainState.create(config, Ops.select(resolved), device, dtype)
-        self.step = TrainingStep(config, resolved, device)
-        self.lr, self.weight = (torch.full((), v, device=device) for v in (config.optim.lr, config.align.weight))
+    Args:
+        config: with the model's sizes filled in.
+        way: how to take it.
+        device: where.
+    """
 
-    def losses(self, x: Tensor, labels: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+    def __init__(self, config: Config, way: Ours, device: torch.device) -> None:
+        if not way.aligned:
+            config = replace(config, align=replace(config.align, method="none"))
+        config = replace(config, deterministic=way.deterministic)
+        self.config, self.way, self.dtype, self.device = config, way, way.dtype, device
+        self.resolved = resolve(config, Hardware(device, way.dtype))
+        fastest = "graph" if device.type == "cuda" else "compiled"
+        self.execution = choose_execution(way.execution or fastest, device)
+        self.state = TrainState.create(config, Ops.select(self.resolved), device, way.dtype)
+        self.step = TrainingStep(config, self.resolved, device)
+        ring = MetricRing(8, device)
+        self._run = StepRunner(self.step, self.state, ring, self.execution, self.resolved["attention"])
+
+    @property
+    def failure(self) -> str | None:
+        """Why there is no CUDA graph although there should be one."""
+        return self._run.failure
+
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(velocity loss, alignment loss)."""
-        return self.step.losses(self.state, x, labels, number, self.weight)[1:]
+        weight = torch.full((), self.config.align.weight, device=self.device)
+        with _deterministic(self.way.deterministic):
+            return self.step.losses(self.state, *(tensor.to(self.device) for tensor in batch), weight)[1:]
 
-    def __call__(self, x: Tensor, labels: Tensor, number: Tensor) -> None:
-        self.step(self.state, x, labels, number, self.lr, self.weight)
+    def __call__(self, batch: Batch) -> None:
+        with _deterministic(self.way.deterministic):
+            self._run(batch, self.config.optim.lr, self.config.align.weight)
 
 
 @contextmanager
-def awake(step: PublicStep | OurStep) -> Iterator[None]:
+def _deterministic(wanted: bool) -> Iterator[None]:
+    set_deterministic(wanted)
+    yield
+    set_deterministic(False)
+
+
+Step = PublicStep | OurStep
+
+
+@contextmanager
+def awake(step: Step) -> Iterator[None]:
     """The step with noise where initial weights are zero: there its blocks are the identity and its prediction is zero,
     whatever the times."""
-    ours = isinstance(step, OurStep)
-    student, average = (step.state.weights, step.state.ema) if ours else (step.model, step.ema)
     asleep = []
-    for owner in (student, average):
-        named = owner if ours else dict(owner.named_parameters())
-        for position, (name, tensor) in enumerate(named.items()):
+    for held in _public_tensors(step):
+        for position, (name, tensor) in enumerate(held.items()):
             if name.endswith(ZERO):
                 asleep.append(tensor)
                 number = torch.tensor([position], device=tensor.device)
-                tensor.data.copy_(0.1 * normals(1, number, Draw.WEIGHT, tensor.numel()).view_as(tensor))
-    if ours:
+                tensor.copy_(0.1 * normals(1, number, Draw.WEIGHT, tensor.numel()).view_as(tensor))
+    if isinstance(step, OurStep):
         step.state.refresh()
     yield
-    for tensor in asleep:
-        tensor.data.zero_()
-    if ours:
+    torch._foreach_zero_(asleep)
+    if isinstance(step, OurStep):
         step.state.refresh()
 
 
-def gate(config: Config, steps: dict[str, PublicStep | OurStep], batch: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Every step's losses from the same draws as the fp32 reference's, at the same weights."""
-    reference = OurStep(config, torch.float32, batch[0].device)
-    with awake(reference):
-        expected = [float(loss.detach()) for loss in reference.losses(*batch)]
-    noised, labels, _ = reference.step.perturb(*batch)
-    for name, step in steps.items():
-        with awake(step):
-            if isinstance(step, PublicStep):
-                got = step.losses(batch[0], noised.noise, noised.t, noised.t_teacher, labels)
-            else:
-                got = step.losses(*batch)
-        tolerance = GATE[step.dtype]
-        wanted = expected if step_aligns(step) else expected[:1]
-        for value, right in zip([float(loss.detach()) for loss in got], wanted, strict=False):
-            if not abs(value - right) <= tolerance * abs(right):
-                raise timing.GateFailed(f"{name}: loss {value:.5f}, reference {right:.5f}, tolerance {tolerance:.1%}")
+def _public_tensors(step: Step) -> list[dict[str, Tensor]]:
+    """Weights and EMA in place, by public name and in the public order."""
+    if isinstance(step, OurStep):
+        return [apart(step.state.weights), apart(step.state.ema)]
+    return [{name: tensor.data for name, tensor in net.named_parameters()} for net in (step.model, step.ema)]
 
 
-def step_aligns(step: PublicStep | OurStep) -> bool:
-    """Whether it trains with alignment."""
-    config = step.config if isinstance(step, PublicStep) else step.step.config
-    return config.align.method != "none"
+class Gate:
+    """The fp32 reference's losses on a batch, to hold every step to."""
+
+    def __init__(self, config: Config, batch: Batch, device: torch.device) -> None:
+        self.batch = batch
+        reference = OurStep(config, Ours("reference", execution="eager", dtype=torch.float32), device)
+        with awake(reference), torch.no_grad():
+            self.expected = [float(loss.detach()) for loss in reference.losses(batch)]
+        x, labels, number = (tensor.to(device) for tensor in batch)
+        self.noised, self.labels, _ = reference.step.perturb(x, labels, number)
+
+    def __call__(self, steps: dict[str, Step]) -> None:
+        """Every step's losses from the same draws at the same weights.
+
+        Raises:
+            GateFailed: if one is not the reference's.
+        """
+        n = self.noised
+        for name, step in steps.items():
+            with awake(step):
+                ours = isinstance(step, OurStep)
+                got = step.losses(self.batch) if ours else step.losses(n.x, n.noise, n.t, n.t_teacher, self.labels)
+            tolerance = GATE[step.dtype]
+            wanted = self.expected if step.config.align.method != "none" else self.expected[:1]
+            for value, right in zip([float(loss.detach()) for loss in got], wanted, strict=False):
+                if not abs(value - right) <= tolerance * abs(right):
+                    said = f"loss {value:.5f}, reference {right:.5f}, tolerance {tolerance:.1%}"
+                    raise timing.GateFailed(f"{name}: {said}")
 
 
-def build(name: str, config: Config, device: torch.device) -> PublicStep | OurStep:
+def build(name: str, config: Config, device: torch.device) -> Step:
     """The step of that name."""
-    if name not in OURS:
-        return PublicStep(config, next(rung for rung in RUNGS if rung.name == name), device)
-    if name == "ours, plain SiT":
-        config = replace(config, align=replace(config.align, method="none"))
-    return OurStep(config, OURS[name], device)
+    for rung in RUNGS:
+        if rung.name == name:
+            return PublicStep(config, rung, device)
+    return OurStep(config, next(way for way in OURS if way.name == name), device)
 
 
-def call(step: PublicStep | OurStep, batch: tuple[Tensor, Tensor, Tensor]) -> Callable[[], None]:
-    """One step on the batch."""
-    return (lambda: step(*batch[:2])) if isinstance(step, PublicStep) else (lambda: step(*batch))
+def call(step: Step, batch: Batch, device: torch.device) -> Callable[[], None]:
+    """One step on the batch. Ours fetches it from the host every time, as in training; rivals find it on the device."""
+    if isinstance(step, OurStep):
+        return lambda: step(batch)
+    x, labels = batch.x.to(device), batch.labels.to(device)
+    return lambda: step(x, labels)
+
+
+def groups(names: Sequence[str], interleave: str) -> list[list[str]]:
+    """Which steps live at the same time and take turns: all; pairs, each with the first of ours; or none."""
+    if interleave == "all" or len(names) == 1:
+        return [list(names)]
+    if interleave == "none":
+        return [[name] for name in names]
+    first = next((name for name in names if name.startswith("ours")), names[0])
+    return [[first, name] for name in names if name != first]
+
+
+def possible(name: str, device: torch.device) -> bool:
+    """Whether this device can take such a step at all."""
+    graph = any(rung.graph for rung in RUNGS if rung.name == name)
+    return device.type == "cuda" or not graph
+
+
+def measure(
+    config: Config, names: list[str], device: torch.device, *, repeats: int, warmup: int, interleave: str
+) -> dict[str, timing.Samples]:
+    """Samples of each step. What cannot be had here, or does not fit, has an error instead."""
+    taken: dict[str, timing.Samples] = {}
+    batch = make_batch(config)
+    gate = Gate(config, batch, device)
+    here = [name for name in names if possible(name, device)]
+    for group in groups(here, interleave) if here else []:
+        steps: dict[str, Step] = {}
+        for name in group:
+            try:
+                steps[name] = build(name, config, device)
+            except torch.OutOfMemoryError as error:
+                taken[name] = timing.Samples(error=f"out of memory ({str(error).splitlines()[0]})")
+        found = timing.measure(
+            {name: call(step, batch, device) for name, step in steps.items()},
+            device=device,
+            repeats=repeats,
+            warmup=warmup,
+            gate=lambda steps=steps: gate(steps),
+        )
+        for name, samples in found.items():
+            if steps[name].failure:
+                samples = timing.Samples(error=f"no CUDA graph: {steps[name].failure}")
+            before = taken.get(name, timing.Samples())
+            taken[name] = samples if not before.ms else before.joined(samples)
+        steps.clear()
+        found.clear()
+        gc.collect()
+        torch.compiler.reset()  # compiled code keeps networks alive, and a function may be compiled only so often
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return {name: taken.get(name, timing.Samples(error="needs a GPU")) for name in names}
 
 
 def rows(
-    config: Config, size: str, names: list[str], device: torch.device, repeats: int, warmup: int
+    config: Config, size: str, names: list[str], device: torch.device, *, repeats: int, warmup: int, interleave: str
 ) -> list[timing.Row]:
     """A row per step; ours and the rivals on the same batch."""
-    batch = make_batch(config, device)
-    steps = {name: build(name, config, device) for name in names}
     torch.set_float32_matmul_precision("high")  # TF32 for fp32 products on a GPU, as the public code sets it
-    taken = timing.measure(
-        {name: call(step, batch) for name, step in steps.items()},
-        device=device,
-        repeats=repeats,
-        warmup=warmup,
-        gate=lambda: gate(config, steps, batch),
-    )
-    stamp, roofs = timing.stamp(), timing.roofs(device)
+    taken = measure(config, names, device, repeats=repeats, warmup=warmup, interleave=interleave)
+    stamp, roofs = timing.stamp(device), timing.roofs(device)
     images = config.train.batch
+    plain = {way.name for way in OURS if not way.aligned}
     made = []
     for name, samples in taken.items():
-        flops = images * training_flops(config.model, config.taps[1] if step_aligns(steps[name]) else None)
+        flops = images * training_flops(config.model, None if name in plain else config.taps[1])
         params = {"size": size, "tokens": config.model.tokens, "batch": images, "rung": name}
         row = timing.row("step", params, samples, stamp=stamp, flops=flops, roofs=roofs)
         peak = dense_peak_flops(stamp["device"], "bf16")
@@ -166,29 +278,43 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_step", description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=list(SIZES), default="xl")
     parser.add_argument("--tokens", type=int, choices=(256, 1024), default=256)
-    parser.add_argument("--batch", type=int, default=32, help="local batch")
+    parser.add_argument("--batch", default="32", help="local batch, or auto-check: which of 32 ... 256 fit")
     parser.add_argument("--rungs", nargs="+", choices=NAMES, default=list(NAMES), metavar="RUNG", help=", ".join(NAMES))
+    parser.add_argument("--interleave", choices=("auto", "all", "pairs", "none"), default="auto")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=5, help="a CUDA graph is captured in the fourth step")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--depth", type=int, default=0, help="other than the size's, for a quick look; 0 = the size's")
     options = parser.parse_args(arguments)
-    config = make_config(options.size, options.tokens, options.batch)
-    if options.depth:
-        config = replace(config, model=replace(config.model, depth=options.depth))
+    check = options.batch == "auto-check"
+    if not check and not options.batch.isdigit():
+        parser.error(f"--batch: {options.batch!r} given; must be a number or auto-check")
     device = torch.device(options.device)
-    try:
-        made = rows(config, options.size, options.rungs, device, options.repeats, options.warmup)
-    except timing.GateFailed as failure:
-        print(f"no number: {failure}")
-        return 1
-    stamp = timing.stamp()
+    batches = CHECKED_BATCHES if check else (int(options.batch),)
+    interleave = options.interleave
+    if interleave == "auto":
+        interleave = "none" if check else "pairs" if device.type == "cuda" else "all"
+    made, names = [], options.rungs
+    for batch in batches:
+        config = make_config(options.size, options.tokens, batch)
+        if options.depth:
+            config = replace(config, model=replace(config.model, depth=options.depth))
+        settings = {"repeats": options.repeats, "warmup": options.warmup, "interleave": interleave}
+        try:
+            made += rows(config, options.size, names, device, **settings)
+        except timing.GateFailed as failure:
+            print(f"no number: {failure}")
+            return 1
+        names = [row["params"]["rung"] for row in made[-len(names) :] if not row.get("error")]
+        if not names:
+            break
+    stamp = timing.stamp(device)
     name = f"step-{options.size}-{options.tokens}-{options.batch}" + (f"-depth{options.depth}" if options.depth else "")
     path = timing.write(timing.folder(stamp), name, made, stamp)
     print(timing.table(made))
     for row in made:
         if "images_per_s" in row:
-            print(f"{row['params']['rung']:>28}  {row['images_per_s']:10.2f} images/s")
+            print(f"{row['params']['rung']:>28}  {row['params']['batch']:>4}  {row['images_per_s']:10.2f} images/s")
     print(f"raw samples in {path}")
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,8 +68,12 @@ def _roof_share(ms: float | None, bytes: int | None, flops: int | None, roofs: d
     return max(copy_ms, matmul_ms) / ms
 
 
-def folder(stamp: dict[str, Any], results: Path = RESULTS) -> Path:
-    """Where results of this stamp belong: `<results>/<device>-<date>-<commit>`."""
+def folder(stamp: dict[str, Any], results: Path | None = None) -> Path:
+    """Where results of this stamp belong: `<results>/<device>-<date>-<commit>`, with benchmarks/results for None. Then
+    $SRA_FAST_RESULTS, if set, is the very folder: ab.py and gpu_report.py gather what other processes write."""
+    if results is None and (gathered := os.environ.get("SRA_FAST_RESULTS")):
+        return Path(gathered)
+    results = results or RESULTS
     device = "cpu" if stamp["kind"] == "cpu" else stamp["device"].lower().removeprefix("nvidia ")
     commit = (stamp["commit"] or "unknown")[:7]
     return results / f"{re.sub('[^a-z0-9]+', '-', device)}-{stamp['date'][:10]}-{commit}"
@@ -113,13 +118,13 @@ def _cells(row: Row) -> list[str]:
     ms, share = row["median_ms"], row["roof_share"]
     return [
         *start,
-        _digits(ms),
-        f"{_digits(row['p20_ms'])} ... {_digits(row['p80_ms'])}",
-        _digits(row["host_ms"]),
-        _digits(row["bytes"] and row["bytes"] / ms / 1e6),
-        _digits(row["flops"] and row["flops"] / ms / 1e9),
+        digits(ms),
+        f"{digits(row['p20_ms'])} ... {digits(row['p80_ms'])}",
+        digits(row["host_ms"]),
+        digits(row["bytes"] and row["bytes"] / ms / 1e6),
+        digits(row["flops"] and row["flops"] / ms / 1e9),
         "" if share is None else f"{share:.1%}",
-        _digits(row["peak_memory_gib"]),
+        digits(row["peak_memory_gib"]),
     ]
 
 
@@ -128,7 +133,7 @@ def say(params: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in params.items())
 
 
-def _digits(value: float | None) -> str:
+def digits(value: float | None) -> str:
     """Four significant digits, and an empty cell for None."""
     if value is None:
         return ""

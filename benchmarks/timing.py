@@ -43,10 +43,17 @@ class Samples:
     host_samples_ms: tuple[float, ...] = ()
     """Milliseconds per call until the host has the call behind it; on a CPU the same as `ms`."""
     peak_memory_gib: float | None = None
-    """Highest memory in use during one warm call, with everything else that lives in the process: allocated device
-    memory on a GPU, resident memory on a CPU. None where the system does not say."""
+    """Highest memory in use, with everything else that lives in the process: allocated device memory during the warm-up
+    and one more call on a GPU (a graph's replay allocates nothing), resident memory during one warm call on a CPU.
+    None where the system does not say."""
     error: str | None = None
     """Why there are no samples."""
+
+    def joined(self, other: Samples) -> Samples:
+        """These timings and then those of another measurement of the same candidate."""
+        memory = [peak for peak in (self.peak_memory_gib, other.peak_memory_gib) if peak is not None]
+        host = self.host_samples_ms + other.host_samples_ms
+        return Samples(self.ms + other.ms, host, min(memory, default=None), self.error or other.error)
 
     @property
     def median_ms(self) -> float | None:
@@ -133,6 +140,7 @@ def measure(
             clock.release()
 
     def prepare(name: str) -> None:
+        clock.begin()
         for _ in range(warmup):
             candidates[name]()
         peaks[name], ready[name] = clock.prepare(candidates[name])
@@ -157,6 +165,9 @@ class _CpuClock:
 
     def __init__(self, inner: int) -> None:
         self.inner = inner
+
+    def begin(self) -> None:
+        """Nothing: resident memory is looked at when all is warm."""
 
     def prepare(self, call: Callable[[], None]) -> tuple[float | None, Callable[[], None]]:
         """(peak memory of one call in GiB, what to sample)."""
@@ -192,10 +203,13 @@ class _GpuClock:
         size = max(2 * torch.cuda.get_device_properties(device).L2_cache_size, 256 * 2**20)
         self.flush = torch.empty(size, dtype=torch.int8, device=device) if cold_l2 else None
 
-    def prepare(self, call: Callable[[], None]) -> tuple[float, Callable[[], None]]:
-        """(peak memory of one call in GiB, what to sample)."""
+    def begin(self) -> None:
+        """Memory counts from here."""
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
+
+    def prepare(self, call: Callable[[], None]) -> tuple[float, Callable[[], None]]:
+        """(peak memory since `begin` in GiB, what to sample)."""
         call = self._captured(call) if self.graph else self._repeated(call)
         if not self.graph:  # a replay allocates nothing: the capture did
             call()

@@ -28,6 +28,7 @@ from sra_fast.atomic import replacing
 from sra_fast.config import Config, ModelConfig, ObjectiveConfig, Refused, from_dict, refuse_unless, to_dict
 from sra_fast.metrics import read_json, write_json
 from sra_fast.model import public_weights
+from sra_fast.model.layout import apart, joined
 from sra_fast.optim import HEAD, TrainState
 
 FORMAT_VERSION = 1
@@ -50,6 +51,7 @@ FREE_ON_RESUME = {
     "model.checkpoint_every",
     "train.images",
     "train.device",
+    "train.execution",
     "train.log_every_steps",
     "train.validate_every_images",
     "train.validation_images",
@@ -92,7 +94,7 @@ def save(folder: Path, state: TrainState, config: Config, progress: Progress) ->
         partial.mkdir(parents=True)
         metadata = public_weights.metadata(config.model, config.objective)
         for name in TENSORS:
-            tensors = {key: value.contiguous() for key, value in getattr(state, name).items()}
+            tensors = {key: value.contiguous() for key, value in apart(getattr(state, name)).items()}
             save_file(tensors, partial / f"{name}.safetensors", metadata)
         write_json(partial / "state.json", description)
         for path in partial.iterdir():
@@ -175,7 +177,8 @@ def load(path: Path, config: Config, fingerprint: str, device: torch.device) -> 
         file = path / f"{name}.safetensors"
         tensors, _ = public_weights.read_safetensors(file)
         wanted = {key: shape for key, shape in expected.items() if not name.startswith("adam") or key in moments}
-        loaded[name] = {key: value.to(device) for key, value in _exactly(tensors, wanted, file).items()}
+        held = joined(_exactly(tensors, wanted, file))
+        loaded[name] = {key: value.to(device) for key, value in held.items()}
     for name in COUNTERS:
         loaded[name] = torch.tensor(state[name], dtype=torch.int64, device=device)
     return loaded, Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})

@@ -1,4 +1,4 @@
-"""The command line: arguments -> configuration -> trainer, sampler, evaluation, export.
+"""The command line: arguments -> configuration -> trainer, sampler, evaluation, export, profiling.
 
 Options come from the dataclasses of config.py and of this file, through tyro. Wrong input ends with one line and exit
 code 1.
@@ -15,11 +15,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from sra_fast.config import Config, EvaluateConfig, Refused, SampleConfig, preset, refuse_unless, to_dict
+from sra_fast.config import Config, EvaluateConfig, ProfileConfig, Refused, SampleConfig, preset, refuse_unless, to_dict
 
 T = TypeVar("T")
 
@@ -80,25 +80,43 @@ class ExportCommand:
     """Which set goes into a .safetensors file."""
 
 
+@dataclass(frozen=True)
+class ProfileCommand:
+    """Trace some steps of a run on random images, and say where their time goes."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]  # its options are named as those of train
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+
 def train(arguments: Sequence[str]) -> int:
     """Train a preset: `sra-fast train PRESET [options]`."""
-    name, *rest = arguments or ["--help"]
-    if name in ("-h", "--help"):
-        name, rest = "digits", ["--help"]
+    name, rest = _preset_of(arguments)
     config = _parse(Config, preset(name), rest, f"sra-fast train {name}")
     if config.run.dry_run:
         print(json.dumps(_resolved(config), indent=2))
         return 0
-    if config.deterministic:  # cuBLAS reads it when it starts
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    _prepare_cublas(config)
     from sra_fast import trainer
 
     return trainer.train(config)
 
 
+def _preset_of(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """(name of the preset, options) of a command that begins with one."""
+    name, *rest = arguments or ["--help"]
+    return ("digits", ["--help"]) if name in ("-h", "--help") else (name, rest)
+
+
+def _prepare_cublas(config: Config) -> None:
+    if config.deterministic:  # cuBLAS reads it when it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def _resolved(config: Config) -> dict[str, Any]:
     """The configuration, and what its automatic choices come to on this machine."""
     from sra_fast.hardware import Hardware
+    from sra_fast.model.choices import resolve
+    from sra_fast.step.runner import choose_execution
 
     hardware = Hardware.choose(config.train.device, config.train.precision)
     choices = {
@@ -106,7 +124,8 @@ def _resolved(config: Config) -> dict[str, Any]:
         "teacher_tap": config.taps[1],
         "device": hardware.name,
         "precision": hardware.precision,
-        "ops": config.kernels.resolve(),
+        "ops": resolve(config, hardware),
+        "execution": choose_execution(config.train.execution, hardware.device),
     }
     return {**to_dict(config), "resolved": choices}
 
@@ -213,6 +232,19 @@ def export(arguments: Sequence[str]) -> int:
     return 0
 
 
+def profile(arguments: Sequence[str]) -> int:
+    """Say where the time of a step goes: `sra-fast profile PRESET [options]`."""
+    name, rest = _preset_of(arguments)
+    command = _parse(ProfileCommand, ProfileCommand(preset(name)), rest, f"sra-fast profile {name}")
+    if command.config.run.dry_run:
+        print(json.dumps(_resolved(command.config), indent=2))
+        return 0
+    _prepare_cublas(command.config)
+    from sra_fast import profiling
+
+    return profiling.profile(command.config, command.profile)
+
+
 def doctor(arguments: Sequence[str]) -> int:
     """Say what this machine has and what will be used."""
     refuse_unless(not arguments, "doctor", " ".join(arguments), "takes no arguments")
@@ -228,6 +260,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "sample": sample,
     "evaluate": evaluate,
     "export": export,
+    "profile": profile,
     "doctor": doctor,
 }
 
@@ -305,13 +338,15 @@ def _network(source: str, key: str, device: str) -> tuple[Any, Any]:
     """(weights, network on the device) of what --weights and --weights-key name."""
     from sra_fast import checkpoint
     from sra_fast.hardware import Hardware
+    from sra_fast.model.layout import joined
     from sra_fast.model.transformer import around
 
     weights = checkpoint.read_weights(Path(source), key)
     for note in weights.notes:
         print(note, file=sys.stderr)
     chosen = Hardware.choose(device).device
-    return weights, around(weights.config, {name: tensor.to(chosen) for name, tensor in weights.tensors.items()})
+    tensors = {name: tensor.to(chosen) for name, tensor in joined(weights.tensors).items()}
+    return weights, around(weights.config, tensors)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,13 @@ import torch
 from sra_fast.config import refuse_unless
 
 
+def set_deterministic(wanted: bool) -> None:
+    """Ask every backend for bitwise reproducible kernels, or no longer."""
+    torch.use_deterministic_algorithms(wanted)
+    # Filling new memory is there to find reads of what was never written; it costs a pass over every tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
 @dataclass(frozen=True)
 class Hardware:
     """A device and the compute type of the networks on it."""

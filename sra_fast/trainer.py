@@ -22,17 +22,20 @@ from sra_fast import checkpoint, evaluation
 from sra_fast.checkpoint import Progress
 from sra_fast.config import Config, Refused, refuse_unless, to_dict
 from sra_fast.data.source import open_source
-from sra_fast.data.stream import Batch, ImageStream, load
+from sra_fast.data.stream import ImageStream, load
 from sra_fast.distributed import refuse_several_processes
 from sra_fast.evaluation import Report, network_of
-from sra_fast.hardware import Hardware
+from sra_fast.hardware import Hardware, set_deterministic
 from sra_fast.metrics import MetricsLog, write_json
+from sra_fast.model.choices import resolve
+from sra_fast.model.layout import apart, joined
 from sra_fast.model.transformer import Ops, Transformer, around
 from sra_fast.objective.alignment import alignment_weight
 from sra_fast.optim import HEAD, MOST_SKIPPED_IN_A_ROW, TrainState, learning_rate
 from sra_fast.sampling import balanced_labels, generate
 from sra_fast.sampling.images import grid_columns, save_grid, to_uint8
 from sra_fast.step import MetricRing, Metrics, TrainingStep
+from sra_fast.step.runner import EXECUTIONS, StepRunner, choose_execution
 from sra_fast.stopping import StopRequest
 
 VALIDATION_NUMBERS = 1 << 62  # image numbers of held-out images begin here, out of training's reach
@@ -53,8 +56,9 @@ class Trainer:
         self.report = report
         self.hardware = Hardware.choose(config.train.device, config.train.precision)
         if config.deterministic:
-            torch.use_deterministic_algorithms(True)
-        self.resolved = config.kernels.resolve()
+            set_deterministic(True)
+        self.resolved = resolve(config, self.hardware)
+        self.execution = choose_execution(config.train.execution, self.hardware.device)
         self.ops = Ops.select(self.resolved)
         self.source, self.config = open_source(config, self.hardware.device)
         self.step = TrainingStep(self.config, self.resolved, self.hardware.device)
@@ -86,12 +90,12 @@ class Trainer:
     def _begin(self) -> tuple[TrainState, Progress]:
         config, device = self.config, self.hardware.device
         path = self._checkpoint_to_resume()
+        state = TrainState.create(config, self.ops, device, self.hardware.dtype)
         if path is None:
-            state = TrainState.create(config, self.ops, device, self.hardware.dtype)
             if config.init_from:
                 self._initialise_from(state, Path(config.init_from))
             return state, Progress(data_fingerprint=self.source.fingerprint)
-        tensors, progress = checkpoint.load(path, config, self.source.fingerprint, device)
+        tensors, progress = checkpoint.load(path, config, self.source.fingerprint, torch.device("cpu"))
         finished = progress.images_seen >= config.train.images and self.summary.exists()
         seen = f"{progress.images_seen:,} images"
         refuse_unless(
@@ -103,7 +107,8 @@ class Trainer:
             self.report(
                 f"train.images: {before:,} before, {config.train.images:,} now; the cosine schedule jumps there"
             )
-        return TrainState.assemble(config, self.ops, self.hardware.dtype, **tensors), progress
+        state.load(tensors)
+        return state, progress
 
     def _checkpoint_to_resume(self) -> Path | None:
         resume, newest = self.config.resume, checkpoint.newest(self.checkpoints)
@@ -130,16 +135,14 @@ class Trainer:
             self.report(note)
         if weights.without_head:
             self.report("the projection head starts from its own initial weights")
-        for name, parameter in state.weights.items():
-            if name.startswith(HEAD) and weights.without_head:
-                continue
+        for name, own in apart(state.weights).items():
             given = weights.tensors.get(name)
             shape = None if given is None else tuple(given.shape)
-            allowed = f"must be {tuple(parameter.shape)}"
-            refuse_unless(shape == tuple(parameter.shape), f"init-from: {name}", shape, allowed)
-            parameter.copy_(given)
-            state.ema[name].copy_(given)
-        state.refresh()
+            refuse_unless(shape == tuple(own.shape), f"init-from: {name}", shape, f"must be {tuple(own.shape)}")
+        given = joined(weights.tensors)
+        if weights.without_head:
+            given |= {name: own for name, own in state.weights.items() if name.startswith(HEAD)}
+        state.load({"weights": given, "ema": given})
 
     def _introduce(self) -> None:
         c, source = self.config, self.source
@@ -154,6 +157,7 @@ class Trainer:
         )
         self.report(f"device   {self.hardware.name}, {self.hardware.precision}")
         self.report(f"ops      {', '.join(f'{op}: {choice}' for op, choice in self.resolved.items())}")
+        self.report(f"step     {EXECUTIONS[self.execution]}")
 
     # The loop
 
@@ -162,6 +166,7 @@ class Trainer:
         settings, batch = self.config.train, self.config.train.batch
         steps = -(-settings.images // batch)  # the last batch is a whole one
         ring, pending = MetricRing(settings.log_every_steps, self.hardware.device), 0
+        runner = StepRunner(self.step, self.state, ring, self.execution, self.resolved["attention"])
         clock, last_save, row = _Clock(self.progress.train_s), time.monotonic(), {}
         replaced, saved_step = self.progress.replaced_images, self.progress.step
 
@@ -190,7 +195,9 @@ class Trainer:
                 except Refused:  # the data has given out; what was learned until then is worth keeping
                     save()
                     raise
-                ring.push(self._one_step(data))
+                seen = self.progress.images_seen
+                weight = alignment_weight(self.config.align, seen // len(self.source.train))
+                runner(data, learning_rate(self.config, seen), weight)
                 pending += 1
                 self._advance(batch, clock.total_s(), replaced + stream.replaced, dict(stream.bad))
                 bar.update(batch)
@@ -230,12 +237,6 @@ class Trainer:
             unit_scale=True,
             mininterval=0.2 if sys.stderr.isatty() else 10.0,
         )
-
-    def _one_step(self, batch: Batch) -> Metrics:
-        seen, device = self.progress.images_seen, self.hardware.device
-        lr = torch.full((), learning_rate(self.config, seen), device=device)
-        weight = torch.full((), alignment_weight(self.config.align, seen // len(self.source.train)), device=device)
-        return self.step(self.state, batch.x, batch.labels, batch.number, lr, weight)
 
     def _advance(self, images: int, train_s: float, replaced: int, bad: dict[str, str]) -> None:
         self.progress = replace(
@@ -284,7 +285,8 @@ class Trainer:
 
     def _average(self) -> Transformer:
         """The EMA as an fp32 network, sharing the state's tensors."""
-        return around(self.config.model, self.state.ema, self.ops)
+        ops = Ops.select({**self.resolved, "attention": "sdpa"})  # the training's backend may not know fp32
+        return around(self.config.model, self.state.ema, ops)
 
     @cached_property
     def _validation_images(self) -> tuple[Tensor, Tensor]:
@@ -336,7 +338,7 @@ class Trainer:
             "evaluated_samples": self.config.evaluate.samples if report else None,
             "frechet_features": "pixels in [0, 1]" if report else None,
             "device": self.hardware.name,
-            "resolved": self.resolved,
+            "resolved": {**self.resolved, "step": self.execution},
             "skipped_steps": int(self.state.skipped_steps),
             "replaced_images": self.progress.replaced_images,
             "undecodable_files": self.progress.undecodable_files,

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from sra_fast.config import AlignConfig, Config, DataConfig, ModelConfig, TrainConfig
 from sra_fast.model.initial import initial_weights
-from sra_fast.model.transformer import Transformer
 
 torch.set_num_threads(1)  # tensors here are too small to share between threads
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny() -> Callable[..., Config]:
     """Digits-like: 8 x 8 x 1, 4 classes, 4 blocks of width 32, taps 1 -> 3. Named arguments change the model."""
 
@@ -34,13 +33,13 @@ def tiny() -> Callable[..., Config]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def awake() -> Callable[..., dict[str, Tensor]]:
     """Initial weights plus noise everywhere, because a fresh network is the identity and predicts zero."""
 
     def make(model: ModelConfig, seed: int = 0, std: float = 0.2) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
-        weights = initial_weights(Transformer(model), seed, torch.device("cpu"))
+        weights = initial_weights(model, seed, torch.device("cpu"))
         for name, value in weights.items():
             if name != "pos_embed":
                 value += std * torch.randn(value.shape, generator=generator)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sra_fast.config import AlignConfig, preset
 from sra_fast.kernels.alignment import DISTANCES, alignment_ref
+from sra_fast.model.layout import joined
 from sra_fast.model.transformer import Transformer, around
 from sra_fast.objective.alignment import Losses, alignment_weight, training_losses
 from sra_fast.objective.flow import Flow
@@ -139,7 +140,7 @@ def test_wrong_input_is_refused_by_name() -> None:
 def scene(tiny, awake) -> SimpleNamespace:
     """A student and a different teacher, both with gradients on, and a batch in which no two roles share a value."""
     config = tiny()
-    student, teacher = (around(config.model, awake(config.model, seed)).requires_grad_() for seed in (1, 2))
+    student, teacher = (around(config.model, joined(awake(config.model, seed))).requires_grad_() for seed in (1, 2))
     generator = torch.Generator().manual_seed(0)
     x, noise = torch.randn(2, 6, 1, 8, 8, generator=generator)
     t, t_teacher = torch.linspace(0.3, 0.9, 6), torch.linspace(0.2, 0.75, 6)
@@ -156,7 +157,7 @@ def scene(tiny, awake) -> SimpleNamespace:
 def block_output(model: Transformer, number: int, x: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(prediction, output of block `number`) of a whole forward pass, caught by a hook."""
     caught = []
-    handle = model.blocks[number - 1].register_forward_hook(lambda module, inputs, output: caught.append(output))
+    handle = model.blocks[number - 1].register_forward_hook(lambda module, inputs, output: caught.append(output[0]))
     with torch.no_grad():
         prediction, _ = model(x, t, labels)
     handle.remove()

@@ -244,7 +244,10 @@ def test_a_dry_run_prints_what_would_run_and_writes_nothing(main, tmp_path, monk
     )
     taps = {"digits": (1, 4), "sit-xl-2": (8, 20), "dit-b-4-paper": (3, 7)}[name]
     assert (resolved["student_tap"], resolved["teacher_tap"]) == taps
-    assert set(resolved["ops"]) == {field.name for field in dataclasses.fields(config.KernelsConfig)} - {"default"}
+    assert set(resolved["ops"]) == {field.name for field in dataclasses.fields(config.KernelsConfig)} - {"default"} | {
+        "attention"
+    }
+    assert (resolved["ops"].pop("attention"), resolved["execution"]) == ("sdpa", "eager")
     assert set(resolved["ops"].values()) <= {"fused", "reference"}
     assert files(tmp_path) == []
 

@@ -27,7 +27,7 @@ ORDER = [
     {"checkpoint"},
     {"sampling"},
     {"evaluation"},
-    {"trainer"},
+    {"profiling", "trainer"},
     {"doctor"},
     {"cli"},
 ]

@@ -19,6 +19,7 @@ from sra_fast.optim import (
     ema_decay,
     gradient_norm,
     learning_rate,
+    rates,
     update,
 )
 
@@ -39,21 +40,16 @@ def ours(
     ema = [w.clone() for w in weights]
     for k in range(steps):
         g = gradients(k)
-        adamw_ema_ref(
-            weights,
-            g,
-            m,
-            v,
-            ema,
-            weight_decay=[optim.weight_decay] * len(weights),
-            lr=torch.tensor(lr),
-            step=torch.tensor(k + 1),
-            norm=gradient_norm(g),
-            ema_decay=torch.tensor(optim.ema_decay),
-            clip=optim.clip,
-            betas=(optim.beta1, optim.beta2),
-            eps=optim.eps,
+        of_all = rates(
+            torch.tensor(lr),
+            torch.tensor(k + 1),
+            gradient_norm(g),
+            torch.tensor(optim.ema_decay),
+            optim.clip,
+            (optim.beta1, optim.beta2),
         )
+        for tensors in zip(weights, g, m, v, ema, strict=True):
+            adamw_ema_ref(*tensors, [], of_all, optim.weight_decay, optim.eps)
     return {"weights": weights, "m": m, "v": v, "ema": ema}
 
 

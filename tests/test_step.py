@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from sra_fast.config import Config, OptimConfig
+from sra_fast.model.layout import joined
 from sra_fast.model.transformer import Ops
 from sra_fast.optim import TrainState
 from sra_fast.step import MetricRing, Metrics, TrainingStep
@@ -23,7 +24,7 @@ def begin(config: Config, weights: dict[str, Tensor] | None = None, dtype: torch
     """(step, state), the state's networks awake where weights are given."""
     resolved = config.kernels.resolve()
     state = TrainState.create(config, Ops.select(resolved), CPU, dtype)
-    for name, value in (weights or {}).items():
+    for name, value in (joined(weights) if weights else {}).items():
         state.weights[name].copy_(value)
         state.ema[name].copy_(1.1 * value)  # a teacher of its own
     state.refresh()

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sra_fast.config import ModelConfig, Refused, preset
-from sra_fast.model.attention import BACKENDS, attention
 from sra_fast.model.initial import initial_weights
+from sra_fast.model.layout import apart, joined
 from sra_fast.model.transformer import TimestepEmbedder, Transformer, around
 
 
@@ -46,7 +46,7 @@ def public_shapes(depth: int, d: int, side: int, p: int, channels: int, outputs:
 
 
 def shapes_of(model: nn.Module) -> dict:
-    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    return {name: tuple(value.shape) for name, value in apart(model.state_dict()).items()}
 
 
 # depth, width; the exact count; the same in millions.
@@ -185,7 +185,7 @@ def inputs(config: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
 def test_forward_agrees_with_an_independent_one(tiny, awake, variant: str) -> None:
     config = tiny(**VARIANTS[variant]).model
     weights = awake(config)
-    model = around(config, {name: value.double() for name, value in weights.items()})
+    model = around(config, {name: value.double() for name, value in joined(weights).items()})
     x, t, labels = inputs(config)
     arrays = {name: value.double().numpy() for name, value in weights.items()}
     prediction, outputs = numpy_forward(
@@ -210,11 +210,15 @@ def test_sinusoids_are_cosines_then_sines_of_128_frequencies() -> None:
 
 def test_a_fresh_block_is_the_identity_and_a_fresh_network_predicts_zero(tiny) -> None:
     config = tiny().model
-    model = around(config, initial_weights(Transformer(config), 0, torch.device("cpu")))
+    model = around(config, joined(initial_weights(config, 0, torch.device("cpu"))))
     generator = torch.Generator().manual_seed(0)
-    h, c = torch.randn(3, 16, 32, generator=generator), torch.randn(3, 32, generator=generator)
+    x = torch.randn(3, 16, 32, generator=generator)
+    plain = torch.nn.functional.layer_norm(x, (32,), eps=1e-6)
     for block in model.blocks:
-        assert torch.equal(block(h, c), h)
+        assert torch.equal(block(x, plain, torch.zeros(3, 4, 32), None)[0], x)
+        after, h = block(x, plain, torch.zeros(3, 4, 32), torch.zeros(3, 2, 32))
+        assert torch.equal(after, x)
+        torch.testing.assert_close(h, plain)
     assert not model(*inputs(config))[0].any()
 
 
@@ -222,7 +226,7 @@ def test_a_fresh_block_is_the_identity_and_a_fresh_network_predicts_zero(tiny) -
 @pytest.mark.parametrize("family", ["sit", "dit"])
 def test_unpatchify_puts_every_value_back(tiny, awake, patch: int, size: int, channels: int, family: str) -> None:
     config = tiny(family=family, patch=patch, input_size=size, channels=channels).model
-    model, c_out = around(config, awake(config)), config.output_channels
+    model, c_out = around(config, joined(awake(config))), config.output_channels
     image = torch.arange(c_out * size * size, dtype=torch.float32).view(1, c_out, size, size)
     side = size // patch
     patches = torch.stack(  # token by token in rows; within one, row, column, channel
@@ -237,28 +241,9 @@ def test_unpatchify_puts_every_value_back(tiny, awake, patch: int, size: int, ch
     assert torch.equal(prediction, image.expand(3, -1, -1, -1))
 
 
-def test_attention_backends_agree_with_the_formula() -> None:
-    q, k, v = torch.randn(3, 2, 3, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    weights = (torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(8)).exp()
-    wanted = torch.einsum("bhij,bhjd->bhid", weights / weights.sum(3, keepdim=True), v)
-    assert BACKENDS == ("sdpa", "math")
-    for backend in BACKENDS:  # in any dtype, so that either can be the truth in float64
-        torch.testing.assert_close(attention(q, k, v, backend), wanted, atol=1e-12, rtol=0)
-    with pytest.raises(ValueError, match="backend: 'flash' given; must be one of sdpa, math"):
-        attention(q, k, v, "flash")
-
-
-def test_the_networks_backends_agree(tiny, awake) -> None:
-    predictions = []
-    for backend in BACKENDS:
-        config = tiny(attention=backend).model
-        predictions.append(around(config, awake(config))(*inputs(config))[0])
-    torch.testing.assert_close(*predictions, atol=1e-4, rtol=1e-4)
-
-
 def test_the_null_label_is_the_tables_last_row(tiny, awake) -> None:
     config = tiny().model
-    model = around(config, awake(config))
+    model = around(config, joined(awake(config)))
     assert model.y_embedder.embedding_table.num_embeddings == 5
     x, t, _ = inputs(config)
     before, _ = model(x, t, torch.tensor([0, 1, config.classes]))
@@ -270,7 +255,7 @@ def test_the_null_label_is_the_tables_last_row(tiny, awake) -> None:
 
 def test_features_are_those_that_enter_the_head(tiny, awake) -> None:
     config = tiny().model
-    model = around(config, awake(config))
+    model = around(config, joined(awake(config)))
     entered = []
     model.ap_head.register_forward_hook(lambda module, inputs, output: entered.append(inputs[0]))
     for tap in range(1, 5):
@@ -283,7 +268,7 @@ def test_features_are_those_that_enter_the_head(tiny, awake) -> None:
 
 def test_without_a_tap_the_head_is_not_run(tiny, awake) -> None:
     config = tiny().model
-    model = around(config, awake(config))
+    model = around(config, joined(awake(config)))
     model.ap_head.register_forward_hook(lambda *_: pytest.fail("the head was run"))
     assert model(*inputs(config))[1] is None
 
@@ -293,7 +278,7 @@ def test_activation_checkpointing_changes_no_bit_of_loss_or_gradient(tiny, awake
     results = []
     for checkpoint_every in (0, every):
         config = tiny(checkpoint_every=checkpoint_every).model
-        model = around(config, awake(config)).requires_grad_().train()
+        model = around(config, joined(awake(config))).requires_grad_().train()
         prediction, features = model(*inputs(config), tap=2)
         loss = prediction.square().mean() + features.square().mean()
         results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
@@ -303,7 +288,7 @@ def test_activation_checkpointing_changes_no_bit_of_loss_or_gradient(tiny, awake
 
 def test_checkpointing_recomputes_every_kth_block_alone(tiny, awake) -> None:
     config = tiny(checkpoint_every=2).model
-    model = around(config, awake(config)).requires_grad_()
+    model = around(config, joined(awake(config))).requires_grad_()
     calls = [0] * 4
     for i, block in enumerate(model.blocks):
         block.attn.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
@@ -312,7 +297,7 @@ def test_checkpointing_recomputes_every_kth_block_alone(tiny, awake) -> None:
 
 
 def test_the_given_tensors_are_the_networks_own(tiny, awake) -> None:
-    weights = awake(tiny().model)
+    weights = joined(awake(tiny().model))
     model = around(tiny().model, weights)
     assert all(parameter.data_ptr() == weights[name].data_ptr() for name, parameter in model.named_parameters())
     assert not model.training

@@ -34,8 +34,12 @@ class ModelConfig(Section):
     """Number of classes, without the null class; 0 = from the data."""
     qk_norm: bool = False
     """Normalise queries and keys per head (LayerNorm with affine)."""
-    attention: Literal["sdpa", "math"] = "sdpa"
-    """Attention backend: PyTorch's scaled_dot_product_attention, or plain matrix products and softmax."""
+    attention: Literal["auto", "sdpa", "cudnn", "flash", "flash-attn-2", "flash-attn-3", "flash-attn-4", "math"] = (
+        "auto"
+    )
+    """Attention kernel: sdpa leaves it to PyTorch, cudnn and flash are PyTorch's kernels of that name, flash-attn-* the
+    packages; math is plain products and softmax. auto = cudnn on Hopper and Blackwell, flash on other GPUs, else
+    sdpa."""
     checkpoint_every: int = 0
     """Recompute every K-th block in the backward pass instead of keeping its activations; 0 = none."""
 

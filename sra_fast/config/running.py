@@ -81,6 +81,9 @@ class TrainConfig(Section):
     always fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = the GPU where there is one."""
+    execution: Literal["auto", "eager", "compiled", "graph"] = "auto"
+    """How a step is executed: as it stands, by torch.compile, or as one CUDA graph of the compiled step; auto = graph
+    on a GPU, eager on a CPU, where compiling takes a minute or two first."""
     log_every_steps: int = 50
     """Steps between two lines of metrics.jsonl, and between two looks at the device's counters."""
     validate_every_images: int = 2_560_000

@@ -115,10 +115,16 @@ class ImageStream:
         self.close()
 
     def _read_ahead(self) -> None:
-        first = self._first
+        first, stream = self._first, None
         try:
+            if self._decoder.device.type == "cuda":  # or every batch would wait in line behind the step
+                stream = torch.cuda.Stream(self._decoder.device)
             while not self._closed.is_set():
-                self._ready.put(self._decode(first))
+                with torch.cuda.stream(stream):
+                    ready = self._decode(first)
+                if stream:  # what is handed over is there, for any stream to read
+                    stream.synchronize()
+                self._ready.put(ready)
                 first += self._batch
         except BaseException as error:
             self._ready.put(error)

@@ -1,7 +1,7 @@
 """Initial weights, and the fixed position table.
 
-Random numbers come from Philox with the parameter's position in the model as n, so that a seed gives the same weights
-on every device and for any number of processes (up to the last bits of log, cos and sin in the two normal ones).
+Random numbers come from Philox with the parameter's position under the public names as n, so that a seed gives the
+same weights on every device and for any number of processes (up to the last bits of log, cos and sin in the normals).
 
 Source: the public DiT code: Xavier-uniform linear layers with zero bias, N(0, 0.02) for the label table and the time
 MLP, zeros for every modulation and for the final layer; SRA's head as the other linear layers.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sra_fast.config import ModelConfig
 from sra_fast.kernels.philox import Draw, normals, uniforms
-from sra_fast.model.transformer import Transformer
+from sra_fast.model.public_weights import shapes
 
 ZERO = ("adaLN_modulation.1.weight", "final_layer.linear.weight")
 _NORMAL = ("y_embedder.embedding_table.weight", "t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight")
@@ -24,12 +24,11 @@ _NORMAL_STD = 0.02
 
 
 @torch.no_grad()
-def initial_weights(model: Transformer, seed: int, device: torch.device) -> dict[str, Tensor]:
-    """A value for every parameter of `model`, by name, float32 on `device`. The model itself may be on the meta
-    device."""
+def initial_weights(config: ModelConfig, seed: int, device: torch.device) -> dict[str, Tensor]:
+    """A value for every parameter, by public name, float32 on `device`."""
     return {
-        name: _initial(name, parameter.shape, model.config, seed, position, device).to(device)
-        for position, (name, parameter) in enumerate(model.named_parameters())
+        name: _initial(name, shape, config, seed, position, device).to(device)
+        for position, (name, shape) in enumerate(shapes(config).items())
     }
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sra_fast.atomic import replacing
 from sra_fast.config import SIZES, ModelConfig, ObjectiveConfig, Refused, from_dict, refuse_unless, to_dict
+from sra_fast.model.layout import apart
 from sra_fast.model.transformer import Transformer
 
 HEADS_BY_HIDDEN = {hidden: heads for _, hidden, heads in SIZES.values()}
@@ -170,9 +171,10 @@ def infer(tensors: dict[str, Tensor], path: Path) -> ModelConfig:
 
 
 def shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """{parameter name: shape} of the network."""
+    """{public parameter name: shape} of the network, in its order."""
     with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}
+        held = dict(Transformer(config).named_parameters())
+    return {name: parameter.shape for name, parameter in apart(held).items()}
 
 
 def check(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> tuple[dict[str, Tensor], bool]:

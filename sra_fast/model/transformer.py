@@ -2,8 +2,9 @@
 
     x (B, C, H, W) -> patches + positions -> L blocks modulated by time and class -> prediction (B, C_out, H, W)
 
-B batch, T tokens = (H / p) (W / p), D width, p patch. Modules and parameters carry the public checkpoints' names, and
-nothing here knows about dtype copies, compilation or devices: that is applied from outside.
+B batch, T tokens = (H / p) (W / p), D width, p patch, L blocks. Modules and parameters carry the public checkpoints'
+names, but for the modulations of all blocks, which are one matrix here (layout.py). Nothing here knows about dtype
+copies, compilation or devices: that is applied from outside.
 
 Sources: Peebles and Xie, "Scalable Diffusion Models with Transformers" (DiT), 2023, section 3.2; Ma et al., "SiT",
 2024; Jiang et al., "SRA", arXiv 2505.02831, section 3 (the head and the taps).
@@ -12,7 +13,7 @@ Sources: Peebles and Xie, "Scalable Diffusion Models with Transformers" (DiT), 2
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sra_fast.config import ModelConfig, refuse_unless
 from sra_fast.kernels import implementation
-from sra_fast.model.attention import attention
+from sra_fast.model.attention import operator
+from sra_fast.model.layout import AT_THE_END, PER_BLOCK
 
 FREQUENCIES = 256  # width of the sinusoidal time embedding
 
@@ -33,14 +35,16 @@ class Ops(NamedTuple):
     adaln: Callable[..., Tensor]
     gated_adaln: Callable[..., tuple[Tensor, Tensor]]
     gated_residual: Callable[..., Tensor]
+    attention: Callable[[Tensor], Tensor]
 
     @classmethod
     def select(cls, resolved: Mapping[str, str]) -> Ops:
-        """The ops under a result of `kernels.resolve`."""
-        return cls(*(implementation(op, resolved) for op in cls._fields))
+        """The ops under a result of `choices.resolve`, or of `kernels.resolve` with PyTorch's choice of attention."""
+        norms = (implementation(op, resolved) for op in cls._fields if op != "attention")
+        return cls(*norms, operator(resolved.get("attention", "sdpa")))
 
 
-REFERENCE = Ops.select(dict.fromkeys(Ops._fields, "reference"))
+REFERENCE = Ops.select(dict.fromkeys(Ops._fields, "reference") | {"attention": "sdpa"})
 
 
 class PatchEmbed(nn.Module):
@@ -94,20 +98,22 @@ class LabelEmbedder(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention with optional normalisation of queries and keys."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
-        self.heads, self.backend = config.heads, config.attention
+        self.heads, self.attend, self.normed = config.heads, ops.attention, config.qk_norm
         self.qkv = nn.Linear(config.hidden, 3 * config.hidden)
-        head = config.hidden // config.heads
-        # PyTorch's own eps, 1e-5: the public networks build this part with timm's defaults, their blocks with 1e-6.
-        self.q_norm = nn.LayerNorm(head) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(head) if config.qk_norm else nn.Identity()
+        if self.normed:
+            head = config.hidden // config.heads
+            # PyTorch's own eps, 1e-5: the public networks build this part with timm's defaults, their blocks with 1e-6.
+            self.q_norm, self.k_norm = nn.LayerNorm(head), nn.LayerNorm(head)
         self.proj = nn.Linear(config.hidden, config.hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, d)
-        out = attention(self.q_norm(q), self.k_norm(k), v, self.backend)  # (B, H, T, d)
-        return self.proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, H, d)
+        if self.normed:
+            q, k, v = qkv.unbind(2)
+            qkv = torch.stack([self.q_norm(q), self.k_norm(k), v], dim=2)
+        return self.proj(self.attend(qkv))  # (B, T, D)
 
 
 class Mlp(nn.Module):
@@ -122,26 +128,34 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-def modulation(hidden: int, vectors: int) -> nn.Sequential:
-    """SiLU and a linear layer from the condition to so many D-vectors."""
-    return nn.Sequential(nn.SiLU(), nn.Linear(hidden, vectors * hidden))
-
-
 class Block(nn.Module):
-    """Attention and MLP, each normalised, modulated and gated by the condition (adaLN-Zero)."""
+    """Attention and MLP, each normalised, modulated and gated by the condition (adaLN-Zero).
+
+    A block begins behind its first normalisation and ends behind that of what follows, so that both of its seams, from
+    attention to MLP and from MLP to the next block, are one op each: gate, add, normalise, modulate.
+    """
 
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
         self.ops = ops
-        self.attn = Attention(config)
+        self.attn = Attention(config, ops)
         self.mlp = Mlp(config.hidden, config.mlp_ratio)
-        self.adaLN_modulation = modulation(config.hidden, 6)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)  # 6 x (B, D), views
-        h = self.ops.adaln(x, shift1, scale1)  # (B, T, D)
+    def forward(self, x: Tensor, h: Tensor, own: Tensor, following: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The next (x, h).
+
+        Args:
+            x: (B, T, D), the residual stream.
+            h: (B, T, D), x normalised and modulated for this block's attention.
+            own: (B, 4, D): gate of attention; shift, scale, gate of the MLP.
+            following: (B, 2, D): shift and scale of what follows; None = nothing that is wanted.
+        """
+        gate1, shift2, scale2, gate2 = own.unbind(1)  # 4 x (B, D), views
         x, h = self.ops.gated_adaln(x, self.attn(h), gate1, shift2, scale2)  # 2 x (B, T, D)
-        return self.ops.gated_residual(x, self.mlp(h), gate2)  # (B, T, D)
+        branch = self.mlp(h)  # (B, T, D)
+        if following is None:
+            return self.ops.gated_residual(x, branch, gate2), None
+        return self.ops.gated_adaln(x, branch, gate2, *following.unbind(1))
 
 
 class ProjectionHead(nn.Module):
@@ -157,17 +171,14 @@ class ProjectionHead(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """adaLN and the projection from a token to its patch."""
+    """The projection from a token, normalised and modulated, to its patch: (B, T, D) -> (B, T, p p C_out)."""
 
-    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.ops = ops
         self.linear = nn.Linear(config.hidden, config.patch**2 * config.output_channels)
-        self.adaLN_modulation = modulation(config.hidden, 2)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)  # 2 x (B, D)
-        return self.linear(self.ops.adaln(x, shift, scale))  # (B, T, p p C_out)
+    def forward(self, h: Tensor) -> Tensor:
+        return self.linear(h)
 
 
 class Transformer(nn.Module):
@@ -184,13 +195,14 @@ class Transformer(nn.Module):
             refuse_unless(
                 getattr(config, name) > 0, f"model.{name.replace('_', '-')}", getattr(config, name), "must be positive"
             )
-        self.config = config
+        self.config, self.ops = config, ops
         self.x_embedder = PatchEmbed(config.patch, config.channels, config.hidden)
         self.t_embedder = TimestepEmbedder(config.hidden)
         self.y_embedder = LabelEmbedder(config.classes, config.hidden)
         self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, config.hidden), requires_grad=False)
         self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.depth))
-        self.final_layer = FinalLayer(config, ops)
+        self.modulation = nn.Linear(config.hidden, (PER_BLOCK * config.depth + AT_THE_END) * config.hidden)
+        self.final_layer = FinalLayer(config)
         self.ap_head = ProjectionHead(config.hidden)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor, tap: int = 0) -> tuple[Tensor, Tensor | None]:
@@ -205,32 +217,42 @@ class Transformer(nn.Module):
         Returns:
             (prediction (B, C_out, H, W), features (B, T, D) or None), in the weights' dtype.
         """
-        h, c = self._embed(x, t, labels)  # (B, T, D), (B, D)
+        x, vectors = self._begin(x, t, labels, [*[2, 4] * self.config.depth, AT_THE_END])
+        h = self.ops.adaln(x, *vectors[0].unbind(1))  # (B, T, D)
         features = None
         for number, block in enumerate(self.blocks, start=1):
-            h = self._run(block, number, h, c)  # (B, T, D)
+            x, h = self._run(block, number, x, h, vectors[2 * number - 1], vectors[2 * number])  # 2 x (B, T, D)
             if number == tap:
-                features = self.ap_head(h)  # (B, T, D)
-        return self._unpatchify(self.final_layer(h, c)), features
+                features = self.ap_head(x)  # (B, T, D)
+        return self._unpatchify(self.final_layer(h)), features
 
     def features(self, x: Tensor, t: Tensor, labels: Tensor, tap: int) -> Tensor:
         """Output of block `tap` (1-based), (B, T, D). Later blocks, head and final layer are not run. Arguments as
         `forward`."""
-        h, c = self._embed(x, t, labels)
+        x, vectors = self._begin(x, t, labels, [2, 4] * tap)
+        h = self.ops.adaln(x, *vectors[0].unbind(1))
         for number, block in enumerate(self.blocks[:tap], start=1):
-            h = self._run(block, number, h, c)
-        return h
+            following = vectors[2 * number] if number < tap else None
+            x, h = self._run(block, number, x, h, vectors[2 * number - 1], following)
+        return x
 
-    def _embed(self, x: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _begin(self, x: Tensor, t: Tensor, labels: Tensor, groups: list[int]) -> tuple[Tensor, Sequence[Tensor]]:
+        """Tokens (B, T, D), and the first modulation vectors in groups of so many, (B, 2, D) or (B, 4, D), as `Block`
+        takes them: shift and scale of block 1's attention, then its own four, shift and scale of block 2's, ..."""
         tokens = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # (B, T, D)
-        return tokens, self.t_embedder(t) + self.y_embedder(labels)  # (B, T, D), (B, D)
+        condition = F.silu(self.t_embedder(t) + self.y_embedder(labels))  # (B, D)
+        rows = sum(groups) * self.config.hidden
+        vectors = F.linear(condition, self.modulation.weight[:rows], self.modulation.bias[:rows])
+        return tokens, vectors.unflatten(-1, (sum(groups), -1)).split(groups, dim=1)
 
-    def _run(self, block: Block, number: int, h: Tensor, c: Tensor) -> Tensor:
+    def _run(
+        self, block: Block, number: int, x: Tensor, h: Tensor, own: Tensor, following: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         every = self.config.checkpoint_every
         if every and number % every == 0 and torch.is_grad_enabled():
             # Nothing in a block is random, and reading a generator's state is refused while a CUDA graph is captured.
-            return checkpoint(block, h, c, use_reentrant=False, preserve_rng_state=False)
-        return block(h, c)
+            return checkpoint(block, x, h, own, following, use_reentrant=False, preserve_rng_state=False)
+        return block(x, h, own, following)
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
         """(B, T, p p C_out) -> (B, C_out, H, W)."""
@@ -240,8 +262,8 @@ class Transformer(nn.Module):
 
 
 def around(config: ModelConfig, tensors: dict[str, Tensor], ops: Ops = REFERENCE) -> Transformer:
-    """A transformer whose parameters are the given tensors themselves, not copies; in eval mode and without
-    gradients."""
+    """A transformer whose parameters are the given tensors themselves (names as in memory, see layout.py), not copies;
+    in eval mode and without gradients."""
     with torch.device("meta"):
         model = Transformer(config, ops)
     model.load_state_dict(tensors, assign=True)

@@ -1,0 +1,153 @@
+"""Everything that needs a GPU, the most important first, in one call and within one budget of time.
+
+    make gpu-report                                     on a machine with a GPU
+    python -m benchmarks.gpu_report --budget-s 480
+    python -m benchmarks.gpu_report --device cpu        the same script, small
+
+Every part is a process of its own: one that fails is named, with the end of what it said, and the others go on. Parts
+that the time did not suffice for read "not run (time)". Results are gathered after every part in a folder
+<device>-<date>-<commit> below benchmarks/results, or below $OUT or --out; report.py says which files.
+
+Exit code 1 if a part failed; 0 also where parts were merely not reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.parts import FAILED, NOT_RUN, ROOT, Outcome, Part, run_parts, say
+from benchmarks.record import RESULTS, folder
+from benchmarks.report import gather
+
+NO_TESTS = 5  # pytest's exit code for "nothing was collected"
+# bench_step writes when all of its rungs are measured: the two ends and the strongest rival come before the others.
+ENDS = ("public", "+ CUDA graph", "ours")
+BETWEEN = ("bf16 teacher to its tap", "+ torch.compile", "+ fused AdamW, foreach EMA", "+ no host reads")
+VARIANTS = ("ours compiled", "ours eager", "ours fp32", "ours deterministic", "ours, plain SiT")
+
+
+def correctness(share: float) -> Part:
+    """The tests that need a GPU, from the files that have some: what another file needs may not be installed here."""
+    files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    words = ("-q", "-m", "gpu", *(str(path.relative_to(ROOT)) for path in files))
+    return Part("correctness", "pytest", words, share, must_end=True, nothing_to_do=(NO_TESTS,))
+
+
+def steps(size: str, tokens: int, batch: int | str, rungs: Sequence[str] = ENDS, *more: str, of: str = "") -> Part:
+    """Whole steps of one model at one batch: a kill costs no other."""
+    words = ("--size", size, "--tokens", str(tokens), "--batch", str(batch), "--rungs", *rungs, *more)
+    name = f"SiT-{size.upper()}/2, {tokens} tokens, batch {batch}" + (f": {of}" if of else "")
+    return Part(name, "benchmarks.bench_step", words, 0.5)
+
+
+def parts_for_gpu() -> list[Part]:
+    """The most important first. Each may use its share of what is then left."""
+    profile = ("profile", "sit-xl-2", "--train.batch", "32", "--profile.out", "{folder}")
+    first = [(size, batch) for size in ("s", "b", "l") for batch in (32, 256)]
+    then = [(size, batch) for size in ("s", "b", "l", "xl") for batch in (64, 128)]
+    return [
+        correctness(0.25),
+        Part("roofs", "benchmarks.bench_roofs", share=0.15),
+        Part("ops", "benchmarks.bench_kernels", ("--sizes", "xl", "--batch", "32"), 0.3),
+        Part("update", "benchmarks.bench_optimizer", ("--size", "xl"), 0.3),
+        *(steps("xl", 256, batch) for batch in (32, 256)),
+        *(steps("xl", 256, batch, ("ours", *BETWEEN), of="between") for batch in (32, 256)),
+        Part("profile", "sra_fast.cli", profile, 0.6),
+        *(steps("xl", 256, batch, VARIANTS, of="variants") for batch in (32, 256)),
+        *(steps(size, 256, batch) for size, batch in first),
+        steps("xl", 1024, 32),
+        steps("xl", 256, "auto-check", ("ours", "public")),
+        Part("ops of SiT-S", "benchmarks.bench_kernels", ("--sizes", "s", "--batch", "32")),
+        *(steps(size, 256, batch) for size, batch in then),
+        *(steps(size, 1024, 32) for size in ("l", "b", "s")),
+    ]
+
+
+def parts_for_cpu() -> list[Part]:
+    """The same programs, cut down to seconds."""
+    few = ("--device", "cpu", "--repeats", "8", "--warmup", "1")
+    ways = ("--ways", "torch, defaults", "ours, eager")
+    profile = ("profile", "sit-s-2", "--model.depth", "3", "--train.batch", "1", "--train.device", "cpu")
+    traced = ("--train.execution", "eager", "--profile.steps", "1", "--profile.warmup", "1")
+    return [
+        correctness(0.5),
+        Part("roofs", "benchmarks.bench_roofs", few[:4]),
+        Part("ops", "benchmarks.bench_kernels", ("--batch", "1", "--implementations", "eager", *few)),
+        Part("update", "benchmarks.bench_optimizer", ("--depth", "3", *ways, *few)),
+        steps("s", 256, 1, ("public", "ours eager"), "--depth", "3", *few),
+        Part("profile", "sra_fast.cli", (*profile, *traced, "--profile.out", "{folder}")),
+    ]
+
+
+def stamp_of(device: str) -> dict[str, Any]:
+    """The device's stamp, taken by another process: this one must not hold a part of the GPU's memory.
+
+    Raises:
+        subprocess.CalledProcessError: if there is no such device.
+    """
+    code = f"import json; from benchmarks.stamp import stamp; print(json.dumps(stamp({device!r})))"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return {**json.loads(ran.stdout.splitlines()[-1]), "command": shlex.join(sys.orig_argv)}
+
+
+def report(parts: Sequence[Part], budget_s: float, device: str, results: Path) -> int:
+    """Run the parts, gather what they leave, and say what became of each. Returns the exit code."""
+    stamp = stamp_of(device)
+    out = folder(stamp, results)
+    with tempfile.TemporaryDirectory(prefix="sra-fast-report-") as temporary:
+        staging = Path(temporary)
+        outcomes = run_parts(parts, budget_s, staging, lambda so_far: _gather(staging, out, so_far, stamp))
+        gather(staging, out, outcomes, stamp)
+    print()
+    for outcome in outcomes:
+        print(f"{outcome.name:>32}  {say(outcome)}")
+    failed = [outcome.name for outcome in outcomes if outcome.outcome == FAILED]
+    missed = sum(outcome.outcome == NOT_RUN for outcome in outcomes)
+    print(f"report in {out}" + (f"; {missed} of {len(outcomes)} parts not run (time)" if missed else ""))
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def _gather(staging: Path, out: Path, so_far: list[Outcome], stamp: dict[str, Any]) -> None:
+    """What cannot be put together now must not keep the next parts from being measured; the last time it counts."""
+    try:
+        gather(staging, out, so_far, stamp)
+    except Exception:
+        traceback.print_exc()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program. Returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_report", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--budget-s", type=float, default=480, help="seconds for all parts; default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or RESULTS), help="default: %(default)s")
+    parser.add_argument("--parts", nargs="+", metavar="NAME", help="only these, by name")
+    options = parser.parse_args(arguments)
+    parts = parts_for_gpu() if options.device == "cuda" else parts_for_cpu()
+    names = [part.name for part in parts]
+    if unknown := set(options.parts or ()) - set(names):
+        parser.error(f"--parts: {', '.join(sorted(unknown))} given; must be among {'; '.join(names)}")
+    wanted = [part for part in parts if not options.parts or part.name in options.parts]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running part is killed on the way out
+    try:
+        return report(wanted, options.budget_s, options.device, options.out)
+    except subprocess.CalledProcessError:
+        print(f"no {options.device} device is usable here; --device cpu runs the same script, small", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

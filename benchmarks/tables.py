@@ -1,0 +1,150 @@
+"""Rows as the tables that people read, in reports and in the README: whole steps against each other, ops with their
+implementations side by side, ways to update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.record import Row, digits, markdown
+
+STEP_HEAD = ("step", "images/s", "x public", "ms", "p20 ... p80", "TFLOP/s", "of roof", "GiB")
+SUMMARY_HEAD = ("model", "tokens", "batch", "public", "best rival", "ours", "ours / public", "ours / best rival")
+KERNEL_HEAD = ("op", "size", "batch", "dtype", "pass", "µs", "fastest", "GB/s", "of roof")
+UPDATE_HEAD = ("update", "size", "ms", "p20 ... p80", "x defaults", "GB/s", "of roof", "GiB")
+
+Family = tuple[str, int, int, int]  # size, tokens, batch, and the depth where it is not the size's, else 0
+
+
+def is_step(row: Row) -> bool:
+    """Whether it is a row of bench_step."""
+    return row["name"] == "step"
+
+
+def is_update(row: Row) -> bool:
+    """Whether it is a row of bench_optimizer."""
+    return row["name"] == "optimizer"
+
+
+def is_kernel(row: Row) -> bool:
+    """Whether it is a row of bench_kernels."""
+    return "implementation" in row["params"]
+
+
+def families(rows: Sequence[Row]) -> dict[Family, list[Row]]:
+    """Rows of bench_step by what they train."""
+    found: dict[Family, list[Row]] = {}
+    for row in filter(is_step, rows):
+        params = row["params"]
+        family = (params["size"], params["tokens"], params["batch"], params.get("depth", 0))
+        found.setdefault(family, []).append(row)
+    return found
+
+
+def model_name(family: Family) -> str:
+    """SiT-XL/2, or "SiT-XL/2 of 3 blocks" if that is not all of it."""
+    return f"SiT-{family[0].upper()}/2" + (f" of {family[3]} blocks" if family[3] else "")
+
+
+def title(family: Family) -> str:
+    """SiT-XL/2, 256 tokens, batch 32."""
+    return f"{model_name(family)}, {family[1]} tokens, batch {family[2]}"
+
+
+def step_table(rows: Sequence[Row]) -> str:
+    """One family's rungs, with the public recipe as the measure."""
+    public = _images_per_s(rows, "public")
+    lines = []
+    for row in rows:
+        ms = row["median_ms"]
+        if not ms:
+            lines.append([row["params"]["rung"], row.get("error", ""), *[""] * (len(STEP_HEAD) - 2)])
+            continue
+        speed = row["images_per_s"]
+        lines.append(
+            [
+                row["params"]["rung"],
+                digits(speed),
+                f"{speed / public:.2f}" if public else "",
+                digits(ms),
+                _spread(row),
+                digits(row["flops"] and row["flops"] / ms / 1e9),
+                _share(row),
+                digits(row["peak_memory_gib"]),
+            ]
+        )
+    return markdown(STEP_HEAD, lines)
+
+
+def summary_table(found: dict[Family, Sequence[Row]]) -> str:
+    """Images/s of several families: the public recipe, the fastest of its rungs, and ours."""
+    lines = []
+    for family, rows in found.items():
+        public, ours = _images_per_s(rows, "public"), _images_per_s(rows, "ours")
+        rivals = [row.get("images_per_s") for row in rows if not row["params"]["rung"].startswith("ours")]
+        rival = max(filter(None, rivals), default=None)
+        ratios = [f"{ours / other:.2f}" if ours and other else "" for other in (public, rival)]
+        lines.append(
+            [model_name(family), str(family[1]), str(family[2]), digits(public), digits(rival), digits(ours), *ratios]
+        )
+    return markdown(SUMMARY_HEAD, lines)
+
+
+def kernel_table(rows: Sequence[Row]) -> str:
+    """Ops: the medians of all implementations in one line, and what the fastest reaches."""
+    grouped: dict[tuple[str, ...], list[Row]] = {}
+    for row in filter(is_kernel, rows):
+        shape = [str(row["params"].get(name, "")) for name in ("size", "batch", "dtype", "pass")]
+        grouped.setdefault((row["name"], *shape), []).append(row)
+    lines = []
+    for key, alike in grouped.items():
+        timed = [row for row in alike if row["median_ms"]]
+        said = [f"{row['params']['implementation']} {_microseconds(row)}" for row in alike]
+        best = min(timed, key=lambda row: row["median_ms"], default=None)
+        tail = ["", "", ""]
+        if best:
+            tail = [best["params"]["implementation"], digits(best["bytes"] / best["median_ms"] / 1e6), _share(best)]
+        lines.append([*key, ", ".join(said), *tail])
+    return markdown(KERNEL_HEAD, lines)
+
+
+def update_table(rows: Sequence[Row]) -> str:
+    """Ways to do the work that follows the backward pass."""
+    rows = list(filter(is_update, rows))
+    usual = {row["params"]["size"]: row["median_ms"] for row in rows if row["params"]["way"] == "torch, defaults"}
+    lines = []
+    for row in rows:
+        ms, size = row["median_ms"], row["params"]["size"]
+        if not ms:
+            lines.append([row["params"]["way"], size, row.get("error", ""), *[""] * (len(UPDATE_HEAD) - 3)])
+            continue
+        lines.append(
+            [
+                row["params"]["way"],
+                size,
+                digits(ms),
+                _spread(row),
+                f"{usual[size] / ms:.2f}" if usual.get(size) else "",
+                digits(row["bytes"] / ms / 1e6),
+                _share(row),
+                digits(row["peak_memory_gib"]),
+            ]
+        )
+    return markdown(UPDATE_HEAD, lines)
+
+
+def _images_per_s(rows: Sequence[Row], rung: str) -> float | None:
+    return next((row.get("images_per_s") for row in rows if row["params"]["rung"] == rung), None)
+
+
+def _spread(row: Row) -> str:
+    return f"{digits(row['p20_ms'])} ... {digits(row['p80_ms'])}"
+
+
+def _share(row: Row) -> str:
+    return "" if row["roof_share"] is None else f"{row['roof_share']:.1%}"
+
+
+def _microseconds(row: Row) -> str:
+    if row["median_ms"]:
+        return digits(1e3 * row["median_ms"])
+    return "disagrees" if row.get("error", "").startswith("disagrees") else "-"

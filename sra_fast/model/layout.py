@@ -1,0 +1,59 @@
+"""Parameters under the public names, and as they lie in memory.
+
+Every block projects the same vector, SiLU of the condition, to its own shifts, scales and gates. In memory these
+projections are one matrix, so that one product computes them all:
+
+    modulation.weight ((6 L + 2) D, D)    rows: shift, scale, gate of block 1's attention, of its MLP, block 2 ...,
+    modulation.bias   ((6 L + 2) D,)      shift and scale of the final layer
+
+In files they are blocks.<i>.adaLN_modulation.1.* (6 D rows each) and final_layer.adaLN_modulation.1.* (2 D rows). All
+other names are the same in both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+KINDS = ("weight", "bias")
+PER_BLOCK, AT_THE_END = 6, 2  # vectors of D
+_PUBLIC = re.compile(r"(?:blocks\.\d+|final_layer)\.adaLN_modulation\.1\.(weight|bias)")
+
+
+def joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the public names -> as the network holds them. The modulations are copied, the others are the very
+    tensors.
+
+    Args:
+        tensors: in the network's order of blocks.
+    """
+    own: dict[str, Tensor] = {}
+    parts: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
+    for name, tensor in tensors.items():
+        if found := _PUBLIC.fullmatch(name):
+            parts[found[1]].append(tensor)
+        else:
+            own[name] = tensor
+    return own | {f"modulation.{kind}": torch.cat(parts[kind]) for kind in KINDS}
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as the network holds them -> under the public names and in the public order. Nothing is copied: the
+    modulations are views."""
+    width = tensors["modulation.weight"].shape[1]
+    depth = (len(tensors["modulation.bias"]) // width - AT_THE_END) // PER_BLOCK
+    sizes = [PER_BLOCK * width] * depth + [AT_THE_END * width]
+    owners = [f"blocks.{i}" for i in range(depth)] + ["final_layer"]
+    rows = {kind: dict(zip(owners, tensors[f"modulation.{kind}"].split(sizes), strict=True)) for kind in KINDS}
+    public = {}
+    for name, tensor in tensors.items():
+        if name.startswith("modulation."):
+            continue
+        public[name] = tensor
+        if name.endswith(("mlp.fc2.bias", "final_layer.linear.bias")):  # the last of its owner's other parameters
+            owner = name.removesuffix(".mlp.fc2.bias").removesuffix(".linear.bias")
+            public |= {f"{owner}.adaLN_modulation.1.{kind}": rows[kind][owner] for kind in KINDS}
+    return public
