@@ -5,8 +5,8 @@
     pytest benchmarks/bench_kernels.py --benchmark-only --benchmark-save-data -k "adaln and compiled"
 
 Bytes and FLOPs are spelled out in kernel_cases.py. On a GPU a sample is one replay of a CUDA graph, as a training step
-is, from a cold L2 cache: an op of a step finds there what other ops left. On a CPU caches are warm, and small inputs may
-exceed the roof. An implementation whose results disagree with the reference gets no number.
+is, from a cold L2 cache: an op of a step finds there what other ops left. On a CPU caches are warm, and small inputs
+may exceed the roof. An implementation whose results disagree with the reference gets no number.
 
 pytest-benchmark times the same calls by its own clock, to the end of the device's work and with the launch before it;
 the row of benchmarks/timing.py, of the same calls, is beside it under extra_info.

@@ -120,8 +120,10 @@ class OurStep:
 @contextmanager
 def _deterministic(wanted: bool) -> Iterator[None]:
     set_deterministic(wanted)
-    yield
-    set_deterministic(False)
+    try:
+        yield
+    finally:
+        set_deterministic(False)
 
 
 Step = PublicStep | OurStep
@@ -140,10 +142,12 @@ def awake(step: Step) -> Iterator[None]:
                 tensor.copy_(0.1 * normals(1, number, Draw.WEIGHT, tensor.numel()).view_as(tensor))
     if isinstance(step, OurStep):
         step.state.refresh()
-    yield
-    torch._foreach_zero_(asleep)
-    if isinstance(step, OurStep):
-        step.state.refresh()
+    try:
+        yield
+    finally:
+        torch._foreach_zero_(asleep)
+        if isinstance(step, OurStep):
+            step.state.refresh()
 
 
 def _public_tensors(step: Step) -> list[dict[str, Tensor]]:
@@ -217,13 +221,17 @@ def possible(name: str, device: torch.device) -> bool:
 
 def measure(
     config: Config, names: list[str], device: torch.device, *, repeats: int, warmup: int, interleave: str
-) -> dict[str, timing.Samples]:
-    """Samples of each step. What cannot be had here, or does not fit, has an error instead."""
-    taken: dict[str, timing.Samples] = {}
+) -> Iterator[dict[str, timing.Samples]]:
+    """Samples of the steps so far, after each group that lived together. What cannot be had here, or does not fit, has
+    an error instead."""
+    taken = {name: timing.Samples(error="needs a GPU") for name in names if not possible(name, device)}
     batch = make_batch(config)
     gate = Gate(config, batch, device)
     here = [name for name in names if possible(name, device)]
-    for group in groups(here, interleave) if here else []:
+    if not here:
+        yield taken
+        return
+    for group in groups(here, interleave):
         steps: dict[str, Step] = {}
         for name in group:
             try:
@@ -248,15 +256,19 @@ def measure(
         torch.compiler.reset()  # compiled code keeps networks alive, and a function may be compiled only so often
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return {name: taken.get(name, timing.Samples(error="needs a GPU")) for name in names}
+        yield {name: taken[name] for name in names if name in taken}
 
 
 def rows(
     config: Config, size: str, names: list[str], device: torch.device, *, repeats: int, warmup: int, interleave: str
-) -> list[timing.Row]:
-    """A row per step; ours and the rivals on the same batch."""
+) -> Iterator[list[timing.Row]]:
+    """A row per step so far, again and again; ours and the rivals on the same batch."""
     torch.set_float32_matmul_precision("high")  # TF32 for fp32 products on a GPU, as the public code sets it
-    taken = measure(config, names, device, repeats=repeats, warmup=warmup, interleave=interleave)
+    for taken in measure(config, names, device, repeats=repeats, warmup=warmup, interleave=interleave):
+        yield _rows(config, size, taken, device)
+
+
+def _rows(config: Config, size: str, taken: dict[str, timing.Samples], device: torch.device) -> list[timing.Row]:
     stamp, roofs = timing.stamp(device), timing.roofs(device)
     images = config.train.batch
     plain = {way.name for way in OURS if not way.aligned}
@@ -264,6 +276,8 @@ def rows(
     for name, samples in taken.items():
         flops = images * training_flops(config.model, None if name in plain else config.taps[1])
         params = {"size": size, "tokens": config.model.tokens, "batch": images, "rung": name}
+        if config.model.depth != SIZES[size][0]:
+            params["depth"] = config.model.depth
         row = timing.row("step", params, samples, stamp=stamp, flops=flops, roofs=roofs)
         peak = dense_peak_flops(stamp["device"], "bf16")
         if samples.median_ms:
@@ -271,6 +285,16 @@ def rows(
             row["peak_share"] = flops / samples.median_ms * 1e3 / peak if peak else None
         made.append(row)
     return made
+
+
+def interleave(options: argparse.Namespace, batch: int) -> str:
+    """Which steps take turns, unless said: all on a CPU; on a GPU pairs, as long as two large steps fit into it."""
+    if options.interleave != "auto":
+        return options.interleave
+    if torch.device(options.device).type == "cpu":
+        return "all"
+    large = options.size in ("l", "xl") and batch * options.tokens > 64 * 256
+    return "none" if large or options.batch == "auto-check" else "pairs"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -291,26 +315,27 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--batch: {options.batch!r} given; must be a number or auto-check")
     device = torch.device(options.device)
     batches = CHECKED_BATCHES if check else (int(options.batch),)
-    interleave = options.interleave
-    if interleave == "auto":
-        interleave = "none" if check else "pairs" if device.type == "cuda" else "all"
-    made, names = [], options.rungs
+    made: list[timing.Row] = []
+    names = options.rungs
+    results = f"step-{options.size}-{options.tokens}-{options.batch}"
+    results += f"-depth{options.depth}" if options.depth else ""
     for batch in batches:
         config = make_config(options.size, options.tokens, batch)
         if options.depth:
             config = replace(config, model=replace(config.model, depth=options.depth))
-        settings = {"repeats": options.repeats, "warmup": options.warmup, "interleave": interleave}
+        settings = {"repeats": options.repeats, "warmup": options.warmup}
+        new: list[timing.Row] = []
         try:
-            made += rows(config, options.size, names, device, **settings)
+            for new in rows(config, options.size, names, device, interleave=interleave(options, batch), **settings):
+                stamp = timing.stamp(device)  # written again and again: whoever is short of time may stop it
+                path = timing.write(timing.folder(stamp), results, made + new, stamp)
         except timing.GateFailed as failure:
             print(f"no number: {failure}")
             return 1
-        names = [row["params"]["rung"] for row in made[-len(names) :] if not row.get("error")]
+        made += new
+        names = [row["params"]["rung"] for row in new if not row.get("error")]
         if not names:
             break
-    stamp = timing.stamp(device)
-    name = f"step-{options.size}-{options.tokens}-{options.batch}" + (f"-depth{options.depth}" if options.depth else "")
-    path = timing.write(timing.folder(stamp), name, made, stamp)
     print(timing.table(made))
     for row in made:
         if "images_per_s" in row:

@@ -61,13 +61,17 @@ def philox(
     for round_index in range(_ROUNDS):
         if round_index:
             k0, k1 = (k0 + _WEYL_0) & _MASK, (k1 + _WEYL_1) & _MASK
-        # The 64-bit products may overflow int64's sign; wrapping keeps every bit, and the mask drops the copies of
-        # the sign that >> brings in.
-        product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
-        c0 = ((product_1 >> 32) & _MASK) ^ c1 ^ k0
-        c2 = ((product_0 >> 32) & _MASK) ^ c3 ^ k1
-        c1, c3 = product_1 & _MASK, product_0 & _MASK
+        (high_0, low_0), (high_1, low_1) = _product(c0, _MULTIPLIER_0), _product(c2, _MULTIPLIER_1)
+        c0, c1, c2, c3 = high_1 ^ c1 ^ k0, low_1, high_0 ^ c3 ^ k1, low_0
     return c0, c1, c2, c3
+
+
+def _product(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
+    """(high, low) word of a 32 x 32 bit product, from two of 16 x 32 bits: the whole would overflow int64's sign, which
+    compiled C++ may take for something that never happens."""
+    low = (word & 0xFFFF) * multiplier
+    high = (word >> 16) * multiplier + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
 def _split(value: int) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sra_fast.config import Config, from_dict, preset, to_dict
-from sra_fast.step import TrainingStep
+from sra_fast.step.runner import StepRunner
 from sra_fast.trainer import Trainer
 
 TENSORS = ("weights", "ema", "adam_m", "adam_v")
@@ -91,17 +91,16 @@ def run(
     config: Config, stop_after: int = 0, number: int = signal.SIGTERM, report: Callable[[str], None] = lambda line: None
 ) -> tuple[int, list[dict[str, float]]]:
     """(exit code, metrics of each step) of a training, stopped by a signal during step `stop_after` of this process."""
-    rows, original = [], TrainingStep.__call__
+    rows, original = [], StepRunner.__call__
 
-    def step(self, *batch):
-        metrics = original(self, *batch)
-        rows.append({name: float(value) for name, value in metrics._asdict().items()})
+    def step(self, *inputs):
+        original(self, *inputs)
+        rows.append(self.ring.last(1)[0]._asdict())
         if len(rows) == stop_after:
             signal.raise_signal(number)
-        return metrics
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingStep, "__call__", step)
+        patch.setattr(StepRunner, "__call__", step)
         return Trainer(config, report=report).run(), rows
 
 

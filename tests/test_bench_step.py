@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import bench_step
 from benchmarks.baseline import RUNGS, PublicStep
-from benchmarks.timing import GateFailed
+from benchmarks.timing import GateFailed, read
 from sra_fast.config import Config
 
 CPU = torch.device("cpu")
@@ -61,7 +62,7 @@ def test_a_step_of_the_public_recipe_trains(config):
 
 
 def test_rows_say_images_per_second_and_share_of_the_roof(config):
-    made = bench_step.rows(
+    *_, made = bench_step.rows(
         config, "s", ["public", "ours eager", "+ CUDA graph"], CPU, repeats=2, warmup=1, interleave="all"
     )
     assert made.pop()["error"] == "needs a GPU"
@@ -70,3 +71,72 @@ def test_rows_say_images_per_second_and_share_of_the_roof(config):
         assert row["images_per_s"] == pytest.approx(3e3 / row["median_ms"])
         assert 0 < row["roof_share"] < 1
     assert [row["params"]["rung"] for row in made] == ["public", "ours eager"]
+
+
+def test_pairs_pool_the_samples_of_ours(config):
+    names = ["public", "ours eager", "bf16 teacher to its tap"]
+    so_far = [
+        {name: len(samples.ms) for name, samples in taken.items()}
+        for taken in bench_step.measure(config, names, CPU, repeats=2, warmup=1, interleave="pairs")
+    ]
+    assert so_far == [
+        {"public": 2, "ours eager": 2},
+        {"public": 2, "ours eager": 4, "bf16 teacher to its tap": 2},
+    ]
+
+
+def test_who_takes_turns_with_whom():
+    names = ["public", "ours eager", "ours"]
+    assert bench_step.groups(names, "all") == [names]
+    assert bench_step.groups(names, "none") == [["public"], ["ours eager"], ["ours"]]
+    assert bench_step.groups(names, "pairs") == [["ours eager", "public"], ["ours eager", "ours"]]
+    assert bench_step.groups(["public"], "pairs") == [["public"]]
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "batch", "given", "wanted"),
+    [
+        ("cpu", "xl", 256, "auto", "all"),
+        ("cuda", "xl", 32, "auto", "pairs"),
+        ("cuda", "xl", 256, "auto", "none"),
+        ("cuda", "s", 256, "auto", "pairs"),
+        ("cuda", "xl", 256, "all", "all"),
+    ],
+)
+def test_large_steps_do_not_live_together(device, size, batch, given, wanted):
+    options = SimpleNamespace(device=device, size=size, tokens=256, batch=str(batch), interleave=given)
+    assert bench_step.interleave(options, batch) == wanted
+
+
+def test_a_step_that_was_to_be_a_graph_and_is_not_has_no_number(config, monkeypatch):
+    monkeypatch.setattr(bench_step.OurStep, "failure", "operation not permitted")
+    *_, made = bench_step.rows(config, "s", ["ours eager"], CPU, repeats=2, warmup=1, interleave="all")
+    assert made[0]["error"] == "no CUDA graph: operation not permitted"
+    assert made[0]["samples_ms"] == []
+
+
+def test_auto_check_tries_batches_until_one_does_not_fit(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("SRA_FAST_RESULTS", str(tmp_path))
+    monkeypatch.setattr(bench_step, "CHECKED_BATCHES", (1, 2, 3))
+    call = bench_step.OurStep.__call__
+
+    def small_memory(step, batch):
+        if len(batch.x) > 1:
+            raise torch.OutOfMemoryError("out of memory: tried to allocate 1 GiB")
+        call(step, batch)
+
+    monkeypatch.setattr(bench_step.OurStep, "__call__", small_memory)
+    few = ["--repeats", "1", "--warmup", "1", "--device", "cpu", "--depth", "3", "--size", "s"]
+    assert bench_step.main(["--batch", "auto-check", "--rungs", "ours eager", *few]) == 0
+    rows = read(tmp_path / "step-s-256-auto-check-depth3.json")["rows"]
+    assert [row["params"]["batch"] for row in rows] == [1, 2]  # 3 is not tried
+    assert rows[0]["median_ms"] > 0
+    assert rows[0]["params"]["depth"] == 3
+    assert rows[1]["error"].startswith("out of memory")
+    assert "auto-check" in capsys.readouterr().out
+
+
+def test_a_batch_that_is_neither_number_nor_auto_check_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        bench_step.main(["--batch", "many"])
+    assert "'many' given; must be a number or auto-check" in capsys.readouterr().err

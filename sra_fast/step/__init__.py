@@ -39,11 +39,13 @@ class MetricRing:
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.buffer = torch.zeros(rows, len(Metrics._fields), device=device)
-        self._slot = torch.zeros(1, dtype=torch.int64, device=device)
+        self._slot = torch.zeros((), dtype=torch.int64, device=device)
+        self._rows = torch.arange(rows, device=device)
 
     def push(self, metrics: Metrics) -> None:
         """Write one row over the oldest."""
-        self.buffer.index_copy_(0, self._slot, torch.stack(metrics)[None])
+        here = (self._rows == self._slot)[:, None]
+        self.buffer.copy_(torch.where(here, torch.stack(metrics), self.buffer))
         self._slot.add_(1).remainder_(self.buffer.shape[0])
 
     def last(self, rows: int) -> list[Metrics]:
