@@ -13,6 +13,10 @@ import torch
 from sra_fast import kernels
 from sra_fast.config import KernelsConfig
 from sra_fast.hardware import Hardware
+from sra_fast.model.attention import available, choose
+from sra_fast.step.runner import EXECUTIONS, choose_execution
+
+USUAL_HEAD = 72  # width of a head of SiT-XL
 
 
 def lines() -> Iterator[str]:
@@ -30,6 +34,7 @@ def lines() -> Iterator[str]:
         ("triton", "pip install triton", "fused kernels on GPUs"),
         ("nvidia-dali-cuda130", "pip install nvidia-dali-cuda130", "image decoding; Pillow serves without it"),
         ("tensorboard", "pip install tensorboard", "TensorBoard events; metrics.jsonl is always written"),
+        ("torch-tb-profiler", "pip install torch-tb-profiler", "traces of `sra-fast profile` in TensorBoard"),
         ("scikit-learn", "pip install scikit-learn", "the digits data and `sra-fast evaluate`"),
     ):
         found = _installed(package) or (package.startswith("nvidia-dali") and _installed("nvidia-dali-cuda120"))
@@ -40,6 +45,9 @@ def lines() -> Iterator[str]:
     for op, choice in KernelsConfig().resolve().items():
         fused = "fused" in kernels.IMPLEMENTATIONS[op]
         yield f"{op:<16} {choice}{'' if fused else ' (no fused kernel yet)'}"
+    rule = ", ".join(available(hardware.device, hardware.dtype, USUAL_HEAD))
+    yield f"{'attention':<16} {choose('auto', hardware.device, hardware.dtype, USUAL_HEAD, False)} (of {rule})"
+    yield f"{'step':<16} {EXECUTIONS[choose_execution('auto', hardware.device)]}"
 
 
 def _installed(package: str) -> str:

@@ -21,6 +21,7 @@ CURES = {
     "nvidia-dali": "pip install nvidia-dali-cuda130",
     "tensorboard": "pip install tensorboard",
     "scikit-learn": "pip install scikit-learn",
+    "torch-tb-profiler": "pip install torch-tb-profiler",
 }
 
 
@@ -55,6 +56,13 @@ def test_it_says_what_is_here(capsys):
         assert "cpu" in line_of(lines, "device")
         assert "fp32" in line_of(lines, "device")
     assert importlib.metadata.version("scikit-learn") in line_of(lines, "scikit-learn")
+
+
+def test_attention_and_step_have_a_line_too(monkeypatch):
+    lines = list(doctor.lines())
+    if not torch.cuda.is_available():
+        assert line_of(lines, "attention").endswith("sdpa (of sdpa, flash, math)")
+        assert line_of(lines, "step").endswith("eager")
 
 
 def test_every_op_has_a_line_with_what_will_be_used():

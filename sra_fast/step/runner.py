@@ -34,14 +34,16 @@ def choose_execution(wish: str, device: torch.device) -> str:
         Refused: for a wish that cannot be granted here.
     """
     gpu = device.type == "cuda"
+    if wish == "eager" or (wish == "auto" and not gpu):
+        return "eager"
     reason = _why_not_compiled(device)
-    refuse_unless(wish in ("auto", "eager") or reason is None, "train.execution", wish, f"needs {reason}")
+    refuse_unless(wish == "auto" or reason is None, "train.execution", wish, f"needs {reason}")
     refuse_unless(
         wish != "graph" or gpu, "train.execution", wish, "needs an NVIDIA GPU; must be auto, eager or compiled"
     )
     if wish != "auto":
         return wish
-    return "graph" if gpu and reason is None else "eager"
+    return "graph" if reason is None else "eager"
 
 
 def _why_not_compiled(device: torch.device) -> str | None:
