@@ -4,6 +4,7 @@ refused."""
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from sra_fast.model.layout import joined
 from sra_fast.model.transformer import Ops
 from sra_fast.optim import TrainState
 from sra_fast.step import MetricRing, Metrics, TrainingStep, runner
+from sra_fast.step.inputs import Inputs
 from sra_fast.step.runner import StepRunner, choose_execution
 
 CPU = torch.device("cpu")
@@ -115,6 +117,65 @@ def test_a_graph_break_in_a_block_is_an_error(tiny, monkeypatch) -> None:
     execute = StepRunner(TrainingStep(config, config.kernels.resolve(), CPU), state, MetricRing(1, CPU), "compiled")
     with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
         execute(batch(0), 1e-3, 0.5)
+
+
+# Fixed buffers, on a stand-in for the GPU: the batch is there at once, and a graph is the function it was made of
+
+
+class Arrived:
+    """Prefetch without a way to go."""
+
+    def __init__(self, shape: tuple[int, int, int, int], device: torch.device) -> None:
+        self.fixed = Inputs(shape, device)
+
+    def __call__(self, given: Batch, lr: float, weight: float) -> None:
+        self.fixed.bytes.fill_(255)  # NaN in every float: nothing of the step before is left
+        self.fixed.fill(given, lr, weight)
+
+
+class Called:
+    """Captured, which calls."""
+
+    made: ClassVar[list[Called]] = []
+    failure = None
+
+    def __init__(self, function: Callable[[], None], device: torch.device, pool: object, say: object) -> None:
+        self.function, self.pool, self.calls = function, pool, 0
+        self.made.append(self)
+
+    def __call__(self) -> None:
+        self.calls += 1
+        self.function()
+
+
+@pytest.mark.parametrize(("accumulate", "graphs"), [(1, [3]), (2, [3]), (8, [3]), (12, [36, 3]), (24, [72, 3])])
+def test_steps_from_fixed_buffers_are_the_same_steps(tiny, awake, monkeypatch, accumulate: int, graphs: list[int]):
+    config = tiny(batch=24, accumulate=accumulate, hidden=16)
+    weights = awake(config.model)
+
+    def three_steps() -> tuple[StepRunner, TrainState]:
+        state = TrainState.create(config, Ops.select(config.kernels.resolve()), CPU, torch.float32)
+        state.load({"weights": joined(weights), "ema": joined(weights)})
+        step, ring = TrainingStep(config, config.kernels.resolve(), CPU), MetricRing(3, CPU)
+        monkeypatch.setattr(step, "compile", lambda *args, **options: None)
+        execute = StepRunner(step, state, ring, "graph")
+        for k in range(3):
+            execute(batch(k, size=24), 1e-3 * (k + 1), 0.5 + k)
+        return execute, state
+
+    plain, its_state = three_steps()
+    monkeypatch.setattr(runner, "_can_fetch_ahead", lambda device: True)
+    monkeypatch.setattr(runner, "Prefetch", Arrived)
+    monkeypatch.setattr(runner, "Captured", Called)
+    monkeypatch.setattr(Called, "made", [])
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+    fixed, state = three_steps()
+    assert fixed.ring.last(3) == plain.ring.last(3)
+    for kind in ("weights", "ema", "adam_m", "adam_v"):
+        for name, value in getattr(state, kind).items():
+            assert torch.equal(value, getattr(its_state, kind)[name]), (kind, name)
+    assert [graph.calls for graph in Called.made] == graphs
+    assert {graph.pool for graph in Called.made} == {(0, 7)}  # one pool for both
 
 
 # The choice

@@ -61,6 +61,10 @@ def _why_not_compiled(device: torch.device) -> str | None:
     return None
 
 
+def _can_fetch_ahead(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 class StepRunner:
     """Executes the steps of a run and keeps their metrics.
 
@@ -87,7 +91,8 @@ class StepRunner:
         self._graphs: list[Captured] = []
         if execution != "eager":
             step.compile(state, whole=attention not in PACKAGES)
-        if self.device.type == "cuda":
+        self._has_fixed_buffers = _can_fetch_ahead(self.device)
+        if self._has_fixed_buffers:
             self._prepare(execution == "graph", say)
 
     def __call__(self, batch: Batch, lr: float, weight: float) -> None:
@@ -97,7 +102,7 @@ class StepRunner:
             batch: on any device.
             lr, weight: learning rate and alignment weight.
         """
-        if self.device.type == "cuda":
+        if self._has_fixed_buffers:
             self._prefetch(batch, lr, weight)
             self._step_from_fixed()
             return
