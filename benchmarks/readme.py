@@ -89,7 +89,8 @@ def _device(name: str, families: dict[Family, Found]) -> str:
     blocks = [f"**{name}**"]
     if steps:
         first, largest = next(iter(steps.items()))
-        blocks += [f"Training steps of {tables.title(first)}:", tables.step_table(largest.rows), _source(largest)]
+        blocks += [f"Training steps of {tables.title(first)}:", tables.step_table(largest.rows)]
+        blocks += [*filter(None, [tables.alignment_cost(largest.rows)]), _source(largest)]
         others = {family: found for family, found in steps.items() if family != first}
         if others:
             blocks += ["Other sizes, images/s:", tables.summary_table({f: found.rows for f, found in others.items()})]

@@ -151,7 +151,7 @@ def _text(
             lines += ["", f"{outcome.name} failed: {outcome.reason}", "", "```", *outcome.stderr, "```"]
     lines += [f"\n{remark}" for remark in remarks]
     for family, found in tables.families(steps).items():
-        lines += ["", f"## {tables.title(family)}", "", tables.step_table(found)]
+        lines += ["", f"## {tables.title(family)}", "", tables.step_table(found), "", tables.alignment_cost(found)]
     for title, wanted, made in (
         ("Ops", tables.is_kernel, tables.kernel_table),
         ("Update", tables.is_update, tables.update_table),

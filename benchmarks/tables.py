@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from benchmarks.record import Row, digits, markdown
 
-STEP_HEAD = ("step", "images/s", "x public", "ms", "p20 ... p80", "TFLOP/s", "of roof", "GiB")
+STEP_HEAD = ("step", "images/s", "x public", "ms", "p20 ... p80", "TFLOP/s", "of roof", "of peak", "GiB")
 SUMMARY_HEAD = ("model", "tokens", "batch", "public", "best rival", "ours", "ours / public", "ours / best rival")
 KERNEL_HEAD = ("op", "size", "batch", "dtype", "pass", "µs", "fastest", "GB/s", "of roof")
 UPDATE_HEAD = ("update", "size", "ms", "p20 ... p80", "x defaults", "GB/s", "of roof", "GiB")
@@ -51,7 +51,8 @@ def title(family: Family) -> str:
 
 
 def step_table(rows: Sequence[Row]) -> str:
-    """One family's rungs, with the public recipe as the measure."""
+    """One family's rungs, with the public recipe as the measure. "of roof" is the share of the matrix product measured
+    in the same run, "of peak" of the data sheet's."""
     public = _images_per_s(rows, "public")
     lines = []
     for row in rows:
@@ -69,10 +70,18 @@ def step_table(rows: Sequence[Row]) -> str:
                 _spread(row),
                 digits(row["flops"] and row["flops"] / ms / 1e9),
                 _share(row),
+                _share(row, "peak_share"),
                 digits(row["peak_memory_gib"]),
             ]
         )
     return markdown(STEP_HEAD, lines)
+
+
+def alignment_cost(rows: Sequence[Row]) -> str:
+    """What self-alignment adds to a step, in a sentence; empty if one of the two rows is missing."""
+    ms = {row["params"]["rung"]: row["median_ms"] for row in rows}
+    aligned, plain = ms.get("ours"), ms.get("ours, plain SiT")
+    return f"A step with SRA takes {aligned / plain:.2f} x the time of plain SiT." if aligned and plain else ""
 
 
 def summary_table(found: dict[Family, Sequence[Row]]) -> str:
@@ -140,8 +149,8 @@ def _spread(row: Row) -> str:
     return f"{digits(row['p20_ms'])} ... {digits(row['p80_ms'])}"
 
 
-def _share(row: Row) -> str:
-    return "" if row["roof_share"] is None else f"{row['roof_share']:.1%}"
+def _share(row: Row, of: str = "roof_share") -> str:
+    return "" if row.get(of) is None else f"{row[of]:.1%}"
 
 
 def _microseconds(row: Row) -> str:

@@ -262,6 +262,35 @@ def test_bf16_networks_are_the_masters_rounded(start) -> None:
                 assert torch.equal(parameter, source[name].bfloat16()), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_takes_over_another_where_it_stands(start, dtype: torch.dtype) -> None:
+    """A captured graph has the addresses: not one tensor may move, and the networks must see the new values."""
+    state, optim = start(dtype)
+    other, _ = start(torch.float32)
+    for k in range(3):
+        update(other, gradients_for(other, k), LR, optim)
+    fields = ("weights", "ema", "adam_m", "adam_v", "adam_step", "skipped_steps", "skipped_in_a_row")
+    before = {name: value.data_ptr() for name, value in tensors_of(state).items()}
+    state.load({field: getattr(other, field) for field in fields})
+    assert {name: value.data_ptr() for name, value in tensors_of(state).items()} == before
+    assert int(state.adam_step) == 3
+    for field in fields[:4]:
+        for name, value in getattr(other, field).items():
+            assert torch.equal(getattr(state, field)[name], value), (field, name)
+    for network, source in ((state.student, other.weights), (state.teacher, other.ema)):
+        assert all(torch.equal(p, source[name].to(dtype)) for name, p in network.named_parameters())
+
+
+def tensors_of(state: TrainState) -> dict[str, Tensor]:
+    """Every tensor itself, not a copy."""
+    held = {"adam_step": state.adam_step, "skipped_steps": state.skipped_steps}
+    for group in ("weights", "ema", "adam_m", "adam_v"):
+        held |= {f"{group}.{name}": value for name, value in getattr(state, group).items()}
+    for network in ("student", "teacher"):
+        held |= {f"{network}.{name}": value for name, value in getattr(state, network).named_parameters()}
+    return held
+
+
 def test_fp32_networks_hold_the_masters_themselves(start) -> None:
     state, _ = start()
     for network, source in ((state.student, state.weights), (state.teacher, state.ema)):

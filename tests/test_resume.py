@@ -97,6 +97,10 @@ def test_without_alignment(root):
     equal_to_unbroken(root, [5], align__method="none")
 
 
+def test_compiled(root):
+    equal_to_unbroken(root, [5], train__execution="compiled")
+
+
 def test_in_bf16(root):
     equal_to_unbroken(root, [5], train__precision="bf16")
 
