@@ -97,7 +97,7 @@ def stamp_of(device: str) -> dict[str, Any]:
         subprocess.CalledProcessError: if there is no such device.
     """
     code = f"import json; from benchmarks.stamp import stamp; print(json.dumps(stamp({device!r})))"
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     return {**json.loads(ran.stdout.splitlines()[-1]), "command": shlex.join(sys.orig_argv)}
 
 
@@ -144,8 +144,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running part is killed on the way out
     try:
         return report(wanted, options.budget_s, options.device, options.out)
-    except subprocess.CalledProcessError:
-        print(f"no {options.device} device is usable here; --device cpu runs the same script, small", file=sys.stderr)
+    except subprocess.CalledProcessError as error:
+        *_, reason = ["no reason given", *(error.stderr or "").splitlines()]
+        said = f"no {options.device} device is usable here ({reason})"
+        print(f"{said}; --device cpu runs the same script, small", file=sys.stderr)
         return 1
 
 
