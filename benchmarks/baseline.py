@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.public_network import PublicNetwork
 from sra_fast.config import Config
@@ -41,6 +42,7 @@ class Rung:
     fused_update: bool = False  # fused AdamW and foreach EMA; else the defaults and a Python loop
     draws_on_device: bool = False  # times drawn where they are used
     asks_every_step: bool = True  # two `.item()` a step
+    cudnn: bool = False  # attention by cuDNN, on GPUs; else PyTorch's own choice
     graph: bool = False  # one CUDA graph of it all
 
 
@@ -50,7 +52,8 @@ RUNGS = (
     Rung("+ torch.compile", bf16_teacher=True, teacher_stops_at_tap=True, compiled=True),
     Rung("+ fused AdamW, foreach EMA", True, True, True, fused_update=True),
     Rung("+ no host reads", True, True, True, True, draws_on_device=True, asks_every_step=False),
-    Rung("+ CUDA graph", True, True, True, True, True, asks_every_step=False, graph=True),
+    Rung("+ cuDNN attention", True, True, True, True, True, asks_every_step=False, cudnn=True),
+    Rung("+ CUDA graph", True, True, True, True, True, asks_every_step=False, cudnn=True, graph=True),
 )
 
 
@@ -90,10 +93,14 @@ class PublicStep:
             self.ema.compile()
         self._captured: Captured | None = None
         if rung.graph:
-            self._captured = Captured(lambda: self._step(*self._batch), device)
+            stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+            self._captured = Captured(lambda: self._step(*self._batch), stream, pool)
 
     def _autocast(self, wanted: bool) -> AbstractContextManager:
         return torch.autocast(self.device.type, self.dtype) if wanted and self.dtype is not None else nullcontext()
+
+    def _attention(self) -> AbstractContextManager:
+        return sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if self.rung.cudnn else nullcontext()
 
     def draw(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(noise, t, t_teacher, labels after dropout) of a batch, from PyTorch's global generators."""
@@ -110,9 +117,9 @@ class PublicStep:
         path = self.config.objective.path
         x_t, target = interpolate(path, x, noise, t)
         x_teacher, _ = interpolate(path, x, noise, t_teacher)
-        with self._autocast(True):
+        with self._autocast(True), self._attention():
             prediction, features = self.model(x_t, t, labels, student_tap)
-        with torch.no_grad(), self._autocast(self.rung.bf16_teacher):
+        with torch.no_grad(), self._autocast(self.rung.bf16_teacher), self._attention():
             stop = self.rung.teacher_stops_at_tap
             _, goal = self.ema(x_teacher, t_teacher, labels, teacher_tap, project=False, stop=stop)
         velocity = (prediction.float() - target).square().mean()

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import timing
+from benchmarks import options, timing
 from benchmarks.kernel_cases import OPS, Case, check, make_case, prepared, truth
 from sra_fast.config import SIZES
 
@@ -55,12 +55,12 @@ def measure(case: Case, which: str, device: torch.device, repeats: int, warmup: 
     return {name: taken.get(name) or refused[name] for name in case.implementations}
 
 
-def rows(case: Case, fixed: dict[str, Any], device: torch.device, roofs: dict[str, Any], options: Any) -> list:
+def rows(case: Case, fixed: dict[str, Any], device: torch.device, roofs: dict[str, Any], chosen: Any) -> list:
     """Rows of all passes and implementations of a case; `fixed` are the params they share."""
     made = []
     for which in case.passes:
         torch._dynamo.reset()  # its limit of recompilations is per function, not per shape
-        taken = measure(case, which, device, options.repeats, options.warmup)
+        taken = measure(case, which, device, chosen.repeats, chosen.warmup)
         stamp = timing.stamp(device)
         for name, samples in taken.items():
             params = {**fixed, "pass": which, "implementation": name}
@@ -77,24 +77,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=", ".join(OPS))
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="default: s and xl on a GPU, s on a CPU")
-    parser.add_argument("--batch", type=int, help="images; default: 32 on a GPU, 4 on a CPU")
+    parser.add_argument("--batch", type=options.positive, help="images; default: 32 on a GPU, 4 on a CPU")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--implementations", nargs="+", metavar="NAME", help="only these, and the reference")
-    parser.add_argument("--repeats", type=int, help="samples of each; default: 100 on a GPU, 30 on a CPU")
-    parser.add_argument("--warmup", type=int, help="calls before the first sample; default: 5 on a GPU, 3 on a CPU")
-    parser.add_argument("--device", type=torch.device, default=device)
-    options = parser.parse_args(arguments)
-    device = options.device
+    parser.add_argument("--repeats", type=options.positive, help="samples of each; default: 100 on a GPU, 30 on a CPU")
+    parser.add_argument(
+        "--warmup", type=options.positive, help="calls before the first sample; default: 5 on a GPU, 3 on a CPU"
+    )
+    parser.add_argument("--device", type=options.device, default=device)
+    chosen = parser.parse_args(arguments)
+    device = chosen.device
     for name, value in defaults(device).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+        if getattr(chosen, name) is None:
+            setattr(chosen, name, value)
     roofs, stamp, made, path = timing.roofs(device), timing.stamp(device), [], None
-    for size in options.sizes:
-        for op in options.ops:
-            case = make_case(op, size, options.batch, device, DTYPES[options.dtype], options.implementations)
-            fixed = {"size": size, "batch": options.batch, "dtype": "fp32" if op == "perturb" else options.dtype}
-            made += rows(case, fixed, device, roofs, options)
+    known: set[str] = set()
+    for size in chosen.sizes:
+        for op in chosen.ops:
+            case = make_case(op, size, chosen.batch, device, DTYPES[chosen.dtype], chosen.implementations)
+            known |= set(case.implementations)
+            fixed = {"size": size, "batch": chosen.batch, "dtype": "fp32" if op == "perturb" else chosen.dtype}
+            made += rows(case, fixed, device, roofs, chosen)
             path = timing.write(timing.folder(stamp), "kernels", made, stamp)  # again and again: a kill costs one op
+    if unknown := set(chosen.implementations or ()) - known:
+        parser.error(f"--implementations: {', '.join(sorted(unknown))} given; there were {', '.join(sorted(known))}")
     print(timing.table(made))
     print(f"raw samples in {path}")
     off = [row["error"] for row in made if row.get("error", "").startswith("disagrees")]

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import timing
+from benchmarks import options, timing
 from sra_fast.config import SIZES, Config, OptimConfig, preset
 from sra_fast.model.transformer import REFERENCE
 from sra_fast.optim import TrainState, adamw_ema_ref, update
@@ -236,16 +236,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_optimizer", description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=list(SIZES), default="xl" if gpu else "s")
-    parser.add_argument("--depth", type=int, default=0, help="other than the size's, for a quick look; 0 = the size's")
+    parser.add_argument(
+        "--depth", type=options.depth, default=0, help="other than the size's, for a quick look; 0 = the size's"
+    )
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if gpu else "cpu"))
-    options = parser.parse_args(arguments)
-    config = make_config(options.size, options.depth)
-    made = rows(config, options.size, options.ways, options.device, options.repeats, options.warmup)
-    stamp: dict[str, Any] = timing.stamp(options.device)
-    name = f"optimizer-{options.size}" + (f"-depth{options.depth}" if options.depth else "")
+    parser.add_argument("--repeats", type=options.positive, default=20)
+    parser.add_argument("--warmup", type=options.positive, default=2)
+    parser.add_argument("--device", type=options.device, default=torch.device("cuda" if gpu else "cpu"))
+    chosen = parser.parse_args(arguments)
+    config = make_config(chosen.size, chosen.depth)
+    made = rows(config, chosen.size, chosen.ways, chosen.device, chosen.repeats, chosen.warmup)
+    stamp: dict[str, Any] = timing.stamp(chosen.device)
+    name = f"optimizer-{chosen.size}" + (f"-depth{chosen.depth}" if chosen.depth else "")
     path = timing.write(timing.folder(stamp), name, made, stamp)
     print(timing.table(made))
     print(f"raw samples in {path}")

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from benchmarks import timing
+from benchmarks import options, timing
 from benchmarks.baseline import RUNGS, PublicStep
 from sra_fast.config import SIZES, Config, preset
 from sra_fast.data.stream import Batch
@@ -210,13 +210,13 @@ def groups(names: Sequence[str], interleave: str) -> list[list[str]]:
     if interleave == "none":
         return [[name] for name in names]
     first = next((name for name in names if name.startswith("ours")), names[0])
+    first = "ours" if "ours" in names else first
     return [[first, name] for name in names if name != first]
 
 
 def possible(name: str, device: torch.device) -> bool:
     """Whether this device can take such a step at all."""
-    graph = any(rung.graph for rung in RUNGS if rung.name == name)
-    return device.type == "cuda" or not graph
+    return device.type == "cuda" or not any(rung.cudnn or rung.graph for rung in RUNGS if rung.name == name)
 
 
 def measure(
@@ -238,13 +238,16 @@ def measure(
                 steps[name] = build(name, config, device)
             except torch.OutOfMemoryError as error:
                 taken[name] = timing.Samples(error=f"out of memory ({str(error).splitlines()[0]})")
-        found = timing.measure(
-            {name: call(step, batch, device) for name, step in steps.items()},
-            device=device,
-            repeats=repeats,
-            warmup=warmup,
-            gate=lambda steps=steps: gate(steps),
-        )
+        try:
+            found = timing.measure(
+                {name: call(step, batch, device) for name, step in steps.items()},
+                device=device,
+                repeats=repeats,
+                warmup=warmup,
+                gate=lambda steps=steps: gate(steps),
+            )
+        except RuntimeError as error:  # of one of the group; the other groups go on
+            found = {name: timing.Samples(error=f"failed ({str(error).splitlines()[0]})") for name in steps}
         for name, samples in found.items():
             if steps[name].failure:
                 samples = timing.Samples(error=f"no CUDA graph: {steps[name].failure}")
@@ -287,14 +290,14 @@ def _rows(config: Config, size: str, taken: dict[str, timing.Samples], device: t
     return made
 
 
-def interleave(options: argparse.Namespace, batch: int) -> str:
+def interleave(chosen: argparse.Namespace, batch: int) -> str:
     """Which steps take turns, unless said: all on a CPU; on a GPU pairs, as long as two large steps fit into it."""
-    if options.interleave != "auto":
-        return options.interleave
-    if torch.device(options.device).type == "cpu":
+    if chosen.interleave != "auto":
+        return chosen.interleave
+    if chosen.device.type == "cpu":
         return "all"
-    large = options.size in ("l", "xl") and batch * options.tokens > 64 * 256
-    return "none" if large or options.batch == "auto-check" else "pairs"
+    large = chosen.size in ("l", "xl") and batch * chosen.tokens > 64 * 256
+    return "none" if large or chosen.batch == "auto-check" else "pairs"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -302,31 +305,36 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_step", description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=list(SIZES), default="xl")
     parser.add_argument("--tokens", type=int, choices=(256, 1024), default=256)
-    parser.add_argument("--batch", default="32", help="local batch, or auto-check: which of 32 ... 256 fit")
+    parser.add_argument(
+        "--batch", type=options.batch, default=32, help="local batch, or auto-check: which of 32 ... 256 fit"
+    )
     parser.add_argument("--rungs", nargs="+", choices=NAMES, default=list(NAMES), metavar="RUNG", help=", ".join(NAMES))
     parser.add_argument("--interleave", choices=("auto", "all", "pairs", "none"), default="auto")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--warmup", type=int, default=5, help="a CUDA graph is captured in the fourth step")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--depth", type=int, default=0, help="other than the size's, for a quick look; 0 = the size's")
-    options = parser.parse_args(arguments)
-    check = options.batch == "auto-check"
-    if not check and not options.batch.isdigit():
-        parser.error(f"--batch: {options.batch!r} given; must be a number or auto-check")
-    device = torch.device(options.device)
-    batches = CHECKED_BATCHES if check else (int(options.batch),)
+    parser.add_argument("--repeats", type=options.positive, default=20)
+    parser.add_argument(
+        "--warmup", type=options.positive, default=5, help="a CUDA graph is captured in the fourth step"
+    )
+    parser.add_argument("--device", type=options.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--depth", type=options.depth, default=0, help="other than the size's, for a quick look; 0 = the size's"
+    )
+    chosen = parser.parse_args(arguments)
+    set_deterministic(False)  # one of the steps will ask for more, too late for cuBLAS
+    check = chosen.batch == "auto-check"
+    device = chosen.device
+    batches = CHECKED_BATCHES if check else (chosen.batch,)
     made: list[timing.Row] = []
-    names = options.rungs
-    results = f"step-{options.size}-{options.tokens}-{options.batch}"
-    results += f"-depth{options.depth}" if options.depth else ""
+    names = chosen.rungs
+    results = f"step-{chosen.size}-{chosen.tokens}-{chosen.batch}"
+    results += f"-depth{chosen.depth}" if chosen.depth else ""
     for batch in batches:
-        config = make_config(options.size, options.tokens, batch)
-        if options.depth:
-            config = replace(config, model=replace(config.model, depth=options.depth))
-        settings = {"repeats": options.repeats, "warmup": options.warmup}
+        config = make_config(chosen.size, chosen.tokens, batch)
+        if chosen.depth:
+            config = replace(config, model=replace(config.model, depth=chosen.depth))
+        settings = {"repeats": chosen.repeats, "warmup": chosen.warmup}
         new: list[timing.Row] = []
         try:
-            for new in rows(config, options.size, names, device, interleave=interleave(options, batch), **settings):
+            for new in rows(config, chosen.size, names, device, interleave=interleave(chosen, batch), **settings):
                 stamp = timing.stamp(device)  # written again and again: whoever is short of time may stop it
                 path = timing.write(timing.folder(stamp), results, made + new, stamp)
         except timing.GateFailed as failure:

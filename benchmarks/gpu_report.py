@@ -32,15 +32,21 @@ from benchmarks.report import gather
 
 NO_TESTS = 5  # pytest's exit code for "nothing was collected"
 # bench_step writes when all of its rungs are measured: the two ends and the strongest rival come before the others.
-ENDS = ("public", "+ CUDA graph", "ours")
-BETWEEN = ("bf16 teacher to its tap", "+ torch.compile", "+ fused AdamW, foreach EMA", "+ no host reads")
-VARIANTS = ("ours compiled", "ours eager", "ours fp32", "ours deterministic", "ours, plain SiT")
+ENDS = ("public", "+ CUDA graph", "ours", "ours, plain SiT")
+BETWEEN = (
+    "bf16 teacher to its tap",
+    "+ torch.compile",
+    "+ fused AdamW, foreach EMA",
+    "+ no host reads",
+    "+ cuDNN attention",
+)
+VARIANTS = ("ours compiled", "ours eager", "ours fp32", "ours deterministic")
 
 
 def correctness(share: float) -> Part:
     """The tests that need a GPU, from the files that have some: what another file needs may not be installed here."""
     files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
-    words = ("-q", "-m", "gpu", *(str(path.relative_to(ROOT)) for path in files))
+    words = ("-v", "--durations=0", "-m", "gpu", *(str(path.relative_to(ROOT)) for path in files))
     return Part("correctness", "pytest", words, share, must_end=True, nothing_to_do=(NO_TESTS,))
 
 
@@ -57,7 +63,7 @@ def parts_for_gpu() -> list[Part]:
     first = [(size, batch) for size in ("s", "b", "l") for batch in (32, 256)]
     then = [(size, batch) for size in ("s", "b", "l", "xl") for batch in (64, 128)]
     return [
-        correctness(0.25),
+        correctness(0.5),
         Part("roofs", "benchmarks.bench_roofs", share=0.15),
         Part("ops", "benchmarks.bench_kernels", ("--sizes", "xl", "--batch", "32"), 0.3),
         Part("update", "benchmarks.bench_optimizer", ("--size", "xl"), 0.3),

@@ -231,7 +231,7 @@ class _GpuClock:
             call()
         torch.cuda.current_stream(self.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             self._repeated(call)()
         graph.replay()  # the first replay uploads the graph
         return graph.replay

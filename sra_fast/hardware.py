@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,9 @@ from sra_fast.config import refuse_unless
 
 
 def set_deterministic(wanted: bool) -> None:
-    """Ask every backend for bitwise reproducible kernels, or no longer."""
+    """Ask every backend for bitwise reproducible kernels, or no longer. The first time before anything is computed on a
+    GPU: cuBLAS reads its part of it when it starts."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted)
     # Filling new memory is there to find reads of what was never written; it costs a pass over every tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False

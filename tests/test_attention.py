@@ -117,6 +117,7 @@ def gpu(monkeypatch):
         (10, torch.bfloat16, 72, False, "cudnn"),
         (9, torch.bfloat16, 72, True, "flash"),
         (8, torch.bfloat16, 72, False, "flash"),
+        (7, torch.bfloat16, 72, False, "sdpa"),
         (12, torch.bfloat16, 72, False, "flash"),
         (9, torch.float32, 72, False, "sdpa"),
         (9, torch.bfloat16, 20, False, "sdpa"),

@@ -10,8 +10,10 @@ import torch
 
 from benchmarks import bench_step
 from benchmarks.baseline import RUNGS, PublicStep
+from benchmarks.bench_step import Ours
 from benchmarks.timing import GateFailed, read
 from sra_fast.config import Config
+from sra_fast.model.layout import apart
 
 CPU = torch.device("cpu")
 
@@ -89,7 +91,7 @@ def test_who_takes_turns_with_whom():
     names = ["public", "ours eager", "ours"]
     assert bench_step.groups(names, "all") == [names]
     assert bench_step.groups(names, "none") == [["public"], ["ours eager"], ["ours"]]
-    assert bench_step.groups(names, "pairs") == [["ours eager", "public"], ["ours eager", "ours"]]
+    assert bench_step.groups(names, "pairs") == [["ours", "public"], ["ours", "ours eager"]]
     assert bench_step.groups(["public"], "pairs") == [["public"]]
 
 
@@ -104,8 +106,8 @@ def test_who_takes_turns_with_whom():
     ],
 )
 def test_large_steps_do_not_live_together(device, size, batch, given, wanted):
-    options = SimpleNamespace(device=device, size=size, tokens=256, batch=str(batch), interleave=given)
-    assert bench_step.interleave(options, batch) == wanted
+    chosen = SimpleNamespace(device=torch.device(device), size=size, tokens=256, batch=batch, interleave=given)
+    assert bench_step.interleave(chosen, batch) == wanted
 
 
 def test_a_step_that_was_to_be_a_graph_and_is_not_has_no_number(config, monkeypatch):
@@ -136,7 +138,61 @@ def test_auto_check_tries_batches_until_one_does_not_fit(monkeypatch, tmp_path, 
     assert "auto-check" in capsys.readouterr().out
 
 
-def test_a_batch_that_is_neither_number_nor_auto_check_is_refused(capsys):
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--batch", "many"], "'many' given; must be a whole number of at least 1"),
+        (["--batch", "0"], "'0' given; must be a whole number of at least 1"),
+        (["--depth", "1"], "'1' given; must be 0 or at least 3"),
+        (["--depth", "-1"], "'-1' given; must be a whole number"),
+        (["--repeats", "0"], "'0' given; must be a whole number"),
+        (["--device", "foo"], "'foo' given; must be cpu or cuda"),
+        (["--device", "meta"], "'meta' given; must be cpu or cuda"),
+        (["--rungs", "fastest"], "invalid choice: 'fastest'"),
+    ],
+)
+def test_wrong_options_are_refused_in_one_line(capsys, words, said):
     with pytest.raises(SystemExit):
-        bench_step.main(["--batch", "many"])
-    assert "'many' given; must be a number or auto-check" in capsys.readouterr().err
+        bench_step.main(words)
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_rung_that_fails_does_not_take_the_others_along(config, monkeypatch):
+    call = bench_step.OurStep.__call__
+
+    def fail_where_deterministic(step, batch):
+        if step.way.deterministic:
+            raise RuntimeError("no deterministic kernel\nmore")
+        call(step, batch)
+
+    monkeypatch.setattr(bench_step.OurStep, "__call__", fail_where_deterministic)
+    monkeypatch.setattr(
+        bench_step, "OURS", (*bench_step.OURS[2:3], Ours("ours deterministic", "eager", deterministic=True))
+    )
+    names = ["ours eager", "ours deterministic", "public"]
+    *_, taken = bench_step.measure(config, names, CPU, repeats=1, warmup=1, interleave="none")
+    assert taken["ours deterministic"].error == "failed (no deterministic kernel)"
+    assert taken["ours eager"].ms
+    assert taken["public"].ms
+
+
+def test_gradients_of_the_rival_are_ours(config):
+    """The gate holds losses; that a rival's backward pass is the same work is shown here."""
+    batch = bench_step.make_batch(config)
+    gate = gate_of(config)
+    ours = bench_step.build("ours eager", config, CPU)
+    ours = bench_step.OurStep(config, replace(ours.way, dtype=torch.float32), CPU)
+    public = PublicStep(config, RUNGS[0], CPU)
+    with bench_step.awake(ours), bench_step.awake(public):
+        n = gate.noised
+        velocity, alignment = public.losses(n.x, n.noise, n.t, n.t_teacher, gate.labels)
+        named = {name: p for name, p in public.model.named_parameters() if p.requires_grad}
+        theirs = dict(
+            zip(named, torch.autograd.grad(velocity + config.align.weight * alignment, named.values()), strict=True)
+        )
+        weight = torch.tensor(config.align.weight)
+        gradients, _ = ours.step.gradients(ours.state, *batch, weight)
+        mine = apart(dict(zip(ours.state.adam_m, gradients, strict=True)))
+        assert set(mine) == set(theirs)
+        for name, gradient in mine.items():
+            torch.testing.assert_close(gradient, theirs[name], rtol=1e-3, atol=1e-4 * float(theirs[name].abs().max()))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sra_fast.config import Config
 from sra_fast.data.stream import Batch
-from sra_fast.hardware import Hardware
+from sra_fast.hardware import Hardware, set_deterministic
 from sra_fast.model.attention import attention, available
 from sra_fast.model.choices import resolve
 from sra_fast.model.layout import joined
@@ -28,6 +28,8 @@ from sra_fast.optim import TrainState
 from sra_fast.step import MetricRing, TrainingStep
 from sra_fast.step.inputs import Prefetch
 from sra_fast.step.runner import StepRunner
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts: some tests are deterministic
 
 pytestmark = [
     pytest.mark.gpu,
@@ -66,6 +68,10 @@ def twenty(config: Config, weights: dict[str, Tensor], execution: str, dtype: to
     return SimpleNamespace(metrics=ring.last(STEPS), state=state, runner=runner)
 
 
+# Of the noise in the weights: with more, the first loss is in the thousands, and rounding decides where training goes.
+STD = 0.05
+
+
 @pytest.fixture
 def config(tiny) -> Config:
     """Heads of 72, the width that matters; 16 tokens."""
@@ -90,8 +96,12 @@ def compare(one: SimpleNamespace, other: SimpleNamespace, start: dict[str, Tenso
 def test_graph_and_compiled_step_are_the_same_in_every_bit(config, awake, family: str) -> None:
     """The same kernels in the same order, with nothing that adds in any order (deterministic attention)."""
     config = replace(config, deterministic=True, model=replace(config.model, family=family))
-    weights = awake(config.model)
-    compiled, graph = (twenty(config, weights, how, torch.bfloat16) for how in ("compiled", "graph"))
+    weights = awake(config.model, std=STD)
+    set_deterministic(True)
+    try:
+        compiled, graph = (twenty(config, weights, how, torch.bfloat16) for how in ("compiled", "graph"))
+    finally:
+        set_deterministic(False)
     assert graph.runner._graphs[0].captured
     assert compiled.metrics == graph.metrics
     for kind in ("weights", "ema", "adam_m", "adam_v"):
@@ -104,29 +114,46 @@ def test_graph_and_eager_step_agree_in_bf16(config, awake, family: str) -> None:
     """A bf16 product is off by 2^-9 at most and rounds at other places when fused; what Adam makes of gradients that
     differ so is, over twenty steps, a few percent of the way, more where gradients are small."""
     config = replace(config, model=replace(config.model, family=family))
-    weights = awake(config.model)
+    weights = awake(config.model, std=STD)
     eager, graph = (twenty(config, weights, how, torch.bfloat16) for how in ("eager", "graph"))
-    compare(eager, graph, joined(weights), losses=0.03, way=0.3)
+    compare(eager, graph, joined(weights), losses=0.05, way=0.3)
 
 
 def test_graph_in_fp32_agrees_with_the_cpu(config, awake) -> None:
-    weights = awake(config.model)
+    weights = awake(config.model, std=STD)
     torch.set_float32_matmul_precision("highest")
     cpu = twenty(config, weights, "eager", torch.float32, CPU)
     graph = twenty(config, weights, "graph", torch.float32)
-    compare(cpu, graph, joined(weights), losses=2e-3, way=2e-2)
+    compare(cpu, graph, joined(weights), losses=1e-3, way=1e-2)
 
 
-@pytest.mark.parametrize("parts", [2, 12])
+@pytest.mark.parametrize("parts", [8, 12])
 def test_micro_batches_add_up_to_the_batch(config, awake, parts: int) -> None:
-    """Two are unrolled in one graph, twelve are twelve replays of one graph and one of another."""
+    """Eight are unrolled in one graph, twelve are twelve replays of one graph and one of another."""
     config = replace(config, train=replace(config.train, batch=24))
-    weights = awake(config.model)
+    weights = awake(config.model, std=STD)
     whole = twenty(config, weights, "graph", torch.float32)
     split = twenty(replace(config, train=replace(config.train, accumulate=parts)), weights, "graph", torch.float32)
     assert all(graph.captured for graph in split.runner._graphs)
-    assert len(split.runner._graphs) == (1 if parts == 2 else 2)
-    compare(whole, split, joined(weights), losses=2e-3, way=2e-2)
+    assert len(split.runner._graphs) == (1 if parts == 8 else 2)
+    compare(whole, split, joined(weights), losses=1e-3, way=1e-2)
+
+
+def test_a_captured_graph_reads_what_is_loaded(config, awake) -> None:
+    """Another run's values, copied into the state of a graph, are what its next replay goes on from."""
+    torch.set_float32_matmul_precision("highest")
+    weights = awake(config.model, std=STD)
+    runner, state, ring = begin(config, weights, "graph", torch.float32, GPU)
+    for k in range(6):
+        runner(batch(k), 1e-3, 0.5)
+    fresh, other, its_ring = begin(config, awake(config.model, seed=1, std=STD), "eager", torch.float32, GPU)
+    fields = ("weights", "ema", "adam_m", "adam_v", "adam_step", "skipped_steps", "skipped_in_a_row")
+    state.load({field: getattr(other, field) for field in fields})
+    for k in range(6, 9):
+        runner(batch(k), 1e-3, 0.5)
+        fresh(batch(k), 1e-3, 0.5)
+        assert ring.last(1)[0]._asdict() == pytest.approx(its_ring.last(1)[0]._asdict(), rel=1e-3), k
+    assert runner._graphs[0].captured
 
 
 @contextmanager
@@ -174,6 +201,7 @@ def test_a_batch_from_the_device_arrives_too() -> None:
 
 def test_a_step_that_cannot_be_captured_goes_on_and_says_why(config, awake, monkeypatch) -> None:
     said: list[str] = []
+    before = torch.cuda.current_stream()
     resolved = resolve(config, Hardware(GPU, torch.bfloat16))
     state = TrainState.create(config, Ops.select(resolved), GPU, torch.bfloat16)
     step = TrainingStep(config, resolved, GPU)
@@ -185,7 +213,8 @@ def test_a_step_that_cannot_be_captured_goes_on_and_says_why(config, awake, monk
     assert int(state.adam_step) == 6
     assert len(said) == 1
     assert said[0].startswith("no CUDA graph: ")
-    assert runner.failure
+    assert "previous error" not in said[0]  # the reason, not the aftermath
+    assert torch.cuda.current_stream() == before
 
 
 @pytest.mark.parametrize("backend", available(GPU, torch.bfloat16, 72) if torch.cuda.is_available() else [])

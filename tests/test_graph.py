@@ -29,7 +29,7 @@ class Machine:
 
         class Stream:
             def __init__(self) -> None:
-                self.device = device
+                self.device = torch.device(device)
 
             def wait_stream(self, other) -> None:
                 machine.log.append("wait")
@@ -42,6 +42,9 @@ class Machine:
     @contextmanager
     def stream(self, stream):
         yield
+
+    def set_stream(self, stream) -> None:
+        self.log.append("current stream as before")
 
     def synchronize(self, device) -> None:
         self.log.append("synchronize")
@@ -67,6 +70,8 @@ class Machine:
             yield
             if self.refuses:
                 raise RuntimeError(self.refuses)
+        except RuntimeError:  # as torch's does: what it says of the end hides why it came to that
+            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
         finally:
             self.recording = None
 
@@ -74,14 +79,14 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch) -> Machine:
     made = Machine()
-    for name in ("Stream", "current_stream", "stream", "synchronize", "CUDAGraph", "graph"):
+    for name in ("Stream", "current_stream", "stream", "set_stream", "synchronize", "CUDAGraph", "graph"):
         monkeypatch.setattr(torch.cuda, name, getattr(made, name))
     return made
 
 
 def test_every_call_does_its_work_once(machine) -> None:
     calls = []
-    captured = Captured(lambda: (calls.append(0), machine.launch("k")), torch.device("cuda"), pool=(1, 2))
+    captured = Captured(lambda: (calls.append(0), machine.launch("k")), machine.Stream("cuda"), (1, 2))
     for k in range(1, 8):
         captured()
         assert machine.done == ["k"] * k
@@ -94,7 +99,7 @@ def test_every_call_does_its_work_once(machine) -> None:
 def test_a_failed_capture_is_said_once_and_steps_go_on(machine) -> None:
     said = []
     machine.refuses = "operation not permitted when stream is capturing\nmore"
-    captured = Captured(lambda: machine.launch("k"), torch.device("cuda"), warm_up=1, say=said.append)
+    captured = Captured(lambda: machine.launch("k"), machine.Stream("cuda"), (1, 2), warm_up=1, say=said.append)
     for k in range(1, 6):
         captured()
         assert machine.done == ["k"] * k
@@ -104,10 +109,11 @@ def test_a_failed_capture_is_said_once_and_steps_go_on(machine) -> None:
     ]
     assert captured.failure == "operation not permitted when stream is capturing"
     assert not captured.captured
-    assert machine.log.count("capture in None") == 1
+    assert machine.log.count("capture in (1, 2)") == 1
+    assert "current stream as before" in machine.log
     assert "synchronize" in machine.log
 
 
 def test_ordinary_calls_are_in_order_with_the_current_stream(machine) -> None:
-    Captured(lambda: machine.log.append("work"), torch.device("cuda"))()
+    Captured(lambda: machine.log.append("work"), machine.Stream("cuda"), (1, 2))()
     assert machine.log == ["wait", "work", "wait"]

@@ -140,8 +140,8 @@ class Called:
     made: ClassVar[list[Called]] = []
     failure = None
 
-    def __init__(self, function: Callable[[], None], device: torch.device, pool: object, say: object) -> None:
-        self.function, self.pool, self.calls = function, pool, 0
+    def __init__(self, function: Callable[[], None], stream: object, pool: object, say: object) -> None:
+        self.function, self.shared, self.calls = function, (stream, pool), 0
         self.made.append(self)
 
     def __call__(self) -> None:
@@ -169,14 +169,15 @@ def test_steps_from_fixed_buffers_are_the_same_steps(tiny, awake, monkeypatch, a
     monkeypatch.setattr(runner, "Prefetch", Arrived)
     monkeypatch.setattr(runner, "Captured", Called)
     monkeypatch.setattr(Called, "made", [])
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
     fixed, state = three_steps()
     assert fixed.ring.last(3) == plain.ring.last(3)
     for kind in ("weights", "ema", "adam_m", "adam_v"):
         for name, value in getattr(state, kind).items():
             assert torch.equal(value, getattr(its_state, kind)[name]), (kind, name)
     assert [graph.calls for graph in Called.made] == graphs
-    assert {graph.pool for graph in Called.made} == {(0, 7)}  # one pool for both
+    assert len({graph.shared for graph in Called.made}) == 1  # one stream and one pool for both
 
 
 # The choice

@@ -67,6 +67,8 @@ PACKAGES = {  # backend -> (module, function, whether it takes qkv as it is)
     "flash-attn-3": ("flash_attn_interface", "flash_attn_qkvpacked_func", True),
     "flash-attn-4": ("flash_attn.cute", "flash_attn_func", False),
 }
+AMPERE, HOPPER = 8, 9
+OLDEST = {"flash-attn-2": AMPERE, "flash-attn-3": HOPPER, "flash-attn-4": HOPPER}  # major compute capability
 _BACKENDS: dict[str, Callable[[Tensor], Tensor]] = {
     "sdpa": _sdpa,
     "cudnn": _only(SDPBackend.CUDNN_ATTENTION),
@@ -113,10 +115,11 @@ def available(device: torch.device, dtype: torch.dtype = torch.bfloat16, head_di
     if device.type == "cpu":
         found.append("flash")
     elif half and head_dim % 8 == 0 and head_dim <= LARGEST_HEAD:
-        found += [name for name, (module, *_) in PACKAGES.items() if _installed(module)]
-        if torch.backends.cuda.is_flash_attention_available():
+        major = torch.cuda.get_device_capability(device)[0]
+        found += [name for name, (module, *_) in PACKAGES.items() if major >= OLDEST[name] and _installed(module)]
+        if major >= AMPERE and torch.backends.cuda.is_flash_attention_available():
             found.append("flash")
-        if torch.backends.cudnn.is_available():
+        if major >= AMPERE and torch.backends.cudnn.is_available():
             found.append("cudnn")
     return tuple(name for name in BACKENDS if name in found)
 

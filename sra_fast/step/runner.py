@@ -119,12 +119,13 @@ class StepRunner:
         model, parts = config.model, config.train.accumulate
         shape = (config.train.batch, model.channels, model.input_size, model.input_size)
         self._prefetch = Prefetch(shape, self.device)
-        pool = torch.cuda.graph_pool_handle() if graph else None
+        if graph:
+            stream, pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
 
         def captured(function: Callable[[], None]) -> Callable[[], None]:
             if not graph:
                 return function
-            self._graphs.append(Captured(function, self.device, pool, say=say))
+            self._graphs.append(Captured(function, stream, pool, say=say))
             return self._graphs[-1]
 
         whole = self._prefetch.fixed

@@ -1,0 +1,45 @@
+"""Types of command-line options that benchmarks share: what cannot be is refused in one line."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} given; must be a whole number of at least 1")
+    return value
+
+
+def depth(text: str) -> int:
+    """0, or blocks enough for a teacher behind a student."""
+    if text != "0" and positive(text) < 3:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} given; must be 0 or at least 3: the teacher's tap is behind the student's"
+        )
+    return int(text)
+
+
+def device(text: str) -> torch.device:
+    """A device that this machine has."""
+    try:
+        chosen = torch.device(text)
+    except RuntimeError:
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r} given; must be cpu or cuda")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"{text!r} given; no NVIDIA GPU is usable here")
+    return chosen
+
+
+def batch(text: str) -> int | str:
+    """A number of images, or "auto-check"."""
+    return text if text == "auto-check" else positive(text)
