@@ -30,7 +30,8 @@ endif
 # By its file, because an environment of another's has sra_fast not installed.
 IN_TREE := $(or $(PYTHON_RUN),$(VENV)/bin/python) benchmarks/in_tree.py .
 # A step of SiT-S takes a CPU some seconds, one of SiT-XL a GPU a tenth of one.
-BENCH ?= $(if $(shell command -v nvidia-smi 2>/dev/null),--size xl --batch 32,--size s --batch 8 --repeats 10 --warmup 2 --rungs public ours "ours fp32")
+CPU_RUNGS := public "bf16 teacher to its tap" "+ torch.compile" "+ no host reads" ours "ours eager" "ours fp32" "ours, plain SiT"
+BENCH ?= $(if $(shell command -v nvidia-smi 2>/dev/null),--size xl --batch 32,--size s --batch 8 --repeats 12 --warmup 2 --rungs $(CPU_RUNGS))
 
 .PHONY: train test test-full bench gpu-report lint setup clean
 
