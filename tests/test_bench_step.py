@@ -196,3 +196,9 @@ def test_gradients_of_the_rival_are_ours(config):
         assert set(mine) == set(theirs)
         for name, gradient in mine.items():
             torch.testing.assert_close(gradient, theirs[name], rtol=1e-3, atol=1e-4 * float(theirs[name].abs().max()))
+
+
+@pytest.mark.parametrize("tokens", [256, 1024])
+def test_tokens_are_those_asked_for(tokens):
+    model = bench_step.make_config("xl", tokens, 32).model
+    assert (model.tokens, model.depth, model.hidden) == (tokens, 28, 1152)
