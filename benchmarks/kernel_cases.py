@@ -84,7 +84,7 @@ def make_case(
         names: of implementations to keep, with the reference; None = all.
 
     Returns:
-        The case with "eager", "compiled" and, where there is one, "fused"; of attention, with every backend that this
+        The case with "eager", "compiled" and, where there is one and a GPU, "fused"; of attention, with every backend that this
         device has for the shape.
     """
     generator = torch.Generator().manual_seed(0)
@@ -94,10 +94,13 @@ def make_case(
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     case = _MAKERS[op](preset(f"sit-{size}-2"), batch, normal)
+    kept = dict(case.implementations)
+    fused = IMPLEMENTATIONS.get(op, {}).get("fused")
+    if device.type != "cuda" and getattr(fused, "__module__", "").startswith("sra_fast.kernels"):
+        kept.pop("fused")  # a Triton kernel
     if names is not None:
-        kept = {name: call for name, call in case.implementations.items() if name in (*names, case.reference)}
-        case = replace(case, implementations=kept)
-    return case
+        kept = {name: call for name, call in kept.items() if name in (*names, case.reference)}
+    return replace(case, implementations=kept)
 
 
 def _ours(op: str, bind: Callable[[Callable], Callable] = lambda function: function) -> dict[str, Callable]:
