@@ -84,8 +84,8 @@ def make_case(
         names: of implementations to keep, with the reference; None = all.
 
     Returns:
-        The case with "eager", "compiled" and, where there is one and a GPU, "fused"; of attention, with every backend that this
-        device has for the shape.
+        The case with "eager", "compiled" and, where there is one and a GPU, "fused"; of attention, with every backend
+        that this device has for the shape.
     """
     generator = torch.Generator().manual_seed(0)
 

@@ -135,8 +135,9 @@ def _usage(text: str, dynamic: int) -> dict[str, int]:
 
 
 def _instructions(text: str) -> dict[str, int]:
-    """LDG.E.128 is a load of 128 bits; without a number it is 32, and .U8, .S8, .U16, .S16 are what they say."""
-    loads = [_bits(suffixes) for suffixes in re.findall(r"\bLDG((?:\.\w+)*)", text)]
+    """LDG.E.128 is a load of 128 bits, LDGSTS one into shared memory; without a number it is 32, and .U8, .S8, .U16,
+    .S16 are what they say."""
+    loads = [_bits(suffixes) for suffixes in re.findall(r"\bLDG(?:STS)?((?:\.\w+)*)", text)]
     stores = [_bits(suffixes) for suffixes in re.findall(r"\bSTG((?:\.\w+)*)", text)]
     widest = max(loads, default=0)
     return {

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from .adaln import adaln_ref
-from .alignment import alignment_ref
-from .gated_adaln import gated_adaln_ref, gated_residual_ref
-from .perturb import draw_ref
+from . import adaln, alignment, gated_adaln, perturb
+from .language import missing
 
 CHOICES = ("auto", "fused", "reference")
 
 IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
-    "adaln": {"reference": adaln_ref},
-    "gated_adaln": {"reference": gated_adaln_ref},
-    "gated_residual": {"reference": gated_residual_ref},
-    "alignment": {"reference": alignment_ref},
-    "perturb": {"reference": draw_ref},
+    "adaln": {"reference": adaln.adaln_ref, "fused": adaln.adaln},
+    "gated_adaln": {"reference": gated_adaln.gated_adaln_ref, "fused": gated_adaln.gated_adaln},
+    # No kernel: torch.compile makes one pass of it together with what surrounds it.
+    "gated_residual": {"reference": gated_adaln.gated_residual_ref},
+    "alignment": {"reference": alignment.alignment_ref, "fused": alignment.alignment},
+    "perturb": {"reference": perturb.draw_ref},
 }
 
 
@@ -44,9 +43,9 @@ def resolve(
         if choice not in CHOICES:
             raise ValueError(f"kernels.{op}: {choice!r} given; must be one of {', '.join(CHOICES)}")
         if choice == "fused" and "fused" not in implementations[op]:
-            raise ValueError(
-                f"kernels.{op}: 'fused' given, but this op has no fused kernel yet; must be auto or reference"
-            )
+            raise ValueError(f"kernels.{op}: 'fused' given, but this op has no fused kernel; must be auto or reference")
+        if choice == "fused" and (obstacle := missing()):
+            raise ValueError(f"kernels.{op}: 'fused' given, but {obstacle}; must be auto or reference")
         # A fused kernel is taken by `auto` only where a benchmark shows it winning; none has been measured yet.
         resolved[op] = "fused" if choice == "fused" else "reference"
     return resolved

@@ -135,10 +135,12 @@ def test_a_gpu_that_is_not_there_is_refused(words, refused, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("words", [["--kernels.adaln", "fused"], ["--kernels.adaln", "fused", "--run.dry-run"]])
+@pytest.mark.parametrize(
+    "words", [["--kernels.gated-residual", "fused"], ["--kernels.gated-residual", "fused", "--run.dry-run"]]
+)
 def test_a_kernel_that_is_not_there_is_refused(words, refused, tmp_path):
     write_images(tmp_path / "data")
-    assert "kernels.adaln: 'fused' given" in refused(arguments(tmp_path, *words))
+    assert "kernels.gated_residual: 'fused' given" in refused(arguments(tmp_path, *words))
     assert not (tmp_path / "runs").exists()
 
 

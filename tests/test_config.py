@@ -266,7 +266,7 @@ def test_ops_resolve_one_by_one_with_the_default_for_the_rest() -> None:
 
 
 def test_a_fused_op_that_does_not_exist_is_refused_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(kernels.IMPLEMENTATIONS, "adaln", {"reference": kernels.adaln_ref})
+    monkeypatch.setitem(kernels.IMPLEMENTATIONS, "adaln", {"reference": kernels.adaln.adaln_ref})
     assert refusal(KernelsConfig(adaln="fused").resolve).startswith("kernels.adaln: 'fused' given")
     assert KernelsConfig(adaln="auto").resolve()["adaln"] == "reference"
 

@@ -1,0 +1,104 @@
+"""What Triton's kernels become in machine code: nothing spills, nothing grew, loads are wide; and that this is seen."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton
+import triton.language as tl
+
+from benchmarks import kernel_resources
+from benchmarks.machine_code import ARCHITECTURES, compiled, recorded, resources
+from sra_fast.metrics import read_json
+
+
+@triton.jit
+def scaled(x, out, stride, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    value = tl.load(x + row * stride + column).to(tl.float32)
+    tl.store(out + row * WIDTH + column, (value / tl.sum(value, axis=0)).to(out.dtype.element_ty))
+
+
+def launch(stride: int = 1024, width: int = 1024, warps: int = 4, dtype: torch.dtype = torch.bfloat16):
+    x = torch.empty(2, width, dtype=dtype)
+    with recorded() as made:
+        scaled[(2,)](x, torch.empty_like(x), stride, WIDTH=width, num_warps=warps)
+    return made[0]
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+def test_a_tidy_kernel_is_seen_as_one(capability: int) -> None:
+    found = resources(compiled(launch(), capability))
+    assert 8 <= found.registers < 40
+    assert (found.spills, found.stack, found.load_bits, found.narrow_loads, found.store_bits) == (0, 0, 128, 0, 128)
+    assert found.shared >= 16  # for the sum over warps
+
+
+def test_rows_that_are_not_aligned_are_loaded_in_small_pieces() -> None:
+    assert resources(compiled(launch(stride=1023), 90)).load_bits == 16
+
+
+def test_spills_are_seen() -> None:
+    """16,384 fp32 values in one warp: 512 a thread, of 255 registers."""
+    found = resources(compiled(launch(stride=16384, width=16384, warps=1, dtype=torch.float32), 90))
+    assert found.spills > 100
+    assert found.stack > 0
+
+
+def test_a_launch_is_noted_and_not_made() -> None:
+    found = launch(stride=1)
+    assert found.name == "test_kernel_resources.scaled"
+    assert dict(found.signature) == {"x": "*bf16", "out": "*bf16", "stride": "constexpr", "WIDTH": "constexpr"}
+    assert dict(found.constants) == {"stride": 1, "WIDTH": 1024}  # a 1 is compiled in, as Triton does
+    assert found.aligned == ("x", "out")
+    assert launch(stride=2**31).signature[2] == ("stride", "i64")
+
+
+RECORD = {
+    "triton": triton.__version__,
+    "kernels": {"k, sm_90": {"registers": 40, "spills": 0, "stack": 0, "shared": 1024, "load_bits": 128}},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, None),
+        ({"registers": 39}, None),
+        ({"registers": 41}, "41 registers, 40 on record"),
+        ({"shared": 2048}, "2048 shared, 1024 on record"),
+        ({"stack": 8}, "8 stack, 0 on record"),
+        ({"spills": 3}, "3 instructions spill registers"),
+        ({"load_bits": 64}, "loads 64 bits at a time; must be 128"),
+    ],
+)
+def test_what_is_worse_is_complained_about(change: dict[str, int], said: str | None) -> None:
+    found = {"k, sm_90": RECORD["kernels"]["k, sm_90"] | change}
+    lines = kernel_resources.complaints(found, RECORD)
+    assert [line.removeprefix("k, sm_90: ") for line in lines] == ([said] if said else [])
+
+
+def test_a_kernel_without_a_record_is_complained_about() -> None:
+    found = {"other, sm_90": RECORD["kernels"]["k, sm_90"]}
+    assert kernel_resources.complaints(found, RECORD) == ["other, sm_90: not on record (--write)"]
+
+
+def test_another_compiler_is_held_to_spills_and_loads_alone() -> None:
+    found = copy.deepcopy(RECORD["kernels"])
+    found["k, sm_90"] |= {"registers": 99, "spills": 1}
+    assert kernel_resources.complaints(found, RECORD | {"triton": "2.0"}) == [
+        "k, sm_90: 1 instructions spill registers"
+    ]
+
+
+def test_every_kernel_is_as_on_record() -> None:
+    every = list(kernel_resources.launches())
+    assert len({described for described, _ in every}) == len(every) >= 80
+    found = kernel_resources.measure(every)
+    assert kernel_resources.complaints(found, read_json(kernel_resources.RECORD)) == []
