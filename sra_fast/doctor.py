@@ -44,7 +44,7 @@ def lines() -> Iterator[str]:
     yield ""
     for op, choice in KernelsConfig().resolve().items():
         fused = "fused" in kernels.IMPLEMENTATIONS[op]
-        yield f"{op:<16} {choice}{'' if fused else ' (no fused kernel yet)'}"
+        yield f"{op:<16} {choice}{'' if fused else ' (no fused kernel)'}"
     rule = ", ".join(available(hardware.device, hardware.dtype, USUAL_HEAD))
     yield f"{'attention':<16} {choose('auto', hardware.device, hardware.dtype, USUAL_HEAD, False)} (of {rule})"
     yield f"{'step':<16} {EXECUTIONS[choose_execution('auto', hardware.device)]}"
