@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from typing import Any
 from benchmarks.parts import FAILED, NOT_RUN, ROOT, Outcome, Part, run_parts, say
 from benchmarks.record import RESULTS, folder
 from benchmarks.report import gather
+from benchmarks.stamp import command
 
 NO_TESTS = 5  # pytest's exit code for "nothing was collected"
 # bench_step writes when all of its rungs are measured: the two ends and the strongest rival come before the others.
@@ -104,7 +104,7 @@ def stamp_of(device: str) -> dict[str, Any]:
     """
     code = f"import json; from benchmarks.stamp import stamp; print(json.dumps(stamp({device!r})))"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    return {**json.loads(ran.stdout.splitlines()[-1]), "command": shlex.join(sys.orig_argv)}
+    return {**json.loads(ran.stdout.splitlines()[-1]), "command": command()}
 
 
 def report(parts: Sequence[Part], budget_s: float, device: str, results: Path) -> int:

@@ -78,9 +78,14 @@ def stamp(device: torch.device | str | None = None) -> dict[str, Any]:
         },
         "commit": commit,
         "dirty": dirty,
-        "command": shlex.join(sys.orig_argv),
+        "command": command(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def command() -> str:
+    """How this process was started; the interpreter without its folder, which is this machine's own."""
+    return shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
 
 
 def _installed(package: str) -> str | None:

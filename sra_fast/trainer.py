@@ -207,7 +207,8 @@ class Trainer:
                     write_line(validation_velocity_loss=loss)
                 elif self.progress.step % settings.log_every_steps == 0:
                     write_line()
-                if self._due(settings.save_every_images) or _minutes_since(last_save) > settings.save_every_minutes:
+                minutes = (time.monotonic() - last_save) / 60
+                if self._due(settings.save_every_images) or minutes > settings.save_every_minutes:
                     save()
                 if self._due(settings.preview_every_images):
                     with clock.aside():
@@ -390,10 +391,6 @@ class _Clock:
         begun = time.monotonic()
         yield
         self._lap += time.monotonic() - begun
-
-
-def _minutes_since(moment: float) -> float:
-    return (time.monotonic() - moment) / 60
 
 
 def train(config: Config, report: Callable[[str], None] = print) -> int:

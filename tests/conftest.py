@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_run import run, small, write_images
+from small_run import complaint, run, small, write_images
 from torch import Tensor
 
+from sra_fast import cli
 from sra_fast.config import AlignConfig, Config, DataConfig, ModelConfig, TrainConfig
 from sra_fast.model.initial import initial_weights
 
@@ -61,3 +62,33 @@ def template(tmp_path_factory) -> Path:
 def stopped(template, tmp_path) -> Path:
     """A copy of it."""
     return shutil.copytree(template, tmp_path / "copy")
+
+
+@pytest.fixture
+def root(tmp_path):
+    write_images(tmp_path / "data")
+    return tmp_path
+
+
+@pytest.fixture
+def main(capfd):
+    """(exit code, stdout, stderr) of a command line."""
+
+    def call(words):
+        capfd.readouterr()
+        code = cli.main([str(word) for word in words])
+        return code, *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def refused(main):
+    """The single line with which a command refuses; nothing else is printed."""
+
+    def call(words):
+        code, output, error = main(words)
+        assert (code, output, error.count("\n")) == (1, "", 1), (output, error)
+        return complaint((output, error))
+
+    return call

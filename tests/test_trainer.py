@@ -12,7 +12,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_run import TENSORS, arguments, checkpoints, complaint, content, metrics, run, small, summary, write_images
+from small_run import (
+    TENSORS,
+    arguments,
+    checkpoints,
+    complaint,
+    content,
+    metrics,
+    run,
+    small,
+    strict_json,
+    summary,
+    write_images,
+)
 
 from sra_fast import checkpoint, cli
 from sra_fast import step as step_module
@@ -28,12 +40,6 @@ FIGURES = (
 SUMMARY = (
     f"images_seen train_s images_per_s velocity_loss alignment_loss validation_velocity_loss {FIGURES} device resolved"
 )
-
-
-@pytest.fixture
-def root(tmp_path):
-    write_images(tmp_path / "data")
-    return tmp_path
 
 
 def spy_on_steps(monkeypatch, see):
@@ -379,3 +385,18 @@ def test_paths_are_relative_to_where_the_command_runs(root, monkeypatch):
     monkeypatch.chdir(root)
     assert run(small(Path(), train__images=8))[0] == 0
     assert (root / "runs/a/summary.json").is_file()
+
+
+def test_a_preview_that_cannot_be_drawn_does_not_end_the_run(tmp_path, monkeypatch, capfd):
+    write_images(tmp_path / "data")
+    monkeypatch.setattr("sra_fast.trainer.generate", lambda *_, **__: torch.full((4, 1, 8, 8), torch.nan))
+    code, rows = run(small(tmp_path))
+    assert (code, len(rows)) == (0, 10)
+    assert "no preview: " in capfd.readouterr().err
+
+
+def test_the_saved_configuration_is_strict_json_with_every_field(stopped):
+    saved = strict_json((stopped / "runs/a/config.json").read_text())
+    assert saved["model"]["classes"] == 4
+    assert saved["train"]["images"] == 80
+    assert torch.tensor(saved["optim"]["lr"]) == 1e-3

@@ -236,7 +236,7 @@ def _circumstances(config: Config, resolved: dict[str, str], hardware: Hardware)
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
         },
-        "command": shlex.join(sys.orig_argv),
+        "command": shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "params": {
             "run": config.run.name,
