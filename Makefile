@@ -59,11 +59,12 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-$(READY): pyproject.toml setup.py Makefile
+$(READY): pyproject.toml setup.py Makefile CMakeLists.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install setuptools wheel
 	$(PIP) install "$(TORCH)" $(if $(TORCH_INDEX),|| $(PIP) install "$(TORCH)" --extra-index-url $(TORCH_INDEX))
+	@PATH="$(VENV)/bin:$$PATH" command -v cmake >/dev/null || $(PIP) install cmake
 	$(PIP) install --no-build-isolation -e ".[digits,dali,tensorboard,dev]"
 	@touch $@
 

@@ -9,8 +9,9 @@ One row per way to do the same work on the parameters of a preset. Bytes per par
     copies    write two in bf16                   4
     norm      read g once more                    4     no update can begin before the norm is known
 
-44 in all, 40 with bf16 gradients. GB/s and the share of the roof are of these bytes, whatever a way really moves. A
-way whose weights, EMA or copies are not those of the formulas in fp64 gets no number.
+44 in all, 40 with bf16 gradients. GB/s and the share of the roof are of these bytes, whatever a way really moves. The
+roof is the same mix of reads and writes with nothing computed, one pass of torch.compile over long flat tensors,
+interleaved with the ways. A way whose weights, EMA or copies are not those of the formulas in fp64 gets no number.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -25,11 +28,16 @@ from torch import Tensor
 
 from benchmarks import options, timing
 from sra_fast.config import SIZES, Config, OptimConfig, preset
+from sra_fast.kernels import missing
+from sra_fast.kernels.adamw_ema import Lists, Scalars, adamw_ema, adamw_ema_ref, parameter_ref
+from sra_fast.kernels.gradient_norm import gradient_norm, gradient_norm_ref
 from sra_fast.model.transformer import REFERENCE
-from sra_fast.optim import TrainState, adamw_ema_ref, update
+from sra_fast.optim import TrainState
 
 RESULTS = ("weight", "EMA", "student", "teacher")
 CHUNK = 2**24  # elements compared in fp64 at a time
+ROOF = "read, modify, write"
+ROOF_ELEMENTS = 2**26  # at most: 1.5 GB of parameters, more than any cache
 FIXED_BYTES = 28 + 8 + 4 - 4  # per parameter, without the gradient
 GRADIENT_READS = 2
 # Large enough that a wrong moment, decay or average shows after two updates.
@@ -90,30 +98,124 @@ def torch_way(start: Weights, gradients: list[Tensor], fused: bool) -> Way:
     return Way(call, own, (weights, average, student, teacher))
 
 
-def our_way(config: Config, gradients: list[Tensor], device: torch.device, adamw_ema: Callable[..., None]) -> Way:
-    """The project's own update, with that function for one parameter."""
-    state = TrainState.create(config, REFERENCE, device, torch.bfloat16)
-    lr = torch.full((), SETTINGS.lr, device=device)
-    copies = [[dict(net.named_parameters())[name] for name in state.adam_m] for net in (state.student, state.teacher)]
-    held = [[tensors[name] for name in state.adam_m] for tensors in (state.weights, state.ema)]
-    return Way(lambda: update(state, gradients, lr, SETTINGS, adamw_ema)[0], gradients, (*held, *copies))
+def apex_way(start: Weights, gradients: list[Tensor]) -> Way:
+    """NVIDIA apex's multi-tensor norm and FusedAdam, the EMA and copies by foreach functions."""
+    from apex.optimizers import FusedAdam
+
+    way, config = torch_way(start, gradients, fused=True), SETTINGS
+    weights, average, student, teacher = way.results
+    groups = [
+        {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [weight for weight in weights if weight.ndim == 1], "weight_decay": 0.0},
+    ]
+    adam = FusedAdam(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, adam_w_mode=True)
+    from apex.contrib.clip_grad import clip_grad_norm_
+
+    @torch.no_grad()
+    def call() -> None:
+        clip_grad_norm_(weights, config.clip)
+        adam.step()
+        torch._foreach_lerp_(average, weights, 1 - config.ema_decay)
+        torch._foreach_copy_(student, weights)
+        torch._foreach_copy_(teacher, average)
+
+    return replace(way, call=call)
+
+
+class Held:
+    """The tensors that all ways of our own work on, one set for them all: as a rule memory is short, and after the gate
+    values do not matter. The teacher has copies of everything, though in training it stops at its tap."""
+
+    def __init__(self, start: Weights) -> None:
+        self.start = start
+        self.weights, self.m, self.v, self.average = ([torch.empty_like(w) for w in start.values()] for _ in range(4))
+        self.student, self.teacher = ([w.bfloat16() for w in start.values()] for _ in range(2))
+        device = self.weights[0].device
+        self.step, self.skipped = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+
+    def begin(self) -> None:
+        """As before any update."""
+        for group in (self.weights, self.average, self.student, self.teacher):
+            torch._foreach_copy_(group, list(self.start.values()))
+        torch._foreach_zero_([*self.m, *self.v, self.step, self.skipped])
+
+
+def our_way(held: Held, gradients: list[Tensor], norm_of: Callable[..., Tensor], of_all: Callable[..., None]) -> Way:
+    """The project's own update, by those implementations of its two ops."""
+    held.begin()
+    config, device = SETTINGS, gradients[0].device
+    scalars = [torch.full((), value, device=device) for value in (config.lr, config.ema_decay, config.clip, 1.0)]
+    group = [int(weight.ndim < 2) for weight in held.weights]
+
+    def call() -> None:
+        of_all(
+            Lists(gradients, held.weights, held.m, held.v, held.average, held.student, held.teacher),
+            Scalars(norm_of(gradients), held.step, held.skipped, *scalars),
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            weight_decay=(config.weight_decay, 0.0),
+            group=group,
+        )
+
+    return Way(call, gradients, (held.weights, held.average, held.student, held.teacher))
 
 
 def compiled() -> Callable[..., None]:
-    """One parameter's update under torch.compile."""
-    return torch.compile(adamw_ema_ref, fullgraph=True, dynamic=True)
+    """The reference with one parameter's update under torch.compile."""
+    return partial(adamw_ema_ref, parameter=torch.compile(parameter_ref, fullgraph=True, dynamic=True))
+
+
+Maker = Callable[[Held, dict[torch.dtype, list[Tensor]]], Way]
+
+
+def _ours(dtype: torch.dtype, norm_of: Callable[..., Tensor], of_all: Callable[[], Callable[..., None]]) -> Maker:
+    return lambda held, given: our_way(held, given[dtype], norm_of, of_all())
 
 
 # In the order of their weight: where memory runs out, the last ones go without.
-WAYS: dict[str, Callable[[Config, Weights, dict[torch.dtype, list[Tensor]], torch.device], Way]] = {
-    "torch, defaults": lambda config, start, given, device: torch_way(start, given[torch.float32], fused=False),
-    "torch, fused and foreach": lambda config, start, given, device: torch_way(start, given[torch.float32], fused=True),
-    "ours, compiled": lambda config, start, given, device: our_way(config, given[torch.float32], device, compiled()),
-    "ours, compiled, bf16 gradients": lambda config, start, given, device: our_way(
-        config, given[torch.bfloat16], device, compiled()
-    ),
-    "ours, eager": lambda config, start, given, device: our_way(config, given[torch.float32], device, adamw_ema_ref),
+WAYS: dict[str, Maker] = {
+    "ours": _ours(torch.float32, gradient_norm, lambda: adamw_ema),
+    "ours, bf16 gradients": _ours(torch.bfloat16, gradient_norm, lambda: adamw_ema),
+    "reference, compiled": _ours(torch.float32, gradient_norm_ref, compiled),
+    "torch, fused and foreach": lambda held, given: torch_way(held.start, given[torch.float32], fused=True),
+    "apex": lambda held, given: apex_way(held.start, given[torch.float32]),
+    "reference, compiled, bf16 gradients": _ours(torch.bfloat16, gradient_norm_ref, compiled),
+    "torch, defaults": lambda held, given: torch_way(held.start, given[torch.float32], fused=False),
+    "reference, eager": _ours(torch.float32, gradient_norm_ref, lambda: adamw_ema_ref),
 }
+
+
+def obstacle(name: str, device: torch.device) -> str:
+    """Why a way cannot be had here; empty: it can."""
+    if name == "apex":
+        return "" if find_spec("apex") and device.type == "cuda" else "apex is not installed"
+    if not name.startswith("ours"):
+        return ""
+    architecture = "cpu" if device.type == "cpu" else "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return missing("adamw_ema", architecture)
+
+
+def roof(count: int, device: torch.device) -> tuple[Callable[[], Tensor], int]:
+    """(call, bytes) of the same mix of reads and writes, on at most `count` parameters."""
+    count = min(count, ROOF_ELEMENTS)
+    generator = torch.Generator(device).manual_seed(0)
+    g, w, m, v, ema = (torch.randn(count, generator=generator, device=device) for _ in range(5))
+    student, teacher = w.bfloat16(), ema.bfloat16()
+
+    def move() -> None:
+        for tensor in (w, m, v, ema):
+            tensor.add_(g)
+        student.copy_(w)
+        teacher.copy_(ema)
+
+    read, write = torch.compile(lambda: g.sum()), torch.compile(move, fullgraph=True)
+
+    def call() -> Tensor:
+        total = read()
+        write()
+        return total
+
+    return call, count * (FIXED_BYTES + GRADIENT_READS * 4)
 
 
 def make_config(size: str, depth: int = 0) -> Config:
@@ -202,13 +304,16 @@ def rows(
 ) -> list[timing.Row]:
     """A row per way, interleaved. One that does not fit into memory, or fails the gate, says so instead."""
     start = make_start(config, device)
-    given = make_gradients(start)
+    given, held = make_gradients(start), Held(start)
     count = sum(gradient.numel() for gradient in given[torch.float32])
     ways: dict[str, Way] = {}
     refused: dict[str, timing.Samples] = {}
     for name in names:
+        if reason := obstacle(name, device):
+            refused[name] = timing.Samples(error=reason)
+            continue
         try:
-            ways[name] = WAYS[name](config, start, given, device)
+            ways[name] = WAYS[name](held, given)
             gate(name, ways[name], start)
         except timing.GateFailed as failure:
             refused[name] = timing.Samples(error=f"disagrees with fp64: {failure}")
@@ -217,11 +322,13 @@ def rows(
         if name in refused:
             ways.pop(name, None)
     del start
-    taken = timing.measure(
-        {name: way.call for name, way in ways.items()}, device=device, repeats=repeats, warmup=warmup
-    )
-    stamp, roofs = timing.stamp(device), timing.roofs(device)
-    made = []
+    touch, touched = roof(count, device)
+    calls = {ROOF: touch} | {name: way.call for name, way in ways.items()}
+    taken = timing.measure(calls, device=device, repeats=repeats, warmup=warmup)
+    stamp = timing.stamp(device)
+    roofs = timing.roofs(device) | {"copy_gb_per_s": touched / taken[ROOF].median_ms / 1e6, "copy_bytes": touched}
+    params = {"size": size, "parameters": min(count, ROOF_ELEMENTS), "way": ROOF}
+    made = [timing.row("optimizer", params, taken[ROOF], stamp=stamp, bytes=touched)]
     for name in names:
         gradient = 2 if name.endswith("bf16 gradients") else 4
         params = {"size": size, "parameters": count, "way": name}

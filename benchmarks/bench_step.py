@@ -27,11 +27,13 @@ from sra_fast.config import SIZES, Config, preset
 from sra_fast.data.stream import Batch
 from sra_fast.flops import dense_peak_flops, training_flops
 from sra_fast.hardware import Hardware, set_deterministic
+from sra_fast.kernels.perturb import draw_ref
 from sra_fast.kernels.philox import Draw, normals
 from sra_fast.model.choices import resolve
 from sra_fast.model.initial import ZERO
 from sra_fast.model.layout import apart
 from sra_fast.model.transformer import Ops
+from sra_fast.objective.ddpm import DIFFUSION_STEPS
 from sra_fast.optim import TrainState
 from sra_fast.step import MetricRing, TrainingStep
 from sra_fast.step.runner import StepRunner, choose_execution
@@ -46,10 +48,12 @@ class Ours:
     dtype: torch.dtype = torch.bfloat16
     aligned: bool = True
     deterministic: bool = False
+    fused: bool = False  # every op of the network and the loss that has a kernel by it, else as `auto` has it
 
 
 OURS = (
     Ours("ours"),
+    Ours("ours, fused ops", fused=True),
     Ours("ours compiled", execution="compiled"),
     Ours("ours eager", execution="eager"),
     Ours("ours fp32", dtype=torch.float32),
@@ -91,6 +95,9 @@ class OurStep:
     def __init__(self, config: Config, way: Ours, device: torch.device) -> None:
         if not way.aligned:
             config = replace(config, align=replace(config.align, method="none"))
+        if way.fused:
+            kernels = replace(config.kernels, default="fused", perturb=config.kernels.perturb or config.kernels.default)
+            config = replace(config, kernels=kernels)
         config = replace(config, deterministic=way.deterministic)
         self.config, self.way, self.dtype, self.device = config, way, way.dtype, device
         self.resolved = resolve(config, Hardware(device, way.dtype))
@@ -166,7 +173,8 @@ class Gate:
         with awake(reference), torch.no_grad():
             self.expected = [float(loss.detach()) for loss in reference.losses(batch)]
         x, labels, number = (tensor.to(device) for tensor in batch)
-        self.noised, self.labels, _ = reference.step.perturb(x, labels, number)
+        diffusion_steps = DIFFUSION_STEPS if config.model.family == "dit" else None
+        self.drawn = draw_ref(x, labels, number, reference.step.settings, diffusion_steps=diffusion_steps)
 
     def __call__(self, steps: dict[str, Step]) -> None:
         """Every step's losses from the same draws at the same weights.
@@ -174,11 +182,11 @@ class Gate:
         Raises:
             GateFailed: if one is not the reference's.
         """
-        n = self.noised
+        d = self.drawn
         for name, step in steps.items():
             with awake(step):
                 ours = isinstance(step, OurStep)
-                got = step.losses(self.batch) if ours else step.losses(n.x, n.noise, n.t, n.t_teacher, self.labels)
+                got = step.losses(self.batch) if ours else step.losses(d.x, d.noise, d.t, d.t_teacher, d.labels)
             tolerance = GATE[step.dtype]
             wanted = self.expected if step.config.align.method != "none" else self.expected[:1]
             for value, right in zip([float(loss.detach()) for loss in got], wanted, strict=False):
@@ -216,7 +224,8 @@ def groups(names: Sequence[str], interleave: str) -> list[list[str]]:
 
 def possible(name: str, device: torch.device) -> bool:
     """Whether this device can take such a step at all."""
-    return device.type == "cuda" or not any(rung.cudnn or rung.graph for rung in RUNGS if rung.name == name)
+    needs_gpu = [rung.name for rung in RUNGS if rung.cudnn or rung.graph] + [way.name for way in OURS if way.fused]
+    return device.type == "cuda" or name not in needs_gpu
 
 
 def measure(

@@ -5,8 +5,9 @@
     python -m benchmarks.gpu_report --device cpu        the same script, small
 
 Every part is a process of its own: one that fails is named, with the end of what it said, and the others go on. Parts
-that the time did not suffice for read "not run (time)". Results are gathered after every part in a folder
-<device>-<date>-<commit> below benchmarks/results, or below $OUT or --out; report.py says which files.
+that the time did not suffice for read "not run (time)", those that need what is not installed "not run". Results are
+gathered after every part in a folder <device>-<date>-<commit> below benchmarks/results, or below $OUT or --out;
+report.py says which files.
 
 Exit code 1 if a part failed; 0 also where parts were merely not reached.
 """
@@ -28,11 +29,12 @@ from typing import Any
 from benchmarks.parts import FAILED, NOT_RUN, ROOT, Outcome, Part, run_parts, say
 from benchmarks.record import RESULTS, folder
 from benchmarks.report import gather
+from benchmarks.sanitized import NOT_FOUND, TOOLS
 from benchmarks.stamp import command
 
 NO_TESTS = 5  # pytest's exit code for "nothing was collected"
 # bench_step writes when all of its rungs are measured: the two ends and the strongest rival come before the others.
-ENDS = ("public", "+ CUDA graph", "ours", "ours, plain SiT")
+ENDS = ("public", "+ CUDA graph", "ours", "ours, fused ops", "ours, plain SiT")
 BETWEEN = (
     "bf16 teacher to its tap",
     "+ torch.compile",
@@ -43,11 +45,23 @@ BETWEEN = (
 VARIANTS = ("ours compiled", "ours eager", "ours fp32", "ours deterministic")
 
 
-def correctness(share: float) -> Part:
-    """The tests that need a GPU, from the files that have some: what another file needs may not be installed here."""
-    files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
-    words = ("-v", "--durations=0", "-m", "gpu", *(str(path.relative_to(ROOT)) for path in files))
-    return Part("correctness", "pytest", words, share, must_end=True, nothing_to_do=(NO_TESTS,))
+def correctness(share: float, kernels: bool = False) -> Part:
+    """The tests that need a GPU, of kernels or of all else, from the files that have some: what another file needs may
+    not be installed here. tests/interpreter.py has the mark of most tests of kernels."""
+    files = []
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        text = path.read_text()
+        marked = "mark.gpu" in text or "@kernel" in text
+        if marked and kernels == ("kernel" in path.stem or "@kernel" in text):
+            files.append(str(path.relative_to(ROOT)))
+    words = ("-v", "--durations=0", "-m", "gpu", *files)
+    name = "kernels" if kernels else "correctness"
+    return Part(name, "pytest", words, share, must_end=True, nothing_to_do=(NO_TESTS,))
+
+
+def sanitizer(tool: str) -> Part:
+    """The kernels under a tool of compute-sanitizer."""
+    return Part(tool, "benchmarks.sanitized", (tool,), 0.3, most_s=45, not_here=(NOT_FOUND,))
 
 
 def steps(size: str, tokens: int, batch: int | str, rungs: Sequence[str] = ENDS, *more: str, of: str = "") -> Part:
@@ -63,7 +77,9 @@ def parts_for_gpu() -> list[Part]:
     first = [(size, batch) for size in ("s", "b", "l") for batch in (32, 256)]
     then = [(size, batch) for size in ("s", "b", "l", "xl") for batch in (64, 128)]
     return [
-        correctness(0.5),
+        correctness(0.45),
+        correctness(0.45, kernels=True),
+        *(sanitizer(tool) for tool in TOOLS),
         Part("roofs", "benchmarks.bench_roofs", share=0.15),
         Part("ops", "benchmarks.bench_kernels", ("--sizes", "xl", "--batch", "32"), 0.3),
         Part("update", "benchmarks.bench_optimizer", ("--size", "xl"), 0.3),
@@ -83,11 +99,13 @@ def parts_for_gpu() -> list[Part]:
 def parts_for_cpu() -> list[Part]:
     """The same programs, cut down to seconds."""
     few = ("--device", "cpu", "--repeats", "8", "--warmup", "1")
-    ways = ("--ways", "torch, defaults", "ours, eager")
+    ways = ("--ways", "torch, defaults", "reference, eager")
     profile = ("profile", "sit-s-2", "--model.depth", "3", "--train.batch", "1", "--train.device", "cpu")
     traced = ("--train.execution", "eager", "--profile.steps", "1", "--profile.warmup", "1")
     return [
         correctness(0.5),
+        correctness(0.5, kernels=True),
+        sanitizer(TOOLS[0]),
         Part("roofs", "benchmarks.bench_roofs", few[:4]),
         Part("ops", "benchmarks.bench_kernels", ("--batch", "1", "--implementations", "eager", *few)),
         Part("update", "benchmarks.bench_optimizer", ("--depth", "3", *ways, *few)),

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from benchmarks.rival_norms import ANOTHER_FUNCTION, rivals
 from benchmarks.timing import GateFailed
 from sra_fast.config import Config, preset
 from sra_fast.kernels import IMPLEMENTATIONS
+from sra_fast.kernels.perturb import Settings, Stored
 from sra_fast.model.attention import attention, available
-from sra_fast.objective.ddpm import DIFFUSION_STEPS
 
 TOKENS = 256
 COMPILED = "compiled"  # torch.compile of the reference: the rival that a fused kernel has to beat
@@ -40,6 +41,8 @@ class Case:
         forward_bytes, backward_bytes, forward_flops: of a pass, see above; FLOPs are 2 per multiply-add, and a backward
             pass has twice those of a forward one, recomputation left out.
         in_fp64: whether the reference in fp64 is the truth; else the reference as it is.
+        another_function: implementations that compute something else from the same inputs, moving the same bytes, and
+            the reference of that.
     """
 
     op: str
@@ -51,11 +54,16 @@ class Case:
     backward_bytes: int = 0
     forward_flops: int = 0
     in_fp64: bool = True
+    another_function: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
 
     @property
     def reference(self) -> str:
         """Name of the implementation that says what is right."""
         return REFERENCE.get(self.op, "eager")
+
+    def reference_of(self, name: str) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+        """What says what is right of an implementation."""
+        return self.another_function.get(name) or self.implementations[self.reference]
 
     @property
     def passes(self) -> tuple[str, ...]:
@@ -84,8 +92,8 @@ def make_case(
         names: of implementations to keep, with the reference; None = all.
 
     Returns:
-        The case with "eager", "compiled" and, where there is one and a GPU, "fused"; of attention, with every backend
-        that this device has for the shape.
+        The case with "eager", "compiled" and, where there is one and a GPU, "fused" and rivals that are installed; of
+        attention, with every backend that this device has for the shape.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -121,9 +129,10 @@ def _adaln(config: Config, batch: int, normal: Callable[..., Tensor]) -> Case:
         width,
         (x, shift, scale),
         (True, True, True),
-        _ours("adaln"),
+        {**_ours("adaln"), **rivals(x.device)},
         forward_bytes=2 * rows + 2 * vectors,  # read x, shift, scale; write h
         backward_bytes=3 * rows + 3 * vectors,  # read x, dh, scale; write dx, dshift, dscale
+        another_function=ANOTHER_FUNCTION,
     )
 
 
@@ -179,25 +188,26 @@ def _perturb(config: Config, batch: int, normal: Callable[..., Tensor]) -> Case:
     side = 2 * round(TOKENS**0.5)  # latents of 4 channels in patches of 2
     x = normal(batch, 4, side, side).float()
     labels, number = (torch.arange(batch, device=x.device) for _ in range(2))
-    fixed = {
-        "seed": 0,
-        "family": "sit",
-        "path": config.objective.path,
-        "times": config.objective.times,
-        "diffusion_steps": DIFFUSION_STEPS,
-        "t_max": config.align.t_max,
-        "null_label": 1000,
-        "label_dropout": config.objective.label_dropout,
-        "shared_label_dropout": config.align.shared_label_dropout,
-    }
+    settings = Settings(
+        seed=0,
+        path=config.objective.path,
+        times=config.objective.times,
+        t_max=config.align.t_max,
+        null_label=1000,
+        label_dropout=config.objective.label_dropout,
+        shared_label_dropout=config.align.shared_label_dropout,
+    )
+    stored = Stored(True, torch.zeros(4, device=x.device), torch.full((4,), 0.18215, device=x.device))
+    moments = torch.cat([x, x.abs()], dim=1).half()
     return Case(
         "perturb",
         config.model.hidden,
-        (x, labels, number),
+        (moments, labels, number),
         (False,) * 3,
-        _ours("perturb", lambda function: lambda *batch: tuple(function(*batch, **fixed))),
-        # write the noise; read labels and numbers (int64), write both times (float32) and the labels
-        forward_bytes=x.nbytes + batch * (2 * 8 + 2 * 4 + 8),
+        _ours("perturb", lambda function: lambda *batch: tuple(function(*batch, settings, stored))),
+        # read the moments; write x_t, the teacher's and the target; read labels and numbers (int64), write both times
+        # (float32) and the labels
+        forward_bytes=moments.nbytes + 3 * x.nbytes + batch * (2 * 8 + 2 * 4 + 8),
         in_fp64=False,
     )
 
@@ -233,7 +243,10 @@ OPS = tuple(_MAKERS)
 def prepared(case: Case, name: str, which: str) -> Callable[[], list[Tensor]]:
     """One pass of one implementation over the case's inputs: a call that returns the outputs, and with a backward pass
     the gradients after them. Gradients of the outputs are fixed random numbers."""
-    function = case.implementations[name]
+    return _prepared(case, case.implementations[name], which)
+
+
+def _prepared(case: Case, function: Callable[..., Tensor | tuple[Tensor, ...]], which: str) -> Callable[[], list]:
     if which == "forward":
 
         def forward() -> list[Tensor]:
@@ -264,11 +277,12 @@ def _listed(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
 
-def truth(case: Case, which: str) -> list[Tensor]:
-    """What is right: the reference in fp64 on the same inputs and output gradients, or as it is."""
+def truth(case: Case, which: str, name: str = "") -> list[Tensor]:
+    """What is right, of an implementation that computes another function too: the reference in fp64 on the same inputs
+    and output gradients, or as it is."""
+    function = case.reference_of(name)
     if not case.in_fp64:
-        return prepared(case, case.reference, which)()
-    function = case.implementations[case.reference]
+        return _prepared(case, function, which)()
     leaves = [x.detach().double().requires_grad_(learns) for x, learns in zip(case.inputs, case.learns, strict=True)]
     outputs = _listed(function(*leaves))
     right = [out.detach() for out in outputs]
@@ -288,7 +302,7 @@ def check(case: Case, name: str, which: str, right: list[Tensor]) -> None:
     Raises:
         GateFailed: naming the result that is off.
     """
-    got, usual = prepared(case, name, which)(), prepared(case, case.reference, which)()
+    got, usual = prepared(case, name, which)(), _prepared(case, case.reference_of(name), which)()
     for place, (value, own, best) in enumerate(zip(got, usual, right, strict=True)):
         if value.shape != best.shape or value.dtype != own.dtype:
             raise GateFailed(f"{case.op} {name}, {which}, result {place}: {value.shape} {value.dtype} made")

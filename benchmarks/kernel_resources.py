@@ -3,10 +3,10 @@
     python -m benchmarks.kernel_resources            shows them, and what is worse than kernel_resources.json says
     python -m benchmarks.kernel_resources --write    takes them over
 
-Kernels are compiled as their launchers call them at the widths of SiT-S, B, L and XL. Exit code 1 if one spills, needs
-more registers, stack or shared memory than is on record, or loads less than 128 bits at a time where a row allows it.
-What a kernel needs also depends on the compiler: the record names the Triton it holds for, and another version is
-held to spills and load width alone.
+Kernels are compiled as their launchers call them at the widths of SiT-S, B, L and XL, in every dtype. Exit code 1 if
+one spills, needs more registers, stack or shared memory than is on record, or loads less than 128 bits at a time where
+a row allows it. What a kernel needs also depends on the compiler: the record names the Triton it holds for, and another
+version is held to spills and load width alone.
 """
 
 from __future__ import annotations
@@ -26,52 +26,97 @@ from torch import Tensor
 from benchmarks.machine_code import ARCHITECTURES, Launch, compiled, recorded, resources
 from benchmarks.record import markdown
 from sra_fast.config import SIZES
-from sra_fast.kernels import adaln, alignment, gated_adaln
+from sra_fast.kernels import adaln, alignment, gated_adaln, perturb
 from sra_fast.metrics import read_json, write_json
 
 RECORD = Path(__file__).with_name("kernel_resources.json")
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # fp16 compiles to what bf16 does but for the conversions
+WIDTHS = sorted({hidden for _, hidden, _ in SIZES.values()})
+BRAIN, HALF, FULL = torch.bfloat16, torch.float16, torch.float32
+DTYPES = {"bf16": (BRAIN, BRAIN), "fp32": (FULL, FULL), "fp16": (HALF, HALF)}  # of rows and of modulation
+MIXED = {"bf16 and fp32": (BRAIN, FULL)}
 DISTANCES = ("cosine", "cosine_channel", "smooth_l1")  # l1 and l2 differ from the last by an instruction or two
 BATCH, TOKENS = 32, 256
 MUST_NOT_GROW = ("registers", "stack", "shared")
 WIDEST = 128  # bits
-Found = dict[str, dict[str, int]]  # "adaln._forward, D = 1152, bf16, sm_90" -> resources
+Found = dict[str, dict[str, int]]  # "adaln._adaln_forward, D = 1152, bf16, sm_90" -> resources
+Calls = Iterator[tuple[str, Callable[[], None]]]  # a shape, and a function that launches a family's kernels at it
 
 
-def _norms(x: Tensor, vector: Tensor) -> None:
-    per_token = torch.empty(x.shape[:2])
-    adaln._launch_forward(x, vector, vector, 1e-6)
-    adaln._launch_backward(x, x, vector, per_token, per_token, x.dtype)
-    gated_adaln._launch_forward(x, x, vector, vector, vector, 1e-6)
-    gated_adaln._launch_backward(x, x, x, x, vector, vector, per_token, per_token, x.dtype)
+def _rows(width: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(BATCH, TOKENS, width, dtype=dtype)
 
 
-def _distances(x: Tensor, vector: Tensor) -> None:
-    with patch.object(alignment, "_check"):  # tensors here are on the CPU; nothing reads them
-        for distance in DISTANCES:
-            _, coefficients = alignment._alignment._init_fn(x, x, distance)
-            alignment._alignment_backward._init_fn(torch.empty(()), x, x, coefficients, distance)
+def _norms() -> Calls:
+    """As the model calls them: modulations are views into one tensor."""
+    for width in WIDTHS:
+        for name, (dtype, modulation) in (DTYPES | MIXED).items():
+            x, per_token = _rows(width, dtype), torch.empty(BATCH, TOKENS)
+            vector = torch.empty(BATCH, 6 * width, dtype=modulation)[:, :width]
+
+            def launch(x: Tensor = x, vector: Tensor = vector, per_token: Tensor = per_token) -> None:
+                dtype = vector.dtype
+                adaln._launch_forward(x, vector, vector, 1e-6)
+                adaln._launch_backward(x, x, vector, per_token, per_token, dtype)
+                gated_adaln._launch_forward(x, x, vector, vector, vector, 1e-6)
+                gated_adaln._launch_backward(x, x, x, x, vector, vector, per_token, per_token, dtype)
+
+            yield f"D = {width}, {name}", launch
 
 
-CALLS: tuple[Callable[[Tensor, Tensor], None], ...] = (_norms, _distances)
+def _distances() -> Calls:
+    for width in WIDTHS:
+        for name, (dtype, _) in DTYPES.items():
+            x = _rows(width, dtype)
+
+            def launch(x: Tensor = x) -> None:
+                with patch.object(alignment, "_check"):  # tensors here are on the CPU; nothing reads them
+                    for distance in DISTANCES:
+                        _, coefficients = alignment._alignment._init_fn(x, x, distance)
+                        alignment._alignment_backward._init_fn(torch.empty(()), x, x, coefficients, distance)
+
+            yield f"D = {width}, {name}", launch
+
+
+def _draws() -> Calls:
+    """Of pixels, and of the moments of 4-channel latents, in every way that they are kept."""
+    labels = torch.empty(BATCH, dtype=torch.int64)
+    vector = torch.empty(4)
+    for path, times in (("linear", "uniform"), ("cosine", "lognormal")):
+        settings = (3, path, times, 0.2, 1000, 0.1, True)
+        for name, data, stored in (
+            ("pixels", torch.empty(BATCH, 3, 64, 64), (None, None, False)),
+            ("fp16 moments", torch.empty(BATCH, 8, 32, 32, dtype=HALF), (vector, vector, True)),
+        ):
+
+            def launch(data: Tensor = data, stored: tuple = stored, settings: tuple = settings) -> None:
+                perturb._launch(data, labels, labels, *stored, *settings)
+
+            yield f"{name}, {path}, {times}", launch
+
+
+FAMILIES: tuple[Callable[[], Calls], ...] = (_norms, _distances, _draws)
+
+
+def _variant(launch: Launch) -> str:
+    """What a kernel is compiled for apart from shape and dtypes."""
+    constants = dict(launch.constants)
+    if launch.name == "rows._adaln_total":
+        return " of 2" if "third" in constants else " of 3"
+    return f" {constants['DISTANCE']}" if "DISTANCE" in constants else ""
 
 
 def launches() -> Iterator[tuple[str, Launch]]:
-    """(description without the architecture, launch) of every kernel at every width and dtype, as the model calls it:
-    modulations are views into one tensor."""
-    for width in sorted({hidden for _, hidden, _ in SIZES.values()}):
-        for name, dtype in DTYPES.items():
-            x = torch.empty(BATCH, TOKENS, width, dtype=dtype)
-            vector = torch.empty(BATCH, 6 * width, dtype=dtype)[:, :width]
-            seen: set[str] = set()
+    """(description without the architecture, launch) of every kernel; one that is needed for several shapes is told of
+    the first. Only the first is, too, where another number of partial sums is all that differs."""
+    known: set[Launch | str] = set()
+    for family in FAMILIES:
+        for shape, call in family():
             with recorded() as made:
-                for call in CALLS:
-                    call(x, vector)
+                call()
             for launch in made:
-                distance = dict(launch.constants).get("DISTANCE")
-                described = f"{launch.name}{f' {distance}' if distance else ''}, D = {width}, {name}"
-                if described not in seen:
-                    seen.add(described)
+                described = f"{launch.name}{_variant(launch)}, {shape}"
+                if launch not in known and described not in known:
+                    known |= {launch, described}
                     yield described, launch
 
 
@@ -97,7 +142,7 @@ def complaints(found: Found, record: dict[str, Any]) -> list[str]:
         before = record["kernels"].get(name)
         if now["spills"]:
             said.append(f"{name}: {now['spills']} instructions spill registers")
-        if 0 < now["load_bits"] < WIDEST and not name.startswith(("rows.", "alignment._mean")):
+        if 0 < now["load_bits"] < WIDEST and not name.startswith(("rows.", "alignment._alignment_mean")):
             said.append(f"{name}: loads {now['load_bits']} bits at a time; must be {WIDEST}")
         if before is None:
             said.append(f"{name}: not on record (--write)")

@@ -6,6 +6,8 @@ from `cuobjdump -sass`, both of Triton's own wheel; dynamic shared memory from t
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import subprocess
 import tempfile
@@ -21,6 +23,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
 ARCHITECTURES = (80, 90, 100)
@@ -63,7 +66,7 @@ class Launch:
 
     @property
     def name(self) -> str:
-        """file.kernel, as in adaln._forward."""
+        """file.kernel, as in adaln._adaln_forward."""
         return f"{self.kernel.fn.__module__.rpartition('.')[2]}.{self.kernel.fn.__name__}"
 
 
@@ -117,7 +120,19 @@ def compiled(launch: Launch, capability: int) -> Any:
 
 
 def resources(kernel: Any) -> Resources:
-    """Read the machine code of `compiled`'s answer."""
+    """Read the machine code of `compiled`'s answer, or what Triton's cache holds of an earlier reading: cuobjdump takes
+    longer to start than most kernels to compile."""
+    read_by = hashlib.sha256(Path(__file__).read_bytes())
+    read_by.update(kernel.asm["cubin"])
+    cache, name = get_cache_manager(read_by.hexdigest()), f"{kernel.metadata.shared}.json"
+    if found := cache.get_file(name):
+        return Resources(**json.loads(Path(found).read_text()))
+    result = _disassembled(kernel)
+    cache.put(json.dumps(result.json()), name, binary=False)
+    return result
+
+
+def _disassembled(kernel: Any) -> Resources:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(kernel.asm["cubin"])
@@ -137,7 +152,7 @@ def _usage(text: str, dynamic: int) -> dict[str, int]:
 def _instructions(text: str) -> dict[str, int]:
     """LDG.E.128 is a load of 128 bits, LDGSTS one into shared memory; without a number it is 32, and .U8, .S8, .U16,
     .S16 are what they say."""
-    loads = [_bits(suffixes) for suffixes in re.findall(r"\bLDG(?:STS)?((?:\.\w+)*)", text)]
+    loads = [_bits(suffixes) for suffixes in re.findall(r"\bLDG(?:STS)?((?:\.\w+)*)(?!\w)", text)]  # not LDGDEPBAR
     stores = [_bits(suffixes) for suffixes in re.findall(r"\bSTG((?:\.\w+)*)", text)]
     widest = max(loads, default=0)
     return {

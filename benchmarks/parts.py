@@ -7,6 +7,7 @@ Each part is a process group of its own that gets a share of the time that is le
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shlex
 import signal
@@ -22,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 LAUNCHER = Path(__file__).with_name("in_tree.py")
 
-OK, FAILED, NOT_RUN = "ok", "failed", "not run (time)"
+OK, FAILED, NOT_RUN, NOT_HERE = "ok", "failed", "not run (time)", "not run"
 LEAST_S = 3.0  # below this nothing can even be imported
 SAID_LINES = 30
 
@@ -35,16 +36,20 @@ class Part:
         name: in the report.
         module, arguments: `python -m MODULE ARGUMENTS`; "{folder}" in an argument becomes the folder for its results.
         share: of the time that is left when it begins, which it may use.
+        most_s: seconds that it may use however many are left.
         must_end: whether taking longer than its share is a failure, and not merely a lack of time.
         nothing_to_do: exit codes other than 0 that are no failure.
+        not_here: exit codes by which it says that this machine lacks what it needs; the last line it says is what.
     """
 
     name: str
     module: str
     arguments: tuple[str, ...] = ()
     share: float = 0.5
+    most_s: float = math.inf
     must_end: bool = False
     nothing_to_do: tuple[int, ...] = ()
+    not_here: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Outcome:
     command: str
     seconds: float
     outcome: str
-    """"ok", "failed" or "not run (time)"."""
+    """"ok", "failed", "not run (time)" or "not run"."""
     reason: str = ""
     """Why not ok."""
     stderr: tuple[str, ...] = ()
@@ -81,13 +86,14 @@ def run_parts(
     outcomes: list[Outcome] = []
     for number, part in enumerate(parts):
         left = end - time.monotonic()
+        limit = min(left * part.share, part.most_s)
         place = folder / f"{number:02d}-{part.module.rpartition('.')[2]}"
         place.mkdir(parents=True, exist_ok=True)
-        if left * part.share < LEAST_S:
+        if limit < LEAST_S:
             outcomes.append(Outcome(part.name, command(part, place), 0.0, NOT_RUN, f"{left:.0f} s were left"))
         else:
-            print(f"\n== {part.name} (up to {left * part.share:.0f} s)", flush=True)
-            outcomes.append(run_part(part, left * part.share, place))
+            print(f"\n== {part.name} (up to {limit:.0f} s)", flush=True)
+            outcomes.append(run_part(part, limit, place))
             print(f"== {part.name}: {say(outcomes[-1])}", flush=True)
         after_each(outcomes)
     return outcomes
@@ -132,6 +138,8 @@ def run_part(part: Part, limit_s: float, place: Path) -> Outcome:
         return Outcome(part.name, command(part, place), seconds, OK)
     if code in part.nothing_to_do:
         return Outcome(part.name, command(part, place), seconds, OK, "nothing to do here")
+    if code in part.not_here:
+        return Outcome(part.name, command(part, place), seconds, NOT_HERE, said[-1] if said else f"exit code {code}")
     if code is None:
         outcome, reason = (FAILED if part.must_end else NOT_RUN), f"killed after {seconds:.0f} s, its share of the time"
     else:

@@ -1,5 +1,5 @@
 """The ops of a training step, one file each: formula, reference in plain PyTorch and, where one has earned its place,
-a fused kernel.
+a fused kernel, in Triton or in the compiled library.
 
 This package imports nothing else of sra_fast. `resolve` turns the wishes of a config into one implementation per op,
 once.
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from . import adaln, alignment, gated_adaln, perturb
-from .language import missing
+from . import adaln, adamw_ema, alignment, gated_adaln, gradient_norm, language, library, perturb
 
 CHOICES = ("auto", "fused", "reference")
 
@@ -20,21 +19,45 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     # No kernel: torch.compile makes one pass of it together with what surrounds it.
     "gated_residual": {"reference": gated_adaln.gated_residual_ref},
     "alignment": {"reference": alignment.alignment_ref, "fused": alignment.alignment},
-    "perturb": {"reference": perturb.draw_ref},
+    "perturb": {"reference": perturb.perturb_ref, "fused": perturb.perturb},
+    "gradient_norm": {"reference": gradient_norm.gradient_norm_ref, "fused": gradient_norm.gradient_norm},
+    "adamw_ema": {"reference": adamw_ema.adamw_ema_ref, "fused": adamw_ema.adamw_ema},
 }
+COMPILED = ("gradient_norm", "adamw_ema")  # of csrc/; the others are Triton's
+
+# Where `auto` takes the fused op: on architectures for which a result under benchmarks/results shows it winning.
+WINS: dict[str, tuple[str, ...]] = {}
+
+
+def missing(op: str, architecture: str) -> str:
+    """What stands in the way of an op's fused kernel, with the cure; empty: nothing.
+
+    Args:
+        architecture: "cpu", or that of a GPU, such as "sm_90".
+    """
+    if op in COMPILED:
+        if not (obstacle := library.missing()) and architecture != "cpu" and not library.has_gpu_code():
+            return f"the compiled operators were built without nvcc; {library.CURE}, with nvcc on the PATH"
+        return obstacle
+    if architecture == "cpu" and not language.INTERPRETED:
+        return language.missing() or "it runs on GPUs"
+    return language.missing()
 
 
 def resolve(
-    choices: Mapping[str, str], implementations: Mapping[str, Mapping[str, Callable]] = IMPLEMENTATIONS
+    choices: Mapping[str, str],
+    architecture: str = "cpu",
+    implementations: Mapping[str, Mapping[str, Callable]] = IMPLEMENTATIONS,
 ) -> dict[str, str]:
     """What will be used for each op: {op: "fused" | "reference"}.
 
     Args:
         choices: {op: one of `CHOICES`}.
+        architecture: see `missing`.
 
     Raises:
-        ValueError: on an op or choice that does not exist, and on `fused` for an op without a fused kernel: a slow
-            path is never taken in silence.
+        ValueError: on an op or choice that does not exist, and on `fused` where the kernel cannot be had: a slow path
+            is never taken in silence.
     """
     resolved = {}
     for op, choice in choices.items():
@@ -44,10 +67,10 @@ def resolve(
             raise ValueError(f"kernels.{op}: {choice!r} given; must be one of {', '.join(CHOICES)}")
         if choice == "fused" and "fused" not in implementations[op]:
             raise ValueError(f"kernels.{op}: 'fused' given, but this op has no fused kernel; must be auto or reference")
-        if choice == "fused" and (obstacle := missing()):
+        if choice == "fused" and (obstacle := missing(op, architecture)):
             raise ValueError(f"kernels.{op}: 'fused' given, but {obstacle}; must be auto or reference")
-        # A fused kernel is taken by `auto` only where a benchmark shows it winning; none has been measured yet.
-        resolved[op] = "fused" if choice == "fused" else "reference"
+        won = choice == "auto" and architecture in WINS.get(op, ()) and not missing(op, architecture)
+        resolved[op] = "fused" if choice == "fused" or won else "reference"
     return resolved
 
 

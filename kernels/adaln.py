@@ -40,7 +40,7 @@ def adaln_ref(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Ten
 
 
 @triton.jit
-def _forward(
+def _adaln_forward(
     x, shift, scale,  # (B, T, D), (B, D), (B, D)
     h, mean, rstd,  # (B, T, D), (B, T), (B, T), contiguous
     tokens, chunks, x_batch, x_token, shift_batch, scale_batch, eps,
@@ -61,7 +61,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _adaln_backward(
     dh, x, scale, mean, rstd,  # (B, T, D), (B, T, D), (B, D), (B, T), (B, T)
     dx, dshift, dscale,  # (B, T, D), (B, CHUNKS, D) float32, (B, CHUNKS, D) float32, contiguous
     tokens, chunks, dh_batch, dh_token, x_batch, x_token, scale_batch,
@@ -97,7 +97,7 @@ def _launch_forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tupl
     mean, rstd = (torch.empty(batch, tokens, dtype=torch.float32, device=x.device) for _ in range(2))
     if batch * chunks:
         with torch.cuda.device_of(x):
-            _forward[(batch * chunks,)](
+            _adaln_forward[(batch * chunks,)](
                 x, shift, scale, h, mean, rstd,
                 tokens, chunks, *x.stride()[:2], shift.stride(0), scale.stride(0), eps,
                 WIDTH=width, MAIN=main, TAIL=tail, STAGES=stages, num_warps=warps,
@@ -116,7 +116,7 @@ def _launch_backward(
     partials = torch.empty(2, batch, chunks, width, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         if batch * chunks:
-            _backward[(batch * chunks,)](
+            _adaln_backward[(batch * chunks,)](
                 dh, x, scale, mean, rstd, dx, *partials,
                 tokens, chunks, *dh.stride()[:2], *x.stride()[:2], scale.stride(0),
                 WIDTH=width, MAIN=main, TAIL=tail, STAGES=stages, num_warps=warps,

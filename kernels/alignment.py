@@ -104,7 +104,7 @@ def _slope(difference, DISTANCE: tl.constexpr, BETA: tl.constexpr):
 
 
 @triton.jit
-def _tokens_forward(
+def _alignment_tokens_forward(
     student, teacher, coefficients, partials,
     rows, s_batch, s_token, t_batch, t_token,
     DISTANCE: tl.constexpr, BETA: tl.constexpr,
@@ -138,7 +138,7 @@ def _tokens_forward(
 
 
 @triton.jit
-def _tokens_backward(
+def _alignment_tokens_backward(
     above, student, teacher, coefficients, gradient,
     rows, s_batch, s_token, t_batch, t_token, share,
     DISTANCE: tl.constexpr, BETA: tl.constexpr,
@@ -164,7 +164,7 @@ def _tokens_backward(
 
 
 @triton.jit
-def _channels_forward(
+def _alignment_channels_forward(
     student, teacher, coefficients, partials,
     channels, s_batch, s_token, t_batch, t_token,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -194,7 +194,7 @@ def _channels_forward(
 
 
 @triton.jit
-def _channels_backward(
+def _alignment_channels_backward(
     above, student, teacher, coefficients, gradient,
     channels, s_batch, s_token, t_batch, t_token, share,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -221,7 +221,7 @@ def _channels_backward(
 
 
 @triton.jit
-def _mean(partials, loss, share, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+def _alignment_mean(partials, loss, share, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     """The sum of all partial sums, in an order that never changes, times share = 1 / n. One program."""
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, COUNT, BLOCK):
@@ -280,13 +280,13 @@ def _alignment(student: Tensor, teacher: Tensor, distance: str) -> tuple[Tensor,
     strides = (*student.stride()[:2], *teacher.stride()[:2])
     with torch.cuda.device_of(student):
         if by_channel:
-            _channels_forward[programs,](student, teacher, coefficients, partials, batch * width, *strides, **sizes)
+            _alignment_channels_forward[programs,](student, teacher, coefficients, partials, batch * width, *strides, **sizes)
         else:
-            _tokens_forward[programs,](
+            _alignment_tokens_forward[programs,](
                 student, teacher, coefficients, partials, batch * tokens, *strides,
                 DISTANCE=distance, BETA=SMOOTH_L1_BETA, **sizes,
             )  # fmt: skip
-        _mean[1,](partials, loss, 1 / _averaged(student.shape, distance), COUNT=programs, BLOCK=_PARTIALS, num_warps=8)
+        _alignment_mean[1,](partials, loss, 1 / _averaged(student.shape, distance), COUNT=programs, BLOCK=_PARTIALS, num_warps=8)
     return loss, coefficients
 
 
@@ -313,11 +313,11 @@ def _alignment_backward(above: Tensor, student: Tensor, teacher: Tensor, coeffic
     strides, share = (*student.stride()[:2], *teacher.stride()[:2]), 1 / _averaged(student.shape, distance)
     with torch.cuda.device_of(student):
         if by_channel:
-            _channels_backward[programs,](
+            _alignment_channels_backward[programs,](
                 above, student, teacher, coefficients, gradient, batch * width, *strides, share, **sizes
             )
         else:
-            _tokens_backward[programs,](
+            _alignment_tokens_backward[programs,](
                 above, student, teacher, coefficients, gradient, batch * tokens, *strides, share,
                 DISTANCE=distance, BETA=SMOOTH_L1_BETA, **sizes,
             )  # fmt: skip

@@ -57,7 +57,7 @@ def gated_adaln_ref(
 
 
 @triton.jit
-def _forward(
+def _gated_adaln_forward(
     x, branch, gate, shift, scale,  # (B, T, D), (B, T, D), 3 x (B, D)
     residual, h, mean, rstd,  # (B, T, D), (B, T, D), (B, T), (B, T), contiguous
     tokens, chunks, x_batch, x_token, branch_batch, branch_token, gate_batch, shift_batch, scale_batch, eps,
@@ -85,7 +85,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _gated_adaln_backward(
     above, dh, residual, branch, gate, scale, mean, rstd,  # dx', dh, x', branch (B, T, D); 2 x (B, D), 2 x (B, T)
     dx, dbranch, dgate, dshift, dscale,  # (B, T, D), (B, T, D), 3 x (B, CHUNKS, D) float32, contiguous
     tokens, chunks, above_batch, above_token, dh_batch, dh_token, residual_batch, residual_token,
@@ -132,7 +132,7 @@ def _launch_forward(
     mean, rstd = (torch.empty(batch, tokens, dtype=torch.float32, device=x.device) for _ in range(2))
     if batch * chunks:
         with torch.cuda.device_of(x):
-            _forward[(batch * chunks,)](
+            _gated_adaln_forward[(batch * chunks,)](
                 x, branch, gate, shift, scale, residual, h, mean, rstd,
                 tokens, chunks, *x.stride()[:2], *branch.stride()[:2],
                 gate.stride(0), shift.stride(0), scale.stride(0), eps,
@@ -154,7 +154,7 @@ def _launch_backward(
     partials = torch.empty(3, batch, chunks, width, dtype=torch.float32, device=residual.device)
     with torch.cuda.device_of(residual):
         if batch * chunks:
-            _backward[(batch * chunks,)](
+            _gated_adaln_backward[(batch * chunks,)](
                 above, dh, residual, branch, gate, scale, mean, rstd, dx, dbranch, *partials,
                 tokens, chunks, *above.stride()[:2], *dh.stride()[:2], *residual.stride()[:2], *branch.stride()[:2],
                 gate.stride(0), scale.stride(0),

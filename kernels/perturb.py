@@ -1,5 +1,9 @@
 """Every random draw of a training batch, and the interpolant: the only place of a training step that draws.
 
+From a VAE's moments, a sample of the posterior; then the latents' own scale, per channel:
+
+    z = mean + std * noise'        x = (z - shift) * scale
+
 Flow matching (SiT), alpha and sigma from `path_coefficients`:
 
     x_t = alpha(t) x + sigma(t) noise        velocity = alpha'(t) x + sigma'(t) noise        t = 1: noise, t = 0: data
@@ -9,9 +13,11 @@ Denoising diffusion (DiT), integer steps of `diffusion_steps`:
 
     t_teacher = clamp(t - floor(t_max diffusion_steps U), 1, diffusion_steps - 1)
 
-as published: t = 0 gets a noisier teacher.
+as published: t = 0 gets a noisier teacher. This one is drawn here and noised by its tables (objective/ddpm.py), without
+a kernel.
 
-Sources: Ma et al., "SiT", 2024, section 2; Jiang et al., "SRA", arXiv 2505.02831, section 3 (teacher times).
+Sources: Ma et al., "SiT", 2024, section 2; Jiang et al., "SRA", arXiv 2505.02831, section 3 (teacher times); Rombach et
+al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2022, appendix G (posterior and scale).
 """
 
 from __future__ import annotations
@@ -23,12 +29,49 @@ import torch
 from torch import Tensor
 
 from .language import INTERPRETED, missing, tl, triton
-from .philox import Draw, normals, uniforms
+from .philox import Draw, normal_pair, normals, quad, turn, uniform, uniforms
 
 PATHS = ("linear", "cosine")
 TIME_DISTRIBUTIONS = ("uniform", "lognormal")
 
 _CALLS = 256  # Philox calls of one program, each for 4 elements
+_DATA_DTYPES = (torch.float32, torch.float16, torch.uint8)
+
+
+class Settings(NamedTuple):
+    """What a run fixes about its draws.
+
+    Attributes:
+        seed: the run's, 64 bits.
+        path, times: of SiT, see `path_coefficients` and `flow_times`.
+        t_max: largest distance between student and teacher times, as a share of the whole.
+        null_label: the class that stands for "no label".
+        label_dropout: share of labels replaced by it.
+        shared_label_dropout: whether the teacher sees the student's dropped labels (published) or the true ones' own
+            dropout.
+    """
+
+    seed: int
+    path: str
+    times: str
+    t_max: float
+    null_label: int
+    label_dropout: float
+    shared_label_dropout: bool
+
+
+class Stored(NamedTuple):
+    """How stored data become the x of training; without it they are x.
+
+    Attributes:
+        posterior: whether the data are (B, 2C, H, W) means and standard deviations of which to draw a sample, rather
+            than (B, C, H, W) values.
+        shift, scale: (C,) float32 on the data's device, of x = (z - shift) * scale.
+    """
+
+    posterior: bool
+    shift: Tensor
+    scale: Tensor
 
 
 class Drawn(NamedTuple):
@@ -40,6 +83,18 @@ class Drawn(NamedTuple):
     t_teacher: Tensor  # (B,) float32, the teacher's lower noise
     labels: Tensor  # (B,) int64, some replaced by the null class
     teacher_labels: Tensor  # (B,) int64, the same tensor where label dropout is shared
+
+
+class Perturbed(NamedTuple):
+    """What a step of flow matching makes of a batch of B training images."""
+
+    t: Tensor  # (B,) float32, the student's time
+    t_teacher: Tensor  # (B,) float32, the teacher's lower noise
+    x_t: Tensor  # (B, C, H, W) float32, what the student sees
+    x_teacher: Tensor  # (B, C, H, W) float32, the same x and noise at t_teacher
+    target: Tensor  # (B, C, H, W) float32, the velocity at x_t
+    labels: Tensor  # (B,) int64, some replaced by the null class
+    teacher_labels: Tensor  # (B,) int64
 
 
 def path_coefficients(path: str, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -92,122 +147,54 @@ def drop_labels(
     return torch.where(uniforms(seed, number, draw)[:, 0] < rate, null, labels)
 
 
+def clean_ref(data: Tensor, number: Tensor, seed: int, stored: Stored | None) -> Tensor:
+    """x of training, (B, C, H, W) float32, from what the data set holds: see `Stored`."""
+    if stored is None:
+        return data
+    z = data.float()
+    if stored.posterior:
+        mean, std = z.chunk(2, dim=1)
+        z = mean + std * normals(seed, number, Draw.POSTERIOR, mean[0].numel()).view_as(mean)
+    column = (-1, *[1] * (z.ndim - 2))
+    return (z - stored.shift.view(column)) * stored.scale.view(column)
+
+
 def draw_ref(
-    x: Tensor,
+    data: Tensor,
     labels: Tensor,
     number: Tensor,
-    *,
-    seed: int,
-    family: str,
-    path: str,
-    times: str,
-    diffusion_steps: int,
-    t_max: float,
-    null_label: int,
-    label_dropout: float,
-    shared_label_dropout: bool,
+    settings: Settings,
+    stored: Stored | None = None,
+    diffusion_steps: int | None = None,
 ) -> Drawn:
     """Every random draw of a training batch, in plain PyTorch.
 
     Args:
-        x: (B, C, H, W) float32, clean images.
+        data: (B, C, H, W) float32 clean images, or what `stored` says.
         labels: (B,) int64.
         number: (B,) int64, image numbers: the position of each image in the run.
-        seed: the run's seed.
-        family: "sit" (continuous times) or "dit" (integer steps).
-        path, times: of SiT, see `path_coefficients` and `flow_times`.
-        diffusion_steps: of DiT.
-        t_max: largest distance between student and teacher times, as a share of the whole.
-        null_label: the class that stands for "no label".
-        label_dropout: share of labels replaced by it.
-        shared_label_dropout: whether the teacher sees the student's dropped labels (published) or the true ones' own
-            dropout.
+        diffusion_steps: DiT's integer times; None for SiT's continuous ones.
     """
+    seed, path, times, t_max, null, rate, shared = settings
+    x = clean_ref(data, number, seed, stored)
     noise = normals(seed, number, Draw.NOISE, x[0].numel()).view_as(x)
-    if family == "sit":
+    if diffusion_steps is None:
         t, t_teacher = flow_times(seed, number, path, times, t_max)
     else:
         t, t_teacher = diffusion_times(seed, number, diffusion_steps, t_max)
-    dropped = drop_labels(seed, number, labels, null_label, label_dropout)
-    teacher_labels = dropped
-    if not shared_label_dropout:
-        teacher_labels = drop_labels(seed, number, labels, null_label, label_dropout, Draw.TEACHER_LABEL_DROPOUT)
-    return Drawn(x, noise, t, t_teacher, dropped, teacher_labels)
-
-
-class Perturbed(NamedTuple):
-    """What a step of flow matching makes of a batch of B training images."""
-
-    noise: Tensor  # (B, C, H, W) float32, standard normal
-    t: Tensor  # (B,) float32, the student's time
-    t_teacher: Tensor  # (B,) float32, the teacher's lower noise
-    x_t: Tensor  # (B, C, H, W) float32, what the student sees
-    x_teacher: Tensor  # (B, C, H, W) float32, the same x and noise at t_teacher
-    target: Tensor  # (B, C, H, W) float32, the velocity at x_t
-    labels: Tensor  # (B,) int64, some replaced by the null class
-    teacher_labels: Tensor  # (B,) int64
+    dropped = drop_labels(seed, number, labels, null, rate)
+    teachers = dropped if shared else drop_labels(seed, number, labels, null, rate, Draw.TEACHER_LABEL_DROPOUT)
+    return Drawn(x, noise, t, t_teacher, dropped, teachers)
 
 
 def perturb_ref(
-    x: Tensor,
-    labels: Tensor,
-    number: Tensor,
-    *,
-    seed: int,
-    path: str,
-    times: str,
-    t_max: float,
-    null_label: int,
-    label_dropout: float,
-    shared_label_dropout: bool,
+    data: Tensor, labels: Tensor, number: Tensor, settings: Settings, stored: Stored | None = None
 ) -> Perturbed:
     """Reference of flow matching: `draw_ref` and the interpolant. Arguments as there."""
-    drawn = draw_ref(
-        x,
-        labels,
-        number,
-        seed=seed,
-        family="sit",
-        path=path,
-        times=times,
-        diffusion_steps=0,
-        t_max=t_max,
-        null_label=null_label,
-        label_dropout=label_dropout,
-        shared_label_dropout=shared_label_dropout,
-    )
-    x_t, target = interpolate(path, drawn.x, drawn.noise, drawn.t)
-    x_teacher, _ = interpolate(path, drawn.x, drawn.noise, drawn.t_teacher)
-    return Perturbed(*drawn[1:4], x_t, x_teacher, target, drawn.labels, drawn.teacher_labels)
-
-
-@triton.jit
-def _uniform(word):
-    """`to_uniform` of a uint32."""
-    return ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
-
-
-@triton.jit
-def _turn(v):
-    """(cos, sin) of 2 pi v for v in [0, 1], within 2^-23: Cephes' polynomials on the exact distance to the nearest
-    quarter turn. CUDA's own keep a reduction for large angles on the stack."""
-    quarter = tl.floor(4 * v + 0.5)
-    angle = 6.283185307179586 * (v - 0.25 * quarter)
-    z = angle * angle
-    sine = ((-1.9515295891e-4 * z + 8.3321608736e-3) * z - 1.6666654611e-1) * z * angle + angle
-    cosine = ((2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2) * z * z - 0.5 * z + 1
-    odd = (quarter == 1) | (quarter == 3)
-    left, lower = (quarter == 1) | (quarter == 2), (quarter == 2) | (quarter == 3)
-    cosine, sine = tl.where(odd, sine, cosine), tl.where(odd, cosine, sine)
-    return tl.where(left, -cosine, cosine), tl.where(lower, -sine, sine)
-
-
-@triton.jit
-def _normal_pair(first, second):
-    """Two standard normals of two words, as `normals`."""
-    radius = tl.sqrt_rn(tl.maximum(-2.0 * tl.log(_uniform(first)), 0.0))
-    cosine, sine = _turn(_uniform(second))
-    return radius * cosine, radius * sine
+    x, noise, t, t_teacher, dropped, teachers = draw_ref(data, labels, number, settings, stored)
+    x_t, target = interpolate(settings.path, x, noise, t)
+    x_teacher, _ = interpolate(settings.path, x, noise, t_teacher)
+    return Perturbed(t, t_teacher, x_t, x_teacher, target, dropped, teachers)
 
 
 @triton.jit
@@ -226,153 +213,174 @@ def _coefficients(t, PATH: tl.constexpr):
     """`path_coefficients`."""
     if PATH == "linear":
         return 1 - t, t, t * 0 - 1.0, t * 0 + 1.0
-    alpha, sigma = _turn(0.25 * t)
+    alpha, sigma = turn(0.25 * t)
     return alpha, sigma, -1.5707963267948966 * sigma, 1.5707963267948966 * alpha
 
 
 @triton.jit
+def _normals(seed, call, low, high, DRAW: tl.constexpr, BLOCK: tl.constexpr):
+    """4 BLOCK standard normals of BLOCK calls, in the order of their elements."""
+    w0, w1, w2, w3 = quad(seed, call, low, high, DRAW)
+    z0, z1 = normal_pair(w0, w1)
+    z2, z3 = normal_pair(w2, w3)
+    return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (4 * BLOCK,))
+
+
+@triton.jit
 def _perturb_kernel(
-    x, labels, number,
-    noise_out, t_out, teacher_t_out, x_t_out, x_teacher_out, target_out, labels_out, teacher_labels_out,
+    data, labels, number, shift, scale,  # (B, C or 2C, AREA), 2 x (B,), 2 x (C,) or None
+    t_out, teacher_t_out, x_t_out, x_teacher_out, target_out, labels_out, teacher_labels_out,
     seed, t_max, null_label, label_dropout,
-    PATH: tl.constexpr, TIMES: tl.constexpr, SHARED: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
-    NOISE: tl.constexpr, TIME: tl.constexpr, TEACHER_TIME: tl.constexpr,
+    PATH: tl.constexpr, TIMES: tl.constexpr, SHARED: tl.constexpr, POSTERIOR: tl.constexpr,
+    COUNT: tl.constexpr, AREA: tl.constexpr, BLOCK: tl.constexpr,
+    SAMPLE: tl.constexpr, NOISE: tl.constexpr, TIME: tl.constexpr, TEACHER_TIME: tl.constexpr,
     LABEL: tl.constexpr, TEACHER_LABEL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK Philox calls of one image: 4 BLOCK of its COUNT elements. An image's first program writes its times and
-    labels too. Counters are four 32-bit words: wider ones would silently make this Philox-4x64."""
+    """BLOCK Philox calls of one image: 4 BLOCK of its COUNT = C AREA elements. An image's first program writes its
+    times and labels too."""
     blocks: tl.constexpr = (COUNT + 4 * BLOCK - 1) // (4 * BLOCK)
     sample, part = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     image = tl.load(number + sample)
-    low, high, call = image.to(tl.uint32), (image >> 32).to(tl.uint32), part * BLOCK + tl.arange(0, BLOCK)
+    low, high = image.to(tl.uint32), (image >> 32).to(tl.uint32)
     nothing = low * 0
 
-    w0, w1, _, _ = tl.philox(seed, nothing, low, high, nothing + TIME)
+    w0, w1, _, _ = quad(seed, nothing, low, high, TIME)
     if TIMES == "uniform":
-        t = _uniform(w0)
+        t = uniform(w0)
     else:
-        normal, _ = _normal_pair(w0, w1)
+        normal, _ = normal_pair(w0, w1)
         ratio = tl.exp(normal)
         t = tl.div_rn(ratio, 1 + ratio) if PATH == "linear" else _arctangent(ratio) * 0.6366197723675814
-    w0, _, _, _ = tl.philox(seed, nothing, low, high, nothing + TEACHER_TIME)
-    t_teacher = tl.minimum(tl.maximum(t - t_max * _uniform(w0), 0.0), 1.0)
+    w0, _, _, _ = quad(seed, nothing, low, high, TEACHER_TIME)
+    t_teacher = tl.minimum(tl.maximum(t - t_max * uniform(w0), 0.0), 1.0)
 
     if part == 0:
         label = tl.load(labels + sample)
-        w0, _, _, _ = tl.philox(seed, nothing, low, high, nothing + LABEL)
-        dropped = tl.where(_uniform(w0) < label_dropout, null_label, label)
+        w0, _, _, _ = quad(seed, nothing, low, high, LABEL)
+        dropped = tl.where(uniform(w0) < label_dropout, null_label, label)
         tl.store(t_out + sample, t)
         tl.store(teacher_t_out + sample, t_teacher)
         tl.store(labels_out + sample, dropped)
         if not SHARED:
-            w0, _, _, _ = tl.philox(seed, nothing, low, high, nothing + TEACHER_LABEL)
-            tl.store(teacher_labels_out + sample, tl.where(_uniform(w0) < label_dropout, null_label, label))
+            w0, _, _, _ = quad(seed, nothing, low, high, TEACHER_LABEL)
+            tl.store(teacher_labels_out + sample, tl.where(uniform(w0) < label_dropout, null_label, label))
 
-    zeros = call.to(tl.uint32) * 0
-    w0, w1, w2, w3 = tl.philox(seed, call.to(tl.uint32), zeros + low, zeros + high, zeros + NOISE)
-    z0, z1 = _normal_pair(w0, w1)
-    z2, z3 = _normal_pair(w2, w3)
-    noise = tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (4 * BLOCK,))
+    call = (part * BLOCK + tl.arange(0, BLOCK)).to(tl.uint32)
     element = part * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)
     inside, at = element < COUNT, sample * COUNT + element
-    tl.store(noise_out + at, noise, mask=inside)
-    clean = tl.load(x + at, mask=inside, other=0.0)
+    if POSTERIOR:
+        at += sample * COUNT
+        std = tl.load(data + at + COUNT, mask=inside, other=0).to(tl.float32)
+        x = tl.load(data + at, mask=inside, other=0).to(tl.float32)
+        x += std * _normals(seed, call, low, high, SAMPLE, BLOCK)
+        at -= sample * COUNT
+    else:
+        x = tl.load(data + at, mask=inside, other=0).to(tl.float32)
+    if shift is not None:
+        channel = element // AREA
+        x = (x - tl.load(shift + channel, mask=inside, other=0)) * tl.load(scale + channel, mask=inside, other=0)
+    noise = _normals(seed, call, low, high, NOISE, BLOCK)
     alpha, sigma, d_alpha, d_sigma = _coefficients(t, PATH)
-    tl.store(x_t_out + at, alpha * clean + sigma * noise, mask=inside)
-    tl.store(target_out + at, d_alpha * clean + d_sigma * noise, mask=inside)
+    tl.store(x_t_out + at, alpha * x + sigma * noise, mask=inside)
+    tl.store(target_out + at, d_alpha * x + d_sigma * noise, mask=inside)
     alpha, sigma, _, _ = _coefficients(t_teacher, PATH)
-    tl.store(x_teacher_out + at, alpha * clean + sigma * noise, mask=inside)
+    tl.store(x_teacher_out + at, alpha * x + sigma * noise, mask=inside)
 
 
-def _check(x: Tensor, labels: Tensor, number: Tensor, path: str, times: str) -> None:
+def _check(data: Tensor, labels: Tensor, number: Tensor, settings: Settings, stored: Stored | None) -> None:
     """Refuse what the kernel cannot compute, by name."""
     if obstacle := missing():
         raise ValueError(f"a fused kernel cannot run: {obstacle}")
-    if path not in PATHS:
-        raise ValueError(f"path: {path!r} given; must be one of {', '.join(PATHS)}")
-    if times not in TIME_DISTRIBUTIONS:
-        raise ValueError(f"times: {times!r} given; must be one of {', '.join(TIME_DISTRIBUTIONS)}")
-    if x.ndim < 2 or x.numel() == 0 or x[0].numel() >= 1 << 31:
-        raise ValueError(f"x: shape {tuple(x.shape)} given; must be (B, ...), none of them 0, under 2^31 an image")
-    if x.device.type != "cuda" and not INTERPRETED:
-        raise ValueError(f"x: device {x.device} given; must be a CUDA device")
-    for name, value in (("labels", labels), ("number", number)):
-        if value.shape != x.shape[:1]:
-            raise ValueError(f"{name}: shape {tuple(value.shape)} given; must be one per image, ({len(x)},)")
-    dtypes = {"x": torch.float32, "labels": torch.int64, "number": torch.int64}
-    for (name, dtype), value in zip(dtypes.items(), (x, labels, number), strict=True):
-        if value.dtype != dtype:
-            raise ValueError(f"{name}: {value.dtype} given; must be {dtype}")
+    if settings.path not in PATHS:
+        raise ValueError(f"path: {settings.path!r} given; must be one of {', '.join(PATHS)}")
+    if settings.times not in TIME_DISTRIBUTIONS:
+        raise ValueError(f"times: {settings.times!r} given; must be one of {', '.join(TIME_DISTRIBUTIONS)}")
+    if data.ndim < 2 or data.numel() == 0 or data[0].numel() >= 1 << 31:
+        raise ValueError(f"data: shape {tuple(data.shape)} given; must be (B, C, ...), none 0, under 2^31 an image")
+    if data.device.type != "cuda" and not INTERPRETED:
+        raise ValueError(f"data: device {data.device} given; must be a CUDA device")
+    given = {"data": data, "labels": labels, "number": number}
+    shapes = {"labels": data.shape[:1], "number": data.shape[:1]}
+    dtypes = {"labels": (torch.int64,), "number": (torch.int64,), "data": (torch.float32,)}
+    if stored is not None:
+        channels = data.shape[1] // 2 if stored.posterior else data.shape[1]
+        if stored.posterior and data.shape[1] % 2:
+            raise ValueError(f"data: shape {tuple(data.shape)} given; must be (B, 2C, ...): means, then deviations")
+        given |= {"shift": stored.shift, "scale": stored.scale}
+        shapes |= {"shift": (channels,), "scale": (channels,)}
+        dtypes |= {"data": _DATA_DTYPES, "shift": (torch.float32,), "scale": (torch.float32,)}
+    for name, value in given.items():
+        if value.shape != shapes.get(name, value.shape):
+            raise ValueError(f"{name}: shape {tuple(value.shape)} given; must be {tuple(shapes[name])}")
+        if value.dtype not in dtypes[name]:
+            raise ValueError(f"{name}: {value.dtype} given; must be one of {', '.join(map(str, dtypes[name]))}")
         if not value.is_contiguous():
             raise ValueError(f"{name}: strides {value.stride()} given; must be contiguous")
-        if value.device != x.device:
-            raise ValueError(f"{name}: device {value.device} given; must be that of x, {x.device}")
+        if value.device != data.device:
+            raise ValueError(f"{name}: device {value.device} given; must be that of data, {data.device}")
 
 
-@torch.library.custom_op("sra_fast::perturb", mutates_args=())
-def _perturb(
-    x: Tensor,
-    labels: Tensor,
-    number: Tensor,
-    seed: int,
-    path: str,
-    times: str,
-    t_max: float,
-    null_label: int,
-    label_dropout: float,
-    shared_label_dropout: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _empty(data: Tensor, posterior: bool, shared: bool) -> tuple[Tensor, ...]:
+    batch, channels, *area = data.shape
+    shape, device = (batch, channels // 2 if posterior else channels, *area), data.device
+    t, t_teacher = (torch.empty(batch, dtype=torch.float32, device=device) for _ in range(2))
+    x_t, x_teacher, target = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(3))
+    dropped = torch.empty(batch, dtype=torch.int64, device=device)
+    teachers = torch.empty(0 if shared else batch, dtype=torch.int64, device=device)
+    return t, t_teacher, x_t, x_teacher, target, dropped, teachers
+
+
+def _launch(
+    data: Tensor, labels: Tensor, number: Tensor, shift: Tensor | None, scale: Tensor | None, posterior: bool,
+    seed: int, path: str, times: str, t_max: float, null_label: int, label_dropout: float, shared: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """The fields of `Perturbed`; the teacher's labels are empty where the dropout is shared. seed as a signed int64."""
-    _check(x, labels, number, path, times)
-    out = _outputs(x, labels, shared_label_dropout)
-    count = x[0].numel()
-    with torch.cuda.device_of(x):
-        _perturb_kernel[len(x) * triton.cdiv(count, 4 * _CALLS),](
-            x, labels, number, *out, seed, t_max, null_label, label_dropout,
-            PATH=path, TIMES=times, SHARED=shared_label_dropout, COUNT=count, BLOCK=_CALLS,
-            NOISE=int(Draw.NOISE), TIME=int(Draw.TIME), TEACHER_TIME=int(Draw.TEACHER_TIME),
-            LABEL=int(Draw.LABEL_DROPOUT), TEACHER_LABEL=int(Draw.TEACHER_LABEL_DROPOUT),
+    out = _empty(data, posterior, shared)
+    x_t = out[2]
+    count = x_t[0].numel()
+    with torch.cuda.device_of(data):
+        _perturb_kernel[len(x_t) * triton.cdiv(count, 4 * _CALLS),](
+            data, labels, number, shift, scale, *out, seed, t_max, null_label, label_dropout,
+            PATH=path, TIMES=times, SHARED=shared, POSTERIOR=posterior,
+            COUNT=count, AREA=count // x_t.shape[1], BLOCK=_CALLS,
+            SAMPLE=int(Draw.POSTERIOR), NOISE=int(Draw.NOISE), TIME=int(Draw.TIME),
+            TEACHER_TIME=int(Draw.TEACHER_TIME), LABEL=int(Draw.LABEL_DROPOUT),
+            TEACHER_LABEL=int(Draw.TEACHER_LABEL_DROPOUT),
         )  # fmt: skip
     return out
 
 
-@_perturb.register_fake
-def _outputs(
-    x: Tensor, labels: Tensor, *settings: object
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Empty outputs; the last of `settings` is whether the label dropout is shared."""
-    times, shared = (len(x),), settings[-1]
-    t, t_teacher = (torch.empty(times, dtype=torch.float32, device=x.device) for _ in range(2))
-    noise, x_t, x_teacher, target = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for _ in range(4))
-    dropped = torch.empty(times, dtype=torch.int64, device=x.device)
-    teacher_labels = torch.empty((0,) if shared else times, dtype=torch.int64, device=x.device)
-    return noise, t, t_teacher, x_t, x_teacher, target, dropped, teacher_labels
+_op = torch.library.custom_op(
+    "sra_fast::perturb",
+    _launch,
+    mutates_args=(),
+    schema="(Tensor data, Tensor labels, Tensor number, Tensor? shift, Tensor? scale, bool posterior, int seed,"
+    " str path, str times, float t_max, int null_label, float label_dropout, bool shared)"
+    " -> (Tensor t, Tensor t_teacher, Tensor x_t, Tensor x_teacher, Tensor target, Tensor labels_out,"
+    " Tensor teacher_labels)",
+)
+
+
+@_op.register_fake
+def _(data, labels, number, shift, scale, posterior, *settings):
+    return _empty(data, posterior, settings[-1])
 
 
 def perturb(
-    x: Tensor,
-    labels: Tensor,
-    number: Tensor,
-    *,
-    seed: int,
-    path: str,
-    times: str,
-    t_max: float,
-    null_label: int,
-    label_dropout: float,
-    shared_label_dropout: bool,
+    data: Tensor, labels: Tensor, number: Tensor, settings: Settings, stored: Stored | None = None
 ) -> Perturbed:
-    """`perturb_ref` in one launch of a Triton kernel that reads x once. Labels, and the
-    words and uniforms of which all else is made, are equal in every bit.
+    """`perturb_ref` in one launch of a Triton kernel that reads the data once. Labels, and the words and uniforms of
+    which all else is made, are equal in every bit.
 
     Args:
-        x: (B, C, H, W) float32, contiguous.
+        data: contiguous; (B, C, ...) float32, or with `stored` float32, float16 or uint8, and (B, 2C, ...) moments.
         labels, number: (B,) int64.
-        seed: 64 bits.
 
     Raises:
         ValueError: on a shape, dtype, device, stride, path or distribution that it cannot serve.
     """
-    signed = seed - (seed >> 63 << 64)  # the same 64 bits as an int64
-    made = _perturb(x, labels, number, signed, path, times, t_max, null_label, label_dropout, shared_label_dropout)
-    return Perturbed(*made[:7], made[6] if shared_label_dropout else made[7])
+    _check(data, labels, number, settings, stored)
+    posterior, shift, scale = (False, None, None) if stored is None else stored
+    signed = settings.seed - (settings.seed >> 63 << 64)  # the same 64 bits as an int64
+    made = _op(data, labels, number, shift, scale, posterior, signed, *settings[1:])
+    return Perturbed(*made[:6], made[5] if settings.shared_label_dropout else made[6])

@@ -11,6 +11,8 @@ communication.
 Words and uniforms are equal in every bit on every backend: they come from integer arithmetic and one exact scaling.
 Normals use log, cos and sin, whose last bits differ between backends.
 
+The same on the inside of a Triton kernel: `quad` of a call's words, `uniform` and `normal_pair` of words.
+
 Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011, section 3.3, and Random123's constants.
 """
 
@@ -21,6 +23,8 @@ from enum import IntEnum
 
 import torch
 from torch import Tensor
+
+from .language import tl, triton
 
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85  # golden ratio, sqrt(3) - 1: the key's increments from round to round
@@ -128,3 +132,40 @@ def below(word: Tensor, bound: int) -> Tensor:
     if not 0 < bound <= 1 << 31:
         raise ValueError(f"bound: {bound} given; must be in [1, 2^31]")
     return (word * bound) >> 32
+
+
+@triton.jit
+def quad(seed, call, low, high, DRAW: tl.constexpr):
+    """The four words of a call = element // 4 of image number (low, high), all uint32 in the call's shape. Counters are
+    of 32-bit words: wider ones would silently make this Philox-4x64."""
+    zeros = call * 0
+    return tl.philox(seed, call, zeros + low, zeros + high, zeros + DRAW)
+
+
+@triton.jit
+def uniform(word):
+    """`to_uniform` of a uint32."""
+    return ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
+
+
+@triton.jit
+def turn(v):
+    """(cos, sin) of 2 pi v for v in [0, 1], within 2^-23: Cephes' polynomials on the exact distance to the nearest
+    quarter turn. CUDA's own keep a reduction for large angles on the stack."""
+    quarter = tl.floor(4 * v + 0.5)
+    angle = 6.283185307179586 * (v - 0.25 * quarter)
+    z = angle * angle
+    sine = ((-1.9515295891e-4 * z + 8.3321608736e-3) * z - 1.6666654611e-1) * z * angle + angle
+    cosine = ((2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2) * z * z - 0.5 * z + 1
+    odd = (quarter == 1) | (quarter == 3)
+    left, lower = (quarter == 1) | (quarter == 2), (quarter == 2) | (quarter == 3)
+    cosine, sine = tl.where(odd, sine, cosine), tl.where(odd, cosine, sine)
+    return tl.where(left, -cosine, cosine), tl.where(lower, -sine, sine)
+
+
+@triton.jit
+def normal_pair(first, second):
+    """Two standard normals of two words, as `normals`."""
+    radius = tl.sqrt_rn(tl.maximum(-2.0 * tl.log(uniform(first)), 0.0))
+    cosine, sine = turn(uniform(second))
+    return radius * cosine, radius * sine

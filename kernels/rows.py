@@ -53,7 +53,7 @@ def tiles(width: int) -> Tiles:
     main = 1 << max(0, (width - 1).bit_length() - 1)
     tail = 1 << max(0, width - main - 1).bit_length()
     warps = 1 << (-(-(main + tail) // (24 * 32)) - 1).bit_length()
-    return Tiles(main, tail, warps, 2 if main + tail <= 2048 else 1)
+    return Tiles(main, tail, warps, 3 if main + tail <= 2048 else 1)
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def normalise_backward(n_a, n_b, g_a, g_b, rstd, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _total(
+def _adaln_total(
     partials, first, second, third,  # (K, B, CHUNKS, D), K times (B, D), None beyond K
     batch, chunks,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -145,7 +145,7 @@ def total(partials: Tensor, *dtypes: torch.dtype) -> tuple[Tensor, ...]:
     if batch:
         first, second, third = (*out, None)[:3]
         grid = (batch, -(-width // TOTAL_COLUMNS), count)
-        _total[grid](
+        _adaln_total[grid](
             partials, first, second, third, batch, chunks,
             WIDTH=width, ROWS=TOTAL_ROWS, COLUMNS=TOTAL_COLUMNS, num_warps=4,
         )  # fmt: skip

@@ -39,10 +39,12 @@ def lines() -> Iterator[str]:
     ):
         found = _installed(package) or (package.startswith("nvidia-dali") and _installed("nvidia-dali-cuda120"))
         yield f"{package.removesuffix('-cuda130'):<12} {found or f'missing ({use}): {cure}'}"
-    for program, use in (("c++", "compiled ops"), ("nvcc", "CUDA ops")):
+    for program, use in (("cmake", "compiled ops"), ("c++", "compiled ops"), ("nvcc", "CUDA ops")):
         yield f"{program:<12} {_version(program) or f'missing ({use})'}"
+    compiled = kernels.library.missing() or ("CPU and GPU code" if kernels.library.has_gpu_code() else "CPU code")
+    yield f"{'compiled ops':<12} {compiled}"
     yield ""
-    for op, choice in KernelsConfig().resolve().items():
+    for op, choice in KernelsConfig().resolve(hardware.architecture).items():
         fused = "fused" in kernels.IMPLEMENTATIONS[op]
         yield f"{op:<16} {choice}{'' if fused else ' (no fused kernel)'}"
     rule = ", ".join(available(hardware.device, hardware.dtype, USUAL_HEAD))

@@ -47,6 +47,11 @@ class Hardware:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
     @property
+    def architecture(self) -> str:
+        """cpu, or the GPU's: sm_90."""
+        return "sm_{}{}".format(*torch.cuda.get_device_capability(self.device)) if self.device.type == "cuda" else "cpu"
+
+    @property
     def precision(self) -> str:
         """fp32 or bf16."""
         return "bf16" if self.dtype == torch.bfloat16 else "fp32"

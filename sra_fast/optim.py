@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from sra_fast.config import Config, OptimConfig
+from sra_fast.kernels.adamw_ema import Lists, Scalars, adamw_ema_ref
+from sra_fast.kernels.gradient_norm import gradient_norm_ref
 from sra_fast.model.initial import initial_weights
 from sra_fast.model.layout import joined
 from sra_fast.model.transformer import Ops, Transformer, around
@@ -69,18 +71,53 @@ class TrainState:
     def assemble(cls, config: Config, ops: Ops, dtype: torch.dtype, **tensors) -> TrainState:
         """A state around existing tensors, with student and teacher computing in `dtype`."""
 
-        def own(source: dict[str, Tensor]) -> dict[str, Tensor]:
-            return source if dtype == torch.float32 else {name: w.to(dtype) for name, w in source.items()}
-
-        student = around(config.model, own(tensors["weights"]), ops).train()
+        student = around(config.model, tensors["weights"], ops).train()
+        teacher = around(config.model, tensors["ema"], ops).until(
+            0 if config.align.method == "none" else config.taps[1]
+        )
+        if dtype != torch.float32:
+            student, teacher = (network.to(dtype) for network in (student, teacher))  # new tensors
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(name in tensors["adam_m"])
-        return cls(**tensors, student=student, teacher=around(config.model, own(tensors["ema"]), ops))
+        return cls(**tensors, student=student, teacher=teacher)
 
     @property
     def trained(self) -> list[Tensor]:
         """The student's trained parameters, in the order of the moments."""
-        return _named(self.student, self.adam_m)
+        parameters = dict(self.student.named_parameters())
+        return [parameters[name] for name in self.adam_m]
+
+    @cached_property
+    def lists(self) -> tuple[list[Tensor], ...]:
+        """What an update changes: weights, m, v, EMA, and the networks' copies of weights and EMA, empty where the
+        networks hold the very tensors. In the order of the moments, cut as `cut` cuts gradients. The teacher's copies
+        end at its tap: a tensor without elements stands for each of the rest."""
+        names = list(self.adam_m)
+        held = [[group[name] for name in names] for group in (self.weights, self.adam_m, self.adam_v, self.ema)]
+        if not self.has_copies:
+            return *held, [], []
+        student, teacher = (dict(network.named_parameters()) for network in (self.student, self.teacher))
+        none = self.student.pos_embed.new_empty(0)
+        copies = []
+        for name in names:
+            copies += [teacher[name].detach(), *[none] * (name in self._cuts)] if name in teacher else [none]
+        return *map(self.cut, [*held, [student[name].detach() for name in names]]), copies
+
+    @cached_property
+    def _cuts(self) -> dict[str, int]:
+        """Rows of a parameter that the teacher has, where it has only some: of the modulation of all blocks."""
+        own = dict(self.teacher.named_parameters()) if self.has_copies else {}
+        return {
+            name: len(own[name]) for name in self.adam_m if name in own and len(own[name]) < len(self.weights[name])
+        }
+
+    def cut(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors in the order of the moments, those of which the teacher has the first rows cut behind these."""
+        pieces = []
+        for name, tensor in zip(self.adam_m, tensors, strict=True):
+            rows = self._cuts.get(name)
+            pieces += [tensor] if rows is None else [tensor[:rows], tensor[rows:]]
+        return pieces
 
     @property
     def has_copies(self) -> bool:
@@ -104,12 +141,10 @@ class TrainState:
         if not self.has_copies:
             return
         for model, source in ((self.student, self.weights), (self.teacher, self.ema)):
-            torch._foreach_copy_(_named(model, source), list(source.values()))
-
-
-def _named(model: Transformer, names: Mapping[str, Tensor]) -> list[Tensor]:
-    parameters = dict(model.named_parameters())
-    return [parameters[name] for name in names]
+            names, copies = zip(*model.named_parameters(), strict=True)
+            torch._foreach_copy_(
+                list(copies), [source[name][: len(own)] for name, own in zip(names, copies, strict=True)]
+            )
 
 
 def learning_rate(config: Config, images_seen: int) -> float:
@@ -130,89 +165,13 @@ def ema_decay(config: OptimConfig, updates: Tensor) -> Tensor:
     return torch.minimum(constant, (1 + updates) / (10 + updates)) if config.ema_warmup else constant
 
 
-def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """Global 2-norm of all gradients: a float32 scalar."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients), dtype=torch.float32)))
-
-
-class Rates(NamedTuple):
-    """What one update does to every parameter: float32 scalars on the device. A step that is skipped has a `scale` of
-    zero, and rates that leave every tensor as it is."""
-
-    finite: Tensor  # bool
-    scale: Tensor  # of the gradient: min(1, clip / (norm + 1e-6))
-    blend1: Tensor  # 1 - beta1
-    blend2: Tensor  # 1 - beta2
-    bias1: Tensor  # 1 - beta1^step
-    bias2: Tensor  # sqrt(1 - beta2^step)
-    lr: Tensor
-    blend_ema: Tensor  # 1 - ema_decay
-
-
-def rates(lr: Tensor, step: Tensor, norm: Tensor, ema_decay: Tensor, clip: float, betas: tuple[float, float]) -> Rates:
-    """The rates of one update.
-
-    Args:
-        lr, norm, ema_decay: () float32; step: () int64, counting this update.
-        clip: largest norm; 0 = no clipping.
-        betas: of Adam.
-    """
-    finite = norm.isfinite()
-    zero = torch.zeros_like(norm)
-    blends = [torch.where(finite, 1 - keep, zero) for keep in (*betas, ema_decay)]
-    corrected = step.clamp(min=1).double()
-    bias1, bias2 = ((1 - beta**corrected).float() for beta in betas)
-    scale = (clip / (norm + 1e-6)).clamp(max=1) if clip else torch.ones_like(norm)
-    return Rates(finite, scale, *blends[:2], bias1, bias2.sqrt(), torch.where(finite, lr, zero), blends[2])
-
-
-def adamw_ema_ref(
-    weight: Tensor,
-    gradient: Tensor,
-    m: Tensor,
-    v: Tensor,
-    ema: Tensor,
-    copies: Sequence[Tensor],
-    rates: Rates,
-    weight_decay: float,
-    eps: float,
-) -> None:
-    """Reference AdamW, EMA and copies of one parameter in plain PyTorch, in place.
-
-        g = gradient * min(1, clip / (norm + 1e-6))
-        m = beta1 m + (1 - beta1) g          v = beta2 v + (1 - beta2) g^2
-        w = (1 - lr decay) w - lr (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)
-        ema = ema_decay ema + (1 - ema_decay) w
-
-    Args:
-        weight, m, v, ema: fp32, of one shape.
-        gradient: of that shape, any floating dtype.
-        copies: of weight and EMA in the networks' dtype; empty where the networks hold the very tensors.
-        rates: of this update. If the norm was not finite, every tensor keeps its bits.
-        weight_decay: decoupled.
-        eps: of Adam.
-
-    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, algorithm 2.
-    """
-    r = rates
-    g = torch.where(r.finite, gradient.float() * r.scale, 0)
-    m.lerp_(g, r.blend1)
-    v.mul_(1 - r.blend2).addcmul_(g, g * r.blend2)
-    step_size = (m / v.sqrt().div_(r.bias2).add_(eps)).mul_(r.lr / r.bias1)
-    if weight_decay:
-        weight.mul_(1 - r.lr * weight_decay)
-    weight.sub_(step_size)
-    ema.lerp_(weight, r.blend_ema)
-    for copy, source in zip(copies, (weight, ema), strict=False):
-        copy.copy_(source)
-
-
 @torch.no_grad()
 def update(
     state: TrainState,
     gradients: Sequence[Tensor],
     lr: Tensor,
     config: OptimConfig,
+    norm_of: Callable[..., Tensor] = gradient_norm_ref,
     adamw_ema: Callable[..., None] = adamw_ema_ref,
 ) -> tuple[Tensor, Tensor]:
     """Clip, AdamW, EMA and the copies for the networks. Returns (gradient norm before clipping, EMA decay), float32
@@ -222,33 +181,26 @@ def update(
 
     Args:
         state: updated in place.
-        gradients: in the order of `state.trained`, any floating dtype.
+        gradients: in the order of `state.trained`, of one floating dtype.
         lr: () float32.
         config: of the optimizer.
-        adamw_ema: `adamw_ema_ref` or the same, compiled.
+        norm_of, adamw_ema: implementations of the two ops, see kernels/gradient_norm.py and kernels/adamw_ema.py.
     """
-    norm = gradient_norm(gradients)
+    gradients = [gradient.contiguous() for gradient in gradients]
+    norm, decay = norm_of(gradients), ema_decay(config, state.adam_step)
     finite = norm.isfinite()
-    decay = ema_decay(config, state.adam_step)
-    state.adam_step += finite
-    state.skipped_steps += ~finite
     # The count stays where it ends the run, so that a later finite step cannot hide it from the next look.
     over = state.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW
     state.skipped_in_a_row.copy_(torch.where(over, state.skipped_in_a_row, (state.skipped_in_a_row + 1) * ~finite))
-    of_all = rates(lr, state.adam_step, norm, decay, config.clip, (config.beta1, config.beta2))
-    names = state.adam_m
-    students, teachers = _named(state.student, names), _named(state.teacher, names)
-    for name, gradient, student, teacher in zip(names, gradients, students, teachers, strict=True):
-        weight, ema = state.weights[name], state.ema[name]
+    clip, loss_scale = (torch.full((), value, device=norm.device) for value in (config.clip, 1.0))
+    lists = Lists(state.cut(gradients), *state.lists)
+    adamw_ema(
+        lists,
+        Scalars(norm, state.adam_step, state.skipped_steps, lr, decay, clip, loss_scale),
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
         # Decay acts on matrices; biases have nothing to decay towards.
-        decay_of_this = config.weight_decay if weight.ndim > 1 else 0.0
-        tensors = [_flat(t) for t in (weight, gradient.contiguous(), state.adam_m[name], state.adam_v[name], ema)]
-        copies = [_flat(t) for t in (student, teacher)] if state.has_copies else []
-        adamw_ema(*tensors, copies, of_all, decay_of_this, config.eps)
+        weight_decay=(config.weight_decay, 0.0),
+        group=[int(weight.ndim < 2) for weight in lists.weights],
+    )
     return norm, decay
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """The tensor's memory in one dimension, so that one compiled function serves every shape. `.data`, because a view
-    would bring its base, and a function compiled for each shape of that, along."""
-    return tensor.view(-1).data

@@ -26,6 +26,7 @@ from sra_fast.data.stream import ImageStream, load
 from sra_fast.distributed import refuse_several_processes
 from sra_fast.evaluation import Report, network_of
 from sra_fast.hardware import Hardware, set_deterministic
+from sra_fast.introduction import introduction
 from sra_fast.metrics import MetricsLog, write_json
 from sra_fast.model.choices import resolve
 from sra_fast.model.layout import apart, joined
@@ -35,7 +36,7 @@ from sra_fast.optim import HEAD, MOST_SKIPPED_IN_A_ROW, TrainState, learning_rat
 from sra_fast.sampling import balanced_labels, generate
 from sra_fast.sampling.images import grid_columns, save_grid, to_uint8
 from sra_fast.step import MetricRing, Metrics, TrainingStep
-from sra_fast.step.runner import EXECUTIONS, StepRunner, choose_execution
+from sra_fast.step.runner import StepRunner, choose_execution
 from sra_fast.stopping import StopRequest
 
 VALIDATION_NUMBERS = 1 << 62  # image numbers of held-out images begin here, out of training's reach
@@ -73,7 +74,9 @@ class Trainer:
         """Train, evaluate, write the summary. Returns the exit code: 0, 1 below a bar, 128 + signal when stopped."""
         with checkpoint.locked(self.folder):
             self.state, self.progress = self._begin()
-            self._introduce()
+            count = sum(weight.numel() for weight in self.state.weights.values())
+            for line in introduction(self.config, self.source, count, self.hardware, self.resolved, self.execution):
+                self.report(line)
             write_json(self.folder / "config.json", to_dict(self.config))
             (self.folder / "samples").mkdir(exist_ok=True)
             self.summary.unlink(missing_ok=True)  # of a shorter run that goes on
@@ -143,21 +146,6 @@ class Trainer:
         if weights.without_head:
             given |= {name: own for name, own in state.weights.items() if name.startswith(HEAD)}
         state.load({"weights": given, "ema": given})
-
-    def _introduce(self) -> None:
-        c, source = self.config, self.source
-        count = sum(weight.numel() for weight in self.state.weights.values())
-        aligned = "without alignment"
-        if c.align.method != "none":
-            aligned = f"{c.align.method} from block {c.taps[0]} to block {c.taps[1]}, {c.align.distance} distance"
-        self.report(f"model    {c.model.family}, {count / 1e6:.2f} M parameters, {c.model.tokens} tokens; {aligned}")
-        self.report(
-            f"data     {len(source.train):,} training and {len(source.held_out):,} held-out images, "
-            f"{c.model.classes} classes; decoded by {source.decoder.name}"
-        )
-        self.report(f"device   {self.hardware.name}, {self.hardware.precision}")
-        self.report(f"ops      {', '.join(f'{op}: {choice}' for op, choice in self.resolved.items())}")
-        self.report(f"step     {EXECUTIONS[self.execution]}")
 
     # The loop
 

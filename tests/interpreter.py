@@ -1,8 +1,8 @@
 """Kernels in Triton's interpreter: on a CPU, in a process of its own, because TRITON_INTERPRET=1 must be there before
 Triton is imported.
 
-Tests of kernels have "kernel" in their names and the mark `kernel`. They run where kernels do: on a GPU, and in the
-process that `run_interpreted` starts for a file.
+Tests of kernels have the mark `kernel`. They run where kernels do: on a GPU, and in the process that `run_interpreted`
+starts for a file.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -27,11 +29,13 @@ from sra_fast.kernels.language import INTERPRETED, missing
 ROOT = Path(__file__).parents[1]
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 # Files that import each other and nothing else: what a copy with a fault needs.
-SOURCES = ("language", "rows", "adaln", "gated_adaln")
+SOURCES = ("language", "rows", "philox", "adaln", "gated_adaln", "alignment", "perturb")
+GUARD = 1 << 14  # elements before and after each tensor that is `surrounded` or made in `guarded`
 
 
 def kernel(test):
     """Marks a test that runs kernels."""
+    test.runs_kernels = True
     test = pytest.mark.skipif(bool(missing()), reason="no GPU; run in the interpreter by another test of this file")(
         test
     )
@@ -39,9 +43,11 @@ def kernel(test):
 
 
 def run_interpreted(file: str) -> None:
-    """The tests of a file whose names have "kernel" in them."""
+    """The tests of a file that have the mark `kernel`; there must be ten, and none may skip."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "kernel and not interpreter", file]
+    tests = vars(sys.modules[Path(file).stem]).items()
+    names = [f"{file}::{name}" for name, test in tests if getattr(test, "runs_kernels", False)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *names]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
@@ -73,11 +79,41 @@ if INTERPRETED:
     mend()
 
 
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Every torch.empty is full of NaN, or of -7 where there is none, so that what a kernel leaves unwritten is found;
+    and between guards of 7, so that what it writes outside is found at the end."""
+    made = []
+
+    def empty(*size, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
+        shape = torch.Size(size[0] if size and not isinstance(size[0], int) else size)
+        dtype = dtype or torch.get_default_dtype()
+        made.append(torch.full((shape.numel() + 2 * GUARD,), 7, dtype=dtype, device=device))
+        inner = made[-1][GUARD : GUARD + shape.numel()].view(shape)
+        return inner.fill_(torch.nan if dtype.is_floating_point else -7)
+
+    with mock.patch.object(torch, "empty", empty):
+        yield
+    for place, room in enumerate(made):
+        whole = bool((room[:GUARD] == 7).all()) and bool((room[-GUARD:] == 7).all())
+        assert whole, f"a kernel wrote outside torch.empty number {place}"
+
+
 @pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New memory is NaN, so that what a kernel leaves unwritten is found."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(float("nan")))
+def poisoned() -> Iterator[None]:
+    """A test in `guarded`."""
+    with guarded():
+        yield
+
+
+def surrounded(values: Tensor, strides: tuple[int, ...] | None = None) -> Tensor:
+    """The values with NaN, or 99 where there is none, before and after them, and between them where the strides leave
+    room: what a kernel reads from there is seen in its results."""
+    strides = strides or values.contiguous().stride()
+    room = 1 + sum((size - 1) * stride for size, stride in zip(values.shape, strides, strict=True))
+    fill = torch.nan if values.is_floating_point() else 99
+    flat = torch.full((room + 2 * GUARD,), fill, dtype=values.dtype, device=values.device)
+    return flat.as_strided(values.shape, strides, GUARD).copy_(values)
 
 
 def inside(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -92,31 +128,48 @@ def inside(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generato
 
 
 def assert_as_exact(got: Sequence[Tensor], usual: Sequence[Tensor], truth: Sequence[Tensor], terms: int) -> None:
+    """`assert_within_twice` with a floor for sums: one rounding of the largest value to its dtype, and four times the
+    sqrt(n) roundings of a float32 sum of n = `terms` numbers in any order."""
+    sums = 4 * torch.finfo(torch.float32).eps * math.sqrt(terms)
+    floors = [(torch.finfo(value.dtype).eps / 2 + sums) * largest(best) for value, best in zip(got, truth, strict=True)]
+    assert_within_twice(got, usual, truth, floors)
+
+
+def assert_within_twice(
+    got: Sequence[Tensor], usual: Sequence[Tensor], truth: Sequence[Tensor], floors: Sequence[float]
+) -> None:
     """The error of a kernel's results is at most twice PyTorch's own at the same dtypes, and a floor, because PyTorch
-    may hit the truth by luck: one rounding of the largest value to its dtype, and four times the sqrt(n) roundings of a
-    float32 sum of n = `terms` numbers in any order."""
-    for place, (value, own, best) in enumerate(zip(got, usual, truth, strict=True)):
-        assert (value.shape, value.dtype) == (own.shape, own.dtype)
-        units = torch.finfo(value.dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps * math.sqrt(terms)
-        allowed = 2 * largest(own.double() - best) + units * largest(best)
+    may hit the truth by luck."""
+    for place, (value, own, best, floor) in enumerate(zip(got, usual, truth, floors, strict=True)):
+        assert (value.shape, value.dtype) == (own.shape, own.dtype), f"result {place}: {value.dtype} {value.shape}"
+        allowed = 2 * largest(own.double() - best) + floor
         error = largest(value.double() - best)
         assert error <= allowed, f"result {place}: error {error:.3g}, allowed {allowed:.3g}"  # also of NaN
+
+
+def assert_same(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+    """Equal in every bit; no NaN."""
+    for place, (one, other) in enumerate(zip(first, second, strict=True)):
+        assert torch.equal(one, other), f"result {place} differs"
 
 
 def largest(x: Tensor) -> float:
     return float(x.abs().max()) if x.numel() else 0.0
 
 
-def mutant(folder: Path, name: str, file: str, right: str, wrong: str) -> ModuleType:
-    """A copy of the module `name` of kernels, with `wrong` for `right` in `file`; its ops have names of their own."""
+def mutant(folder: Path, name: str, file: str, right: str, wrong: str, function: str = "") -> ModuleType:
+    """A copy of the module `name` of kernels, with `wrong` for `right` in `file`, or in one function of it; its ops
+    have names of their own."""
     package = f"mutant_{folder.name}"
     (folder / package).mkdir()
     (folder / package / "__init__.py").touch()
     for stem in SOURCES:
         text = (ROOT / "kernels" / f"{stem}.py").read_text()
         if stem == file:
+            before, head, text = text.partition(f"def {function}(") if function else ("", "", text)
+            text, end, after = text.partition("\n\n\n") if function else (text, "", "")
             assert text.count(right) == 1, f"{file}.py has {text.count(right)} times {right!r}"
-            text = text.replace(right, wrong)
+            text = before + head + text.replace(right, wrong) + end + after
         (folder / package / f"{stem}.py").write_text(text.replace('"sra_fast::', f'"{package}::'))
     sys.path.insert(0, str(folder))
     try:

@@ -19,6 +19,7 @@ from sra_fast.config import AlignConfig, preset
 from sra_fast.kernels.alignment import DISTANCES, alignment_ref
 from sra_fast.model.layout import joined
 from sra_fast.model.transformer import Transformer, around
+from sra_fast.objective import Noised
 from sra_fast.objective.alignment import Losses, alignment_weight, training_losses
 from sra_fast.objective.flow import Flow
 
@@ -136,6 +137,12 @@ def test_wrong_input_is_refused_by_name() -> None:
 # SRA's losses
 
 
+def between(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """The linear interpolant."""
+    t = t[:, None, None, None]
+    return (1 - t) * x + t * noise
+
+
 @pytest.fixture
 def scene(tiny, awake) -> SimpleNamespace:
     """A student and a different teacher, both with gradients on, and a batch in which no two roles share a value."""
@@ -148,7 +155,9 @@ def scene(tiny, awake) -> SimpleNamespace:
         taps=config.taps,
         student=student,
         teacher=teacher,
-        noised=Flow("linear").noised(x, noise, t, t_teacher),
+        noised=Noised(t, t_teacher, between(x, noise, t), between(x, noise, t_teacher), noise - x),
+        x=x,
+        noise=noise,
         labels=torch.tensor([0, 1, 2, 3, 4, 0]),
         teacher_labels=torch.tensor([0, 1, 2, 3, 4, 4]),
     )
@@ -168,9 +177,9 @@ def published(s: SimpleNamespace, weight: float) -> tuple[float, float, float]:
     """student at t through its head, teacher at t_teacher and raw."""
     n = s.noised
     prediction, tapped = block_output(s.student, s.taps[0], n.x_t, n.t, s.labels)
-    x_teacher = (1 - n.t_teacher)[:, None, None, None] * n.x + n.t_teacher[:, None, None, None] * n.noise
+    x_teacher = between(s.x, s.noise, n.t_teacher)
     _, target = block_output(s.teacher, s.taps[1], x_teacher, n.t_teacher, s.teacher_labels)
-    generative = float((prediction - (n.noise - n.x)).square().mean())
+    generative = float((prediction - (s.noise - s.x)).square().mean())
     alignment = FORMULAS["smooth_l1"](s.student.ap_head(tapped).detach().numpy(), target.numpy())
     return generative + weight * alignment, generative, alignment
 
@@ -184,7 +193,7 @@ def computed(s: SimpleNamespace, weight: float = 0.5, **changes: object) -> Loss
         "teacher_labels": s.teacher_labels,
         "taps": s.taps,
     }
-    return training_losses(Flow("linear"), distance=of("smooth_l1"), weight=weight, **parts | changes)
+    return training_losses(Flow(), distance=of("smooth_l1"), weight=weight, **parts | changes)
 
 
 def as_published(s: SimpleNamespace, losses: Losses) -> bool:
@@ -276,7 +285,7 @@ def test_the_plain_model_has_the_generative_loss_alone_and_does_not_run_the_head
 def published_generative(s: SimpleNamespace) -> float:
     with torch.no_grad():
         prediction, _ = s.student(s.noised.x_t, s.noised.t, s.labels)
-    return float((prediction - (s.noised.noise - s.noised.x)).square().mean())
+    return float((prediction - (s.noise - s.x)).square().mean())
 
 
 # The public code at three significant figures.

@@ -135,7 +135,7 @@ def test_perturb_that_draws_other_labels_is_found():
         return (*drawn, labels, torch.where(teacher == teacher[0], 7, teacher))
 
     case.implementations["fused"] = other
-    with pytest.raises(GateFailed, match="result 5"):
+    with pytest.raises(GateFailed, match="result 6"):
         check(case, "fused", "forward", truth(case, "forward"))
 
 

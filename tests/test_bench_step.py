@@ -110,6 +110,31 @@ def test_large_steps_do_not_live_together(device, size, batch, given, wanted):
     assert bench_step.interleave(chosen, batch) == wanted
 
 
+def test_fused_ops_are_asked_for_and_perturb_is_left_as_it_is(config, monkeypatch):
+    asked = []
+
+    def resolve(config, hardware):
+        asked.append(config.kernels)
+        return {**replace(config.kernels, default="auto").resolve(), "attention": "math"}
+
+    monkeypatch.setattr(bench_step, "resolve", resolve)
+    for kernels in (config.kernels, replace(config.kernels, perturb="reference")):
+        for name in ("ours eager", "ours, fused ops"):
+            bench_step.build(name, replace(config, kernels=kernels), CPU)
+    assert [(kernels.default, kernels.perturb) for kernels in asked] == [
+        ("auto", None),
+        ("fused", "auto"),
+        ("auto", "reference"),
+        ("fused", "reference"),
+    ]
+
+
+def test_fused_ops_need_a_gpu_and_take_turns_with_ours(config):
+    assert not bench_step.possible("ours, fused ops", CPU)
+    assert bench_step.possible("ours, fused ops", torch.device("cuda"))
+    assert bench_step.groups(["public", "ours", "ours, fused ops"], "pairs")[1] == ["ours", "ours, fused ops"]
+
+
 def test_a_step_that_was_to_be_a_graph_and_is_not_has_no_number(config, monkeypatch):
     monkeypatch.setattr(bench_step.OurStep, "failure", "operation not permitted")
     *_, made = bench_step.rows(config, "s", ["ours eager"], CPU, repeats=2, warmup=1, interleave="all")

@@ -46,15 +46,18 @@ def test_betas_and_abar_are_the_published_schedule() -> None:
 def test_teacher_sees_the_same_image_and_noise_at_its_own_step() -> None:
     noised, _, _ = batch(0, 1, 500, 999)
     for row, step in enumerate((1, 1, 499, 998)):
-        wanted = math.sqrt(ABAR[step]) * noised.x[row] + math.sqrt(1 - ABAR[step]) * noised.noise[row]
+        wanted = math.sqrt(ABAR[step]) * noised.x[row] + math.sqrt(1 - ABAR[step]) * noised.target[row]
         torch.testing.assert_close(noised.x_teacher[row], wanted, atol=1e-10, rtol=0)
-    assert noised.target is noised.noise
+    x, noise, t = torch.randn(1, 1, 2, 2), torch.randn(1, 1, 2, 2), torch.ones(1)
+    noised = Diffusion().noised(x, noise, t, t)
+    assert noised.target is noise
+    assert noised.x is x
 
 
 @pytest.mark.parametrize("step", [1, 2, 10, 500, 999])
 def test_exact_noise_and_the_posterior_variance_have_no_divergence(step: int) -> None:
     noised, _, _ = batch(step)
-    bound = Diffusion().bound(noised.noise, torch.full_like(noised.noise, -1.0), noised)
+    bound = Diffusion().bound(noised.target, torch.full_like(noised.target, -1.0), noised)
     assert float(bound.abs().max()) < 1e-9
 
 
@@ -107,7 +110,7 @@ def test_step_zero_is_the_likelihood_of_a_pixel(error: float, v: float) -> None:
 def test_loss_is_noise_error_plus_bound() -> None:
     noised, predicted, fraction = batch(0, 1, 500, 999)
     loss = Diffusion().loss(torch.cat([predicted, fraction], 1), noised)
-    mse = ((predicted - noised.noise).numpy() ** 2).mean()
+    mse = ((predicted - noised.target).numpy() ** 2).mean()
     bounds = Diffusion().bound(predicted, fraction, noised).numpy()
     assert float(loss) == pytest.approx(mse + bounds.mean(), rel=1e-12)
 
@@ -117,7 +120,7 @@ def test_the_bound_trains_the_variance_alone() -> None:
     prediction = torch.cat([predicted, fraction], 1).requires_grad_()
     (gradient,) = torch.autograd.grad(Diffusion().loss(prediction, noised), prediction)
     of_noise, of_variance = gradient.chunk(2, 1)
-    torch.testing.assert_close(of_noise, 2 * (predicted - noised.noise) / predicted.numel(), atol=1e-14, rtol=1e-12)
+    torch.testing.assert_close(of_noise, 2 * (predicted - noised.target) / predicted.numel(), atol=1e-14, rtol=1e-12)
     assert bool((of_variance != 0).all())
 
 

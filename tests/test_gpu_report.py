@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import compare, gpu_report
 from benchmarks.bench_step import NAMES
-from benchmarks.parts import FAILED, NOT_RUN, OK, Part, run_parts
+from benchmarks.parts import FAILED, NOT_HERE, NOT_RUN, OK, Part, run_parts
 from benchmarks.record import read, write
 from benchmarks.report import LARGEST, MOST_FILES, gather
 from benchmarks.stamp import stamp
@@ -116,6 +116,23 @@ def test_a_part_that_must_end_fails_when_it_hangs(planted, tmp_path):
     assert run([hangs], tmp_path, budget_s=6.5)[0]["hangs"].outcome == FAILED
 
 
+def test_a_part_that_lacks_something_says_what(planted, tmp_path, capsys):
+    lacks = planted("lacks", "import sys\nprint('no such tool', file=sys.stderr)\nsys.exit(69)", not_here=(69,))
+    other = planted("other", "raise SystemExit(69)")
+    outcomes, _, text, _ = run([lacks, other], tmp_path)
+    assert [outcome.outcome for outcome in outcomes.values()] == [NOT_HERE, FAILED]
+    assert outcomes["lacks"].reason == "no such tool"
+    assert "| lacks | not run | " in " ".join(text.split())
+    assert "All parts ran." not in text
+    assert gpu_report.report([lacks], 60.0, "cpu", tmp_path / "again") == 0
+    assert "lacks  not run, " in capsys.readouterr().out
+
+
+def test_a_part_gets_no_more_than_its_most(planted, tmp_path):
+    hangs = planted("hangs", "import time\ntime.sleep(60)", share=0.9, most_s=4.0)
+    assert "killed after 4 s" in run([hangs], tmp_path)[0]["hangs"].reason
+
+
 def test_at_most_eight_files_none_too_large(tmp_path):
     profile = tmp_path / "staging" / "03-cli"
     profile.mkdir(parents=True)
@@ -182,7 +199,8 @@ def test_the_plan_is_in_the_order_of_its_weight():
     names = [part.name for part in gpu_report.parts_for_gpu()]
     xl = [f"SiT-XL/2, 256 tokens, batch {batch}" for batch in (32, 256)]
     between = [f"{name}: between" for name in xl]
-    assert names[:9] == ["correctness", "roofs", "ops", "update", *xl, *between, "profile"]
+    checks = ["correctness", "kernels", "memcheck", "racecheck"]
+    assert names[:12] == [*checks, "roofs", "ops", "update", *xl, *between, "profile"]
     assert len(set(names)) == len(names)
     assert {f"SiT-{size}/2, 256 tokens, batch {n}" for size in "SBL" for n in (32, 256)} < set(names)
     assert {"SiT-XL/2, 1024 tokens, batch 32", "SiT-XL/2, 256 tokens, batch auto-check"} < set(names)
@@ -191,6 +209,17 @@ def test_the_plan_is_in_the_order_of_its_weight():
 def test_the_plan_has_every_rung_of_xl_by_its_name():
     named = {*gpu_report.ENDS, *gpu_report.BETWEEN, *gpu_report.VARIANTS}
     assert named == set(NAMES)
+
+
+def test_every_file_with_tests_for_a_gpu_is_run_once():
+    """As pytest itself finds them."""
+    parts = [gpu_report.correctness(0.5, kernels) for kernels in (False, True)]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    collected = subprocess.run(command, capture_output=True, text=True, cwd=gpu_report.ROOT).stdout
+    files = [word for part in parts for word in part.arguments if word.endswith(".py")]
+    assert sorted(files) == sorted({line.partition("::")[0] for line in collected.splitlines() if "::" in line})
+    assert "tests/test_gpu_step.py" in parts[0].arguments
+    assert {"tests/test_gpu_kernels.py", "tests/test_adaln.py"} < set(parts[1].arguments)
 
 
 def test_no_gpu_is_said_in_one_line():
@@ -216,7 +245,7 @@ def test_the_report_small_on_a_cpu(tmp_path, monkeypatch, capfd, parts):
     code = gpu_report.main(["--device", "cpu", "--budget-s", "300", *(["--parts", *parts] if parts else [])])
     (folder,) = tmp_path.iterdir()
     report = json.loads((folder / "report.json").read_text())
-    assert [part for part in report["parts"] if part["outcome"] != OK] == []
+    assert [part for part in report["parts"] if part["outcome"] != OK and part["name"] != "memcheck"] == []
     assert len(report["parts"]) == (len(parts) or len(gpu_report.parts_for_cpu()))
     assert code == 0
     files = {path.name for path in folder.iterdir()}

@@ -27,6 +27,7 @@ ORDER = [
     {"checkpoint"},
     {"sampling"},
     {"evaluation"},
+    {"introduction"},
     {"profiling", "trainer"},
     {"doctor"},
     {"cli"},

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 import triton.language as tl
 
-from benchmarks import kernel_resources
+from benchmarks import kernel_resources, machine_code
 from benchmarks.machine_code import ARCHITECTURES, compiled, recorded, resources
 from sra_fast.metrics import read_json
 
@@ -49,6 +49,30 @@ def test_spills_are_seen() -> None:
     found = resources(compiled(launch(stride=16384, width=16384, warps=1, dtype=torch.float32), 90))
     assert found.spills > 100
     assert found.stack > 0
+
+
+def test_machine_code_is_read_once(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel, read = compiled(launch(), 90), machine_code._disassembled
+    first = resources(kernel)
+    monkeypatch.setattr(machine_code, "_disassembled", lambda kernel: pytest.fail("read again"))
+    assert resources(kernel) == first
+    monkeypatch.setattr(machine_code, "_disassembled", read)
+    assert resources(compiled(launch(warps=8), 90)) != first
+
+
+def test_loads_are_told_from_their_barriers() -> None:
+    code = "LDG.E.128 R4 ; LDGSTS.E.BYPASS.128 [R1] ; LDGDEPBAR ; LDG.E.U16 R2 ; LDG R3 ; STG.E.64 R5 ; STL [R1] ;"
+    assert machine_code._instructions(code) == {"spills": 1, "load_bits": 128, "narrow_loads": 2, "store_bits": 64}
+
+
+def test_shared_kernels_are_told_once_with_what_sets_them_apart() -> None:
+    described = [name for name, _ in kernel_resources.launches()]
+    assert {"rows._adaln_total of 2, D = 1152, fp32", "rows._adaln_total of 3, D = 1152, fp32"} < set(described)
+    assert not any(name.startswith(("rows._adaln_total", "alignment")) and "and fp32" in name for name in described)
+    for kernel in ("adaln._adaln_forward", "adaln._adaln_backward", "gated_adaln._gated_adaln_forward", "gated_adaln._gated_adaln_backward"):
+        kinds = {name.rpartition(", ")[2] for name in described if name.startswith(f"{kernel}, D = 1152")}
+        assert kinds == {"bf16", "fp32", "fp16", "bf16 and fp32"}
 
 
 def test_a_launch_is_noted_and_not_made() -> None:
@@ -99,6 +123,6 @@ def test_another_compiler_is_held_to_spills_and_loads_alone() -> None:
 
 def test_every_kernel_is_as_on_record() -> None:
     every = list(kernel_resources.launches())
-    assert len({described for described, _ in every}) == len(every) >= 80
+    assert len({described for described, _ in every}) == len(every) >= 160
     found = kernel_resources.measure(every)
     assert kernel_resources.complaints(found, read_json(kernel_resources.RECORD)) == []

@@ -1,4 +1,4 @@
-"""Paths, times and label dropout against their closed forms and distributions."""
+"""Paths, times, label dropout and posterior samples against their closed forms and distributions."""
 
 from __future__ import annotations
 
@@ -10,27 +10,29 @@ from torch import Tensor
 
 from sra_fast.kernels.perturb import (
     PATHS,
+    Settings,
+    Stored,
+    clean_ref,
     diffusion_times,
     draw_ref,
     drop_labels,
     flow_times,
     interpolate,
     path_coefficients,
+    perturb_ref,
 )
 from sra_fast.kernels.philox import Draw, normals, uniforms
 
 MANY = torch.arange(20_000)
-PUBLISHED = {
-    "seed": 3,
-    "family": "sit",
-    "path": "linear",
-    "times": "uniform",
-    "diffusion_steps": 1000,
-    "t_max": 0.2,
-    "null_label": 10,
-    "label_dropout": 0.1,
-    "shared_label_dropout": True,
-}
+PUBLISHED = Settings(
+    seed=3,
+    path="linear",
+    times="uniform",
+    t_max=0.2,
+    null_label=10,
+    label_dropout=0.1,
+    shared_label_dropout=True,
+)
 
 
 def batch(numbers: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,13 +143,13 @@ def test_label_dropout_leaves_the_others_alone() -> None:
 
 
 def test_shared_dropout_hands_the_teacher_the_students_labels() -> None:
-    drawn = draw_ref(*batch(MANY), MANY, **PUBLISHED)
+    drawn = draw_ref(*batch(MANY), MANY, PUBLISHED)
     assert torch.equal(drawn.teacher_labels, drawn.labels)
     assert bool((drawn.labels == 10).any())
 
 
 def test_unshared_dropout_is_the_teachers_own() -> None:
-    drawn = draw_ref(*batch(MANY), MANY, **PUBLISHED | {"shared_label_dropout": False})
+    drawn = draw_ref(*batch(MANY), MANY, PUBLISHED._replace(shared_label_dropout=False))
     student, teacher, n = drawn.labels == 10, drawn.teacher_labels == 10, len(MANY)
     assert float(teacher.float().mean()) == pytest.approx(0.1, abs=4 * math.sqrt(0.09 / n))
     assert float((student & teacher).float().mean()) == pytest.approx(0.01, abs=4 * math.sqrt(0.01 / n))
@@ -157,29 +159,109 @@ def test_unshared_dropout_is_the_teachers_own() -> None:
 def test_noise_is_the_noise_stream_and_the_image_is_left_alone() -> None:
     number = torch.arange(5)
     x, labels = batch(number)
-    drawn = draw_ref(x, labels, number, **PUBLISHED)
+    drawn = draw_ref(x, labels, number, PUBLISHED)
     assert torch.equal(drawn.x, x)
     assert torch.equal(drawn.noise.flatten(1), normals(3, number, Draw.NOISE, 48))
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_perturb_is_the_interpolant_of_what_is_drawn(path: str) -> None:
+    number, settings = torch.arange(5), PUBLISHED._replace(path=path)
+    drawn, made = draw_ref(*batch(number), number, settings), perturb_ref(*batch(number), number, settings)
+    assert torch.equal(made.x_t, interpolate(path, drawn.x, drawn.noise, drawn.t)[0])
+    assert torch.equal(made.target, interpolate(path, drawn.x, drawn.noise, drawn.t)[1])
+    assert torch.equal(made.x_teacher, interpolate(path, drawn.x, drawn.noise, drawn.t_teacher)[0])
+    for name in ("t", "t_teacher", "labels", "teacher_labels"):
+        assert torch.equal(getattr(made, name), getattr(drawn, name)), name
+
+
+def moments(numbers: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """(B, 6, 2, 3) means and standard deviations of 3 channels, and labels; the same for numbers 64 apart."""
+    generator = torch.Generator().manual_seed(0)
+    mean, std = 3 * torch.randn(64, 3, 2, 3, generator=generator), 0.1 + torch.rand(64, 3, 2, 3, generator=generator)
+    return torch.cat([mean, std], dim=1)[numbers % 64].to(dtype), numbers % 10
+
+
+AS_IT_IS = torch.zeros(3), torch.ones(3)
+LATENTS = Stored(True, torch.tensor([0.5, -1.0, 2.0]), torch.tensor([0.18215, 2.0, 0.75]))
+
+
+def test_many_samples_of_a_posterior_have_its_mean_and_deviation() -> None:
+    number, n = 64 * MANY, len(MANY)  # one image, many times
+    data, _ = moments(number)
+    mean, std = data[0].double().chunk(2)
+    x = clean_ref(data, number, 3, Stored(True, *AS_IT_IS)).double()
+    assert x.shape == (n, 3, 2, 3)
+    assert bool(((x.mean(0) - mean).abs() < 4 * std / math.sqrt(n)).all())
+    assert bool(((x.std(0) - std).abs() < 4 * std / math.sqrt(2 * n)).all())
+    normal = ((x - mean) / std).flatten(1)
+    for column in normal.T:
+        assert kolmogorov(column, torch.special.ndtr(column)) < 1.95
+    correlation = torch.corrcoef(normal.T) - torch.eye(18)
+    assert float(correlation.abs().max()) < 5 / math.sqrt(n)
+
+
+def test_a_posterior_sample_has_a_stream_of_its_own() -> None:
+    number, stored = torch.arange(50), Stored(True, *AS_IT_IS)
+    data, labels = moments(number)
+    mean, std = data.chunk(2, dim=1)
+    drawn = draw_ref(data, labels, number, PUBLISHED, stored)
+    own = normals(3, number, Draw.POSTERIOR, 18).view_as(mean)
+    torch.testing.assert_close(drawn.x, mean + std * own, rtol=0, atol=1e-6)
+    assert torch.equal(drawn.noise.flatten(1), normals(3, number, Draw.NOISE, 18))
+    assert abs(float(torch.corrcoef(torch.stack([own.flatten(), drawn.noise.flatten()]))[0, 1])) < 4 / math.sqrt(900)
+
+
+def test_another_image_number_or_seed_takes_another_sample_of_the_same_posterior() -> None:
+    number = torch.arange(64)
+    data, _ = moments(number)
+    one = clean_ref(data, number, 3, LATENTS)
+    for other in (clean_ref(data, number + 64, 3, LATENTS), clean_ref(data, number, 4, LATENTS)):
+        assert not (one == other).any()
+
+
+def test_a_posterior_without_deviation_is_its_mean() -> None:
+    data, _ = moments(torch.arange(8))
+    data[:, 3:] = 0
+    assert torch.equal(clean_ref(data, torch.arange(8), 3, Stored(True, *AS_IT_IS)), data[:, :3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8])
+def test_the_shift_of_a_channel_is_taken_off_and_the_rest_scaled_in_float32(dtype: torch.dtype) -> None:
+    data = torch.randint(256, (4, 3, 2, 3), generator=torch.Generator().manual_seed(0)).to(dtype)
+    _, shift, scale = LATENTS
+    x = clean_ref(data, torch.arange(4), 3, Stored(False, shift, scale))
+    assert x.dtype == torch.float32
+    for channel in range(3):
+        right = (data[:, channel].double() - float(shift[channel])) * float(scale[channel])
+        torch.testing.assert_close(x[:, channel].double(), right, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(
-    "variant",
-    [{}, {"times": "lognormal", "path": "cosine"}, {"family": "dit"}, {"shared_label_dropout": False}],
-    ids=["published", "lognormal", "dit", "unshared"],
+    ("changes", "stored", "steps"),
+    [
+        ({}, None, None),
+        ({"times": "lognormal", "path": "cosine"}, None, None),
+        ({}, None, 1000),
+        ({"shared_label_dropout": False}, None, None),
+        ({}, LATENTS, None),
+        ({}, LATENTS, 1000),
+    ],
+    ids=["published", "lognormal", "dit", "unshared", "posterior", "dit's posterior"],
 )
-def test_an_image_number_draws_the_same_in_any_batch(variant: dict) -> None:
-    settings = PUBLISHED | variant | {"label_dropout": 0.5}
-    together = torch.tensor([5, 6, 2**32 + 7, 8, 2**40])
-    whole = draw_ref(*batch(together), together, **settings)
+def test_an_image_number_draws_the_same_in_any_batch(changes: dict, stored: Stored | None, steps: int | None) -> None:
+    settings = PUBLISHED._replace(label_dropout=0.5, **changes)
+    together, of = torch.tensor([5, 6, 2**32 + 7, 8, 2**40]), moments if stored else batch
+    whole = draw_ref(*of(together), together, settings, stored, steps)
     for rows in ([3], [4, 0], [2, 1, 3]):
-        part = draw_ref(*batch(together[rows]), together[rows], **settings)
+        part = draw_ref(*of(together[rows]), together[rows], settings, stored, steps)
         for name, got, wanted in zip(whole._fields, part, whole, strict=True):
             assert torch.equal(got, wanted[rows]), name
 
 
 def test_another_seed_draws_otherwise() -> None:
     number = torch.arange(8)
-    one, other = (draw_ref(*batch(number), number, **PUBLISHED | {"seed": seed}) for seed in (3, 4))
+    one, other = (draw_ref(*batch(number), number, PUBLISHED._replace(seed=seed)) for seed in (3, 4))
     for name in ("noise", "t", "t_teacher"):
         assert not (getattr(one, name) == getattr(other, name)).any(), name
 

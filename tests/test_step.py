@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from sra_fast.config import Config, OptimConfig
+from sra_fast.kernels.perturb import Settings, Stored, clean_ref, draw_ref, perturb_ref
 from sra_fast.model.layout import joined
 from sra_fast.model.transformer import Ops
 from sra_fast.optim import TrainState
@@ -20,7 +21,12 @@ CPU = torch.device("cpu")
 LR, WEIGHT = torch.tensor(1e-3), torch.tensor(0.5)
 
 
-def begin(config: Config, weights: dict[str, Tensor] | None = None, dtype: torch.dtype = torch.float32):
+def begin(
+    config: Config,
+    weights: dict[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+    stored: Stored | None = None,
+):
     """(step, state), the state's networks awake where weights are given."""
     resolved = config.kernels.resolve()
     state = TrainState.create(config, Ops.select(resolved), CPU, dtype)
@@ -28,7 +34,7 @@ def begin(config: Config, weights: dict[str, Tensor] | None = None, dtype: torch
         state.weights[name].copy_(value)
         state.ema[name].copy_(1.1 * value)  # a teacher of its own
     state.refresh()
-    return TrainingStep(config, resolved, CPU), state
+    return TrainingStep(config, resolved, CPU, stored), state
 
 
 def batch(size: int = 8, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,7 +106,8 @@ def test_noise_belongs_to_the_image_number_not_to_the_place_in_the_batch(tiny, a
     order = torch.tensor([3, 7, 0, 1, 6, 2, 5, 4])
     here, there = (step.perturb(*(value[rows] for value in (x, labels, number))) for rows in (torch.arange(8), order))
     for name, a, b in zip(here[0]._fields, here[0], there[0], strict=True):
-        assert torch.equal(a[order], b), name
+        assert (a is b is None) or torch.equal(a[order], b), name
+    assert (here[0].x is None) == (family == "sit")
     assert torch.equal(here[1][order], there[1])
     same = step.losses(state, x[order], labels[order], number[order], WEIGHT).total.item()
     other = step.losses(state, x, labels, number + 8, WEIGHT).total.item()
@@ -113,15 +120,56 @@ def test_both_networks_compute_from_what_perturb_drew(tiny, awake) -> None:
     config = tiny()
     step, state = begin(config, awake(config.model))
     noised, labels, teacher_labels = step.perturb(*batch())
+    drawn = draw_ref(*batch(), step.settings)
     prediction, features = state.student(noised.x_t, noised.t, labels, tap=1)
     with torch.no_grad():
         target = state.teacher.features(noised.x_teacher, noised.t_teacher, teacher_labels, tap=3)
     losses = step.losses(state, *batch(), WEIGHT)
-    generative = (prediction - (noised.noise - noised.x)).square().mean()
+    generative = (prediction - (drawn.noise - drawn.x)).square().mean()
     alignment = 1 - torch.nn.functional.cosine_similarity(features, target, dim=-1).mean()
     assert losses.generative.item() == pytest.approx(generative.item(), rel=1e-5)
     assert losses.alignment.item() == pytest.approx(alignment.item(), rel=1e-5)
     assert losses.total.item() == pytest.approx((generative + 0.5 * alignment).item(), rel=1e-5)
+
+
+def test_draws_follow_the_configuration(tiny) -> None:
+    config = tiny()
+    config = replace(
+        config,
+        run=replace(config.run, seed=2**64 - 5),
+        objective=replace(config.objective, path="cosine", times="lognormal", label_dropout=0.5),
+        align=replace(config.align, t_max=0.7, shared_label_dropout=False),
+    )
+    noised, labels, teacher_labels = begin(config)[0].perturb(*batch(64))
+    wanted = perturb_ref(*batch(64), Settings(2**64 - 5, "cosine", "lognormal", 0.7, 4, 0.5, False))
+    for value, right in zip((*noised[:5], labels, teacher_labels), wanted, strict=True):
+        assert torch.equal(value, right)
+    assert set(labels.tolist()) == {0, 1, 2, 3, 4}
+
+
+STORED = {  # data, and what makes images of them
+    "moments": (torch.float16, Stored(True, torch.tensor([0.5]), torch.tensor([0.25]))),
+    "latents": (torch.float16, Stored(False, torch.tensor([0.5]), torch.tensor([0.25]))),
+    "pixels": (torch.uint8, Stored(False, torch.tensor([127.5]), torch.tensor([1 / 127.5]))),
+}
+
+
+@pytest.mark.parametrize("family", ["sit", "dit"])
+@pytest.mark.parametrize("kind", STORED)
+def test_stored_data_train_as_the_images_that_they_stand_for(tiny, awake, family: str, kind: str) -> None:
+    config, (dtype, stored) = tiny(family=family), STORED[kind]
+    _, labels, number = batch()
+    channels = 2 if stored.posterior else 1
+    data = (100 * torch.rand(8, channels, 8, 8, generator=torch.Generator().manual_seed(0))).to(dtype)
+    weights = awake(config.model)
+    step, state = begin(config, weights, stored=stored)
+    got = step.losses(state, data, labels, number, WEIGHT)
+    plain, state = begin(config, weights)
+    wanted = plain.losses(state, clean_ref(data, number, config.run.seed, stored), labels, number, WEIGHT)
+    for value, right in zip(got, wanted, strict=True):
+        assert torch.equal(value, right)
+    other = plain.losses(state, data[:, :1].float(), labels, number, WEIGHT)
+    assert other.generative.item() != pytest.approx(got.generative.item(), rel=1e-3)
 
 
 def test_label_sharing_follows_the_configuration(tiny) -> None:
@@ -152,7 +200,7 @@ def test_the_plain_model_never_touches_the_head_or_the_teacher(tiny) -> None:
     config = replace(tiny("none"), optim=OptimConfig(weight_decay=0.1))
     step, state = begin(config)
     head = {name: value.clone() for name, value in state.weights.items() if name.startswith("ap_head")}
-    for module in (state.student.ap_head, state.teacher.blocks[0]):
+    for module in (state.student.ap_head, state.teacher.x_embedder):
         module.register_forward_hook(lambda *_: pytest.fail("was run"))
     for k in range(2):
         metrics = step(state, *batch(first=8 * k), LR, WEIGHT)
@@ -170,10 +218,9 @@ def test_the_teacher_stops_at_its_tap(tiny) -> None:
     calls = []
     for number, block in enumerate(state.teacher.blocks, start=1):
         block.register_forward_hook(lambda *_, number=number: calls.append(number))
-    for module in (state.teacher.final_layer, state.teacher.ap_head):
-        module.register_forward_hook(lambda *_: pytest.fail("was run"))
     step(state, *batch(), LR, WEIGHT)
     assert calls == [1, 2, 3]
+    assert {name.split(".")[0] for name, _ in state.teacher.named_parameters()}.isdisjoint({"final_layer", "ap_head"})
 
 
 @pytest.mark.parametrize("family", ["sit", "dit"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -118,7 +117,7 @@ class KernelsConfig(Section):
     section: ClassVar[str] = "kernels"
 
     default: Choice = "auto"
-    """For every op not named below."""
+    """For every op not named below; fused where there is a fused kernel."""
     adaln: Choice | None = None
     """LayerNorm and modulation."""
     gated_adaln: Choice | None = None
@@ -128,15 +127,24 @@ class KernelsConfig(Section):
     alignment: Choice | None = None
     """Distance between student and teacher features."""
     perturb: Choice | None = None
-    """All random draws of a batch."""
+    """All random draws of a batch, and what they make of it."""
 
-    def resolve(self) -> dict[str, str]:
-        """{op: "fused" or "reference"}, decided once for a run. Refuses what cannot be had."""
+    gradient_norm: Choice | None = None
+    """Global norm of the gradients."""
+    adamw_ema: Choice | None = None
+    """AdamW, the EMA and the networks' copies of both."""
+
+    def resolve(self, architecture: str = "cpu") -> dict[str, str]:
+        """{op: "fused" or "reference"}, decided once for a run. Refuses what cannot be had on an architecture, "cpu" or
+        a GPU's, such as "sm_90"."""
         from sra_fast import kernels  # here, because it brings in torch, which --help can do without
 
-        ops = [op.name for op in dataclasses.fields(self) if op.name != "default"]
+        choices = {}
+        for op, implementations in kernels.IMPLEMENTATIONS.items():
+            unnamed = "reference" if self.default not in ("auto", *implementations) else self.default
+            choices[op] = getattr(self, op) or unnamed
         try:
-            return kernels.resolve({op: getattr(self, op) or self.default for op in ops})
+            return kernels.resolve(choices, architecture)
         except ValueError as error:
             raise Refused(str(error)) from error
 

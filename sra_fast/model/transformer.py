@@ -236,6 +236,15 @@ class Transformer(nn.Module):
             x, h = self._run(block, number, x, h, vectors[2 * number - 1], following)
         return x
 
+    def until(self, tap: int) -> Transformer:
+        """Drop what `features` up to this tap does not read. Returns the network."""
+        del self.final_layer, self.ap_head
+        self.blocks = self.blocks[:tap]
+        rows = PER_BLOCK * tap * self.config.hidden
+        for name, parameter in list(self.modulation.named_parameters()):
+            setattr(self.modulation, name, nn.Parameter(parameter[:rows], requires_grad=False))
+        return self
+
     def _begin(self, x: Tensor, t: Tensor, labels: Tensor, groups: list[int]) -> tuple[Tensor, Sequence[Tensor]]:
         """Tokens (B, T, D), and the first modulation vectors in groups of so many, (B, 2, D) or (B, 4, D), as `Block`
         takes them: shift and scale of block 1's attention, then its own four, shift and scale of block 2's, ..."""

@@ -79,7 +79,7 @@ class Diffusion:
         """
         x_t = self._at("signal", t, x) * x + self._at("noise", t, x) * noise
         x_teacher = self._at("signal", t_teacher, x) * x + self._at("noise", t_teacher, x) * noise
-        return Noised(x, noise, t, t_teacher, x_t, x_teacher, target=noise)
+        return Noised(t, t_teacher, x_t, x_teacher, target=noise, x=x)
 
     def loss(self, prediction: Tensor, noised: Noised) -> Tensor:
         """mse(noise) + variational bound, mean over all elements: a scalar.

@@ -52,9 +52,9 @@ RULES = tuple(
         (COMMUNICATION, r"^(nccl|gloo:|_?c10d)"),
         (ATTENTION, r"^triton_(tem_)?\w*flex_\w*attention"),
         (GEMM, r"^triton_(tem_|mm)"),
-        (OPTIMIZER, r"^(sra_fast::)?\w*adamw\w*$|FusedAdam|^aten::_fused_adam"),
+        (OPTIMIZER, r"^(sra_fast::)?\w*(adamw|gradient_norm)\w*$|\bsra::|FusedAdam|^aten::_fused_adam"),
         (NORM, r"^(graph_\d+_)?(triton|cpp)_"),
-        (NORM, r"^(sra_fast::)?\w*(adaln|gated_residual|alignment|perturb|philox)\w*$"),
+        (NORM, r"^(sra_fast::)?\w*(adaln|gated_residual|alignment|perturb)\w*$"),
         # cuDNN's backward has two helpers that name no attention.
         (ATTENTION, r"flash|fmha|sdpa|attention|cudnn::fusion::(compute_dot_do_o|convert_dq)"),
         (GEMM, r"gemm|gemv|cutlass|cublas|nvjet|xmma|splitK|convolve|[dw]grad_|fprop"),

@@ -8,6 +8,7 @@ compiled, or as one CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +17,13 @@ from torch.profiler import record_function
 
 from sra_fast.config import Config
 from sra_fast.kernels import implementation
+from sra_fast.kernels.adamw_ema import adamw_ema_ref, parameter_ref
+from sra_fast.kernels.perturb import Settings, Stored, draw_ref
 from sra_fast.objective import Noised
 from sra_fast.objective.alignment import Losses, training_losses
 from sra_fast.objective.ddpm import DIFFUSION_STEPS, Diffusion
 from sra_fast.objective.flow import Flow
-from sra_fast.optim import TrainState, adamw_ema_ref, update
+from sra_fast.optim import TrainState, update
 
 
 class Metrics(NamedTuple):
@@ -61,15 +64,30 @@ class TrainingStep:
         config: of the run, with the model's sizes filled in.
         resolved: implementation of each op, see `kernels.resolve`.
         device: where the state lives.
+        stored: how the batches' data become images or latents; None: they are.
     """
 
-    def __init__(self, config: Config, resolved: dict[str, str], device: torch.device) -> None:
-        self.config = config
+    def __init__(
+        self, config: Config, resolved: dict[str, str], device: torch.device, stored: Stored | None = None
+    ) -> None:
+        self.config, self.stored = config, stored
         self.objective = make_objective(config, device)
-        self._draw = implementation("perturb", resolved)
+        if isinstance(self.objective, Flow):
+            self._draw = implementation("perturb", resolved)
+        self.settings = Settings(
+            seed=config.run.seed,
+            path=config.objective.path,
+            times=config.objective.times,
+            t_max=config.align.t_max,
+            null_label=config.model.classes,
+            label_dropout=config.objective.label_dropout,
+            shared_label_dropout=config.align.shared_label_dropout,
+        )
         self._align = implementation("alignment", resolved)
         # What a compiled step replaces, see `compile`.
-        self._perturb, self._distance, self._adamw_ema = self.perturb, self.distance, adamw_ema_ref
+        self._perturb, self._distance = self.perturb, self.distance
+        self._gradient_norm = implementation("gradient_norm", resolved)
+        self._adamw_ema = implementation("adamw_ema", resolved)
 
     def compile(self, state: TrainState, whole: bool = True) -> None:
         """From now on, compute by torch.compile what is more than a product or two: both networks' blocks, the head,
@@ -88,32 +106,24 @@ class TrainingStep:
         state.student.ap_head.compile(fullgraph=True, dynamic=False)
         self._perturb = torch.compile(self.perturb, fullgraph=True, dynamic=False)
         self._distance = torch.compile(self.distance, fullgraph=True, dynamic=False)
-        self._adamw_ema = torch.compile(adamw_ema_ref, fullgraph=True, dynamic=True)
+        if self._adamw_ema is adamw_ema_ref:
+            parameter = torch.compile(parameter_ref, fullgraph=True, dynamic=True)
+            self._adamw_ema = partial(adamw_ema_ref, parameter=parameter)
 
     def perturb(self, x: Tensor, labels: Tensor, number: Tensor) -> tuple[Noised, Tensor, Tensor]:
-        """All random draws of a batch and what they make of it: (noised, labels, teacher's labels). One pass over the
-        batch has its seam here.
+        """All random draws of a batch and what they make of it: (noised, labels, teacher's labels). Of SiT in one pass.
 
         Args:
-            x: (B, C, H, W) float32; labels, number: (B,) int64, number = position of each image in the run.
+            x: (B, C, H, W) float32, or as `stored` says; labels, number: (B,) int64, number = position of each image in
+                the run.
         """
-        c = self.config
-        drawn = self._draw(
-            x,
-            labels,
-            number,
-            seed=c.run.seed,
-            family=c.model.family,
-            path=c.objective.path,
-            times=c.objective.times,
-            diffusion_steps=DIFFUSION_STEPS,
-            t_max=c.align.t_max,
-            null_label=c.model.classes,
-            label_dropout=c.objective.label_dropout,
-            shared_label_dropout=c.align.shared_label_dropout,
+        if isinstance(self.objective, Flow):
+            *noised, dropped, teachers = self._draw(x, labels, number, self.settings, self.stored)
+            return Noised(*noised), dropped, teachers
+        clean, noise, t, t_teacher, dropped, teachers = draw_ref(
+            x, labels, number, self.settings, self.stored, DIFFUSION_STEPS
         )
-        noised = self.objective.noised(drawn.x, drawn.noise, drawn.t, drawn.t_teacher)
-        return noised, drawn.labels, drawn.teacher_labels
+        return self.objective.noised(clean, noise, t, t_teacher), dropped, teachers
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The run's alignment distance of features, (B, T, D) each: a scalar."""
@@ -153,7 +163,7 @@ class TrainingStep:
     def apply(self, state: TrainState, gradients: list[Tensor], losses: Tensor, lr: Tensor) -> Metrics:
         """Update the state by the sums over all micro-batches of what `gradients` returns."""
         with record_function("sra_fast::update"):
-            norm, decay = update(state, gradients, lr, self.config.optim, self._adamw_ema)
+            norm, decay = update(state, gradients, lr, self.config.optim, self._gradient_norm, self._adamw_ema)
         return Metrics(*losses, norm, lr, decay)
 
     def __call__(
@@ -183,4 +193,4 @@ def _ranged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 def make_objective(config: Config, device: torch.device) -> Flow | Diffusion:
     """What the run's network learns."""
-    return Flow(config.objective.path) if config.model.family == "sit" else Diffusion(device)
+    return Flow() if config.model.family == "sit" else Diffusion(device)

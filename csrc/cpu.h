@@ -1,0 +1,46 @@
+// The optimizer on a CPU: cpu.cpp is compiled once for every instruction set here, and the best one that the processor
+// has is chosen when the library is loaded. All give the same bits.
+#pragma once
+
+#include <cstdint>
+
+#include "parameters.h"
+
+namespace sra {
+
+constexpr std::int64_t CPU_CHUNK = 1 << 14;  // elements of one parameter that a thread takes at a time
+
+// Update `size` elements of a parameter from element `begin` on. finite: whether the norm was; if not, nothing changes
+// but gradients that are to be zeroed. streaming: write copies past the caches.
+using UpdateChunk = void (*)(
+    const Parameter&, std::int64_t begin, std::int64_t size, const Rates&, const GroupRates&, const Update&, bool finite,
+    bool streaming);
+
+// Sum of squares of at most NORM_CHUNK gradients, in the order that arithmetic.h fixes.
+using SquareSum = double (*)(const void* gradient, std::int64_t size, Dtype);
+
+struct Cpu {
+  const char* name;
+  UpdateChunk update;
+  SquareSum square_sum;
+};
+
+namespace baseline {
+extern const Cpu cpu;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Cpu cpu;
+}
+namespace avx512 {
+extern const Cpu cpu;
+}
+#endif
+
+// The fastest that this processor runs.
+const Cpu& best_cpu();
+
+// Sum of the chunks' sums, in the order that arithmetic.h fixes.
+double total(const double* sums, std::int64_t count);
+
+}  // namespace sra
