@@ -26,6 +26,12 @@ class BuildOperators(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
 
+    def run(self) -> None:
+        if self.inplace:  # setuptools builds elsewhere and copies what there is
+            for extension in self.extensions:
+                (ROOT / self.get_ext_filename(extension.name)).unlink(missing_ok=True)
+        super().run()
+
     def build_extension(self, extension: Extension) -> None:
         library = Path(self.get_ext_fullpath(extension.name)).resolve()
         library.unlink(missing_ok=True)  # an old one must not pass for the new

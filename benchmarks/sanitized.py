@@ -2,6 +2,7 @@
 
     python -m benchmarks.sanitized memcheck      reads and writes outside of what was allocated
     python -m benchmarks.sanitized racecheck     hazards in shared memory
+    python -m benchmarks.sanitized initcheck     reads of what was never written
     python -m benchmarks.sanitized plain         the same launches without it
 
 Exit code 1 if it finds something or if the launches fail, 69 where there is no GPU or no compute-sanitizer (it comes
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.parts import LAUNCHER, ROOT
 
-TOOLS = ("memcheck", "racecheck")
+TOOLS = ("memcheck", "racecheck", "initcheck")
 NOT_FOUND = 69  # EX_UNAVAILABLE of sysexits.h
 FOUND = 86  # exit code of compute-sanitizer, told apart from those of the program
 DONE = "all results are finite"
@@ -65,7 +66,29 @@ def _perturb(device: torch.device) -> Iterator[list[Tensor]]:
         yield list(case.implementations["fused"](*case.inputs))
 
 
-FAMILIES: tuple[Callable[[torch.device], Iterator[list[Tensor]]], ...] = (_norms, _distances, _perturb)
+def _updates(device: torch.device) -> Iterator[list[Tensor]]:
+    """The compiled optimizer on aligned and other tensors, with every dtype of gradients and copies."""
+    from sra_fast import kernels
+    from sra_fast.kernels.adamw_ema import Lists, Scalars, adamw_ema
+    from sra_fast.kernels.gradient_norm import gradient_norm
+
+    if device.type == "cuda" and not kernels.library.has_gpu_code():
+        return
+    for gradients, copies in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16), (torch.float16, None)):
+
+        def some(dtype: torch.dtype = torch.float32, like: float = 1.0) -> list[Tensor]:
+            whole = [like * torch.rand(size + 1, device=device).to(dtype) for size in (1, 70_001, 8192, 0)]
+            return [tensor[1:] if i % 2 else tensor[:-1] for i, tensor in enumerate(whole)]
+
+        lists = Lists(some(gradients), *(some() for _ in range(4)), *((some(copies), some(copies)) if copies else ()))
+        step, skipped = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        rates = [torch.full((), value, device=device) for value in (1e-2, 0.99, 1.0, 2.0)]
+        scalars = Scalars(gradient_norm(lists.gradients), step, skipped, *rates)
+        adamw_ema(lists, scalars, betas=(0.9, 0.999), eps=1e-8, weight_decay=(0.1,), zero_gradients=True)
+        yield [tensor for tensors in lists for tensor in tensors]
+
+
+FAMILIES: tuple[Callable[[torch.device], Iterator[list[Tensor]]], ...] = (_norms, _distances, _perturb, _updates)
 
 
 def _rows(batch: int, tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:

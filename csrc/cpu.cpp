@@ -65,6 +65,9 @@ void update_chunk(
   std::int64_t at = begin;
   for (; at + PIECE <= end; at += PIECE) piece<PIECE, G, C>(p, at, PIECE, rates, group, update, streaming);
   if (at < end) piece<0, G, C>(p, at, static_cast<int>(end - at), rates, group, update, false);
+#if defined(__SSE2__)
+  if (streaming) _mm_sfence();  // what went past the caches is there before another thread hears that we are done
+#endif
 }
 
 template <class G>

@@ -199,8 +199,8 @@ def test_the_plan_is_in_the_order_of_its_weight():
     names = [part.name for part in gpu_report.parts_for_gpu()]
     xl = [f"SiT-XL/2, 256 tokens, batch {batch}" for batch in (32, 256)]
     between = [f"{name}: between" for name in xl]
-    checks = ["correctness", "kernels", "memcheck", "racecheck"]
-    assert names[:12] == [*checks, "roofs", "ops", "update", *xl, *between, "profile"]
+    checks = ["correctness", "kernels", "memcheck", "racecheck", "initcheck"]
+    assert names[:13] == [*checks, "roofs", "ops", "update", *xl, *between, "profile"]
     assert len(set(names)) == len(names)
     assert {f"SiT-{size}/2, 256 tokens, batch {n}" for size in "SBL" for n in (32, 256)} < set(names)
     assert {"SiT-XL/2, 1024 tokens, batch 32", "SiT-XL/2, 256 tokens, batch auto-check"} < set(names)

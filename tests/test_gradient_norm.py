@@ -55,8 +55,8 @@ def test_the_references_norm_is_float32s(dtype: torch.dtype) -> None:
     gradients = draw(dtype)
     norm = gradient_norm_ref(gradients)
     assert (norm.shape, norm.dtype) == ((), FULL)
-    # torch adds in float32, in several sums: some roundings, not thousands.
-    assert last_bits(norm, truth(gradients)) < 16
+    # torch adds in float32; the roundings go both ways, as many as there are terms.
+    assert last_bits(norm, truth(gradients)) < math.sqrt(max(g.numel() for g in gradients))
 
 
 def in_order(gradients: Sequence[Tensor]) -> Tensor:
@@ -112,11 +112,11 @@ def test_the_order_of_additions_is_the_documented_one(place: str) -> None:
 
 @compiled
 def test_chunks_are_added_in_256_sums_and_these_by_the_tree() -> None:
-    small = torch.tensor([2.0**-27])
-    for places, wanted in (([256, 512, 768], 1.0), ([1, 257, 513, 769], UP), ([128, 64, 32, 16, 8, 4, 2, 1], 1.0)):
-        gradients = [on_a_tie([], CHUNK), *[torch.zeros(1)] * 800]
+    one_by_one = [128, 64, 32, 16, 8, 4, 2, 1]
+    for places, wanted in ((range(256, 4096, 256), 1.0), (range(1, 4096, 256), UP), (one_by_one, 1.0)):
+        gradients = [on_a_tie([], CHUNK), *[torch.zeros(1)] * 4095]
         for place in places:
-            gradients[place] = small
+            gradients[place] = torch.tensor([2.0**-27])
         assert float(in_order(gradients)) == wanted
         assert float(gradient_norm(gradients)) == wanted
 
