@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks import options, timing
 from benchmarks.baseline import RUNGS, PublicStep
 from sra_fast.config import SIZES, Config, preset
-from sra_fast.data.stream import Batch
+from sra_fast.data.ahead import Batch
 from sra_fast.flops import dense_peak_flops, training_flops
 from sra_fast.hardware import Hardware, set_deterministic
 from sra_fast.kernels.perturb import draw_ref

@@ -9,7 +9,6 @@
 namespace {
 
 using sra::bits, sra::Dtype;
-
 int failures = 0;
 
 template <class... Args>
@@ -143,7 +142,7 @@ Bytes tensor(std::size_t count, std::size_t offset, Dtype dtype, double scale, b
   Bytes bytes(GUARD + (offset + count) * size_of(dtype) + BEHIND, 0xa5);
   for (std::size_t i = 0; i < count; ++i) {
     const std::uint32_t word = random_word();
-    double x = scale * std::ldexp(1 + (word >> 9) * 0x1p-23, -static_cast<int>(word % 12));
+    double x = scale * std::ldexp(1 + (word >> 9) * 0x1p-23, -int(word % 12));
     if (word % 61 == 0) x = word & 64u ? 0.0 : 1e-41;  // the latter subnormal
     write(word & 256u && !positive ? -x : x, &bytes[GUARD + (offset + i) * size_of(dtype)], dtype);
   }
@@ -227,10 +226,10 @@ void test_norm(const sra::Cpu& cpu) {
 }
 
 void test_total() {
-  for (const std::size_t count : {0, 1, 2, 255, 256, 257, 1000, 100000}) {
+  for (const std::size_t count : {0, 1, 2, 255, 256, 257, 385, 1000, 3000, 10000, 30000, 100000}) {
     std::vector<double> sums(count), threads(256);
-    for (std::size_t i = 0; i < count; ++i)
-      threads[i % 256] += sums[i] = std::ldexp(random_word(), int(random_word() % 40));
+    for (double& sum : sums) sum = std::ldexp(int(random_word()), int(random_word() % 40));  // signed: much cancels
+    for (std::size_t i = 0; i < count; ++i) threads[i % 256] += sums[i];
     expect(sra::total(sums.data(), std::int64_t(count)) == tree(threads), "the total of %zu sums", count);
   }
 }

@@ -55,10 +55,9 @@ class Scalars(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """What one update does to a parameter: float32 scalars on the device. A step that is skipped has rates that leave
-    every tensor as it is."""
+    """What one update does to a parameter: float32 scalars on the device."""
 
-    finite: Tensor  # bool
+    finite: Tensor  # bool; if not, the step is skipped
     scale: Tensor  # of the gradient
     blend1: Tensor  # 1 - beta1
     blend2: Tensor  # 1 - beta2
@@ -70,13 +69,13 @@ class Rates(NamedTuple):
 
 def rates(scalars: Scalars, betas: tuple[float, float]) -> Rates:
     """The rates of one update, the step counted, with the learning rates of all groups."""
-    finite, zero = scalars.norm.isfinite(), torch.zeros_like(scalars.norm)
-    blends = [torch.where(finite, 1 - keep, zero) for keep in (*betas, scalars.ema_decay)]
+    blend1, blend2 = (torch.full_like(scalars.norm, 1 - beta) for beta in betas)
     step = scalars.step.clamp(min=1).double()
     bias1, bias2 = ((1 - beta**step).float() for beta in betas)
     ratio = (scalars.clip / (scalars.norm / scalars.loss_scale + 1e-6)).clamp(max=1)
     scale = torch.where(scalars.clip > 0, ratio, 1.0) / scalars.loss_scale
-    return Rates(finite, scale, *blends[:2], bias1, bias2.sqrt(), torch.where(finite, scalars.lr, zero), blends[2])
+    finite, blend_ema = scalars.norm.isfinite(), 1 - scalars.ema_decay
+    return Rates(finite, scale, blend1, blend2, bias1, bias2.sqrt(), scalars.lr, blend_ema)
 
 
 def parameter_ref(
@@ -100,20 +99,23 @@ def parameter_ref(
         eps: of Adam.
     """
     r = rates
+
+    def keep(held: Tensor, new: Tensor) -> None:
+        """Every bit of what is held, if the step is skipped."""
+        held.copy_(torch.where(r.finite, new.to(held.dtype), held))
+
     if adam:
         gradient, m, v = adam
-        g = torch.where(r.finite, gradient.float() * r.scale, 0)
-        m.lerp_(g, r.blend1)
-        v.mul_(1 - r.blend2).addcmul_(g, g * r.blend2)
-        step_size = (m / v.sqrt().div_(r.bias2).add_(eps)).mul_(r.lr / r.bias1)
-        if weight_decay:
-            weight.mul_(1 - r.lr * weight_decay)
-        weight.sub_(step_size)
+        g = gradient.float() * r.scale
+        keep(m, m.lerp(g, r.blend1))
+        keep(v, v * (1 - r.blend2) + g * (g * r.blend2))
+        step_size = m / (v.sqrt() / r.bias2 + eps) * (r.lr / r.bias1)
+        keep(weight, weight * (1 - r.lr * weight_decay) - step_size)
     if ema is not None:
-        ema.lerp_(weight, r.blend_ema)
+        keep(ema, ema.lerp(weight, r.blend_ema))
     for copy, source in ((student, weight), (teacher, ema)):
         if copy is not None:
-            copy.copy_(source)
+            keep(copy, source)
 
 
 @torch.no_grad()
@@ -178,6 +180,8 @@ def adamw_ema(
     Raises:
         RuntimeError: naming list and index, what came and what is expected; nothing is changed then.
     """
+    if not torch.compiler.is_compiling():  # there the compiler knows what the operator writes to
+        torch.autograd.graph.increment_version([tensor for part in lists for tensor in part])
     torch.ops.sra_fast.adamw_ema_(
         *map(list, lists), *scalars, list(group), list(weight_decay), *betas, eps, zero_gradients
     )

@@ -280,13 +280,17 @@ def _alignment(student: Tensor, teacher: Tensor, distance: str) -> tuple[Tensor,
     strides = (*student.stride()[:2], *teacher.stride()[:2])
     with torch.cuda.device_of(student):
         if by_channel:
-            _alignment_channels_forward[programs,](student, teacher, coefficients, partials, batch * width, *strides, **sizes)
+            _alignment_channels_forward[programs,](
+                student, teacher, coefficients, partials, batch * width, *strides, **sizes
+            )
         else:
             _alignment_tokens_forward[programs,](
                 student, teacher, coefficients, partials, batch * tokens, *strides,
                 DISTANCE=distance, BETA=SMOOTH_L1_BETA, **sizes,
             )  # fmt: skip
-        _alignment_mean[1,](partials, loss, 1 / _averaged(student.shape, distance), COUNT=programs, BLOCK=_PARTIALS, num_warps=8)
+        _alignment_mean[1,](
+            partials, loss, 1 / _averaged(student.shape, distance), COUNT=programs, BLOCK=_PARTIALS, num_warps=8
+        )
     return loss, coefficients
 
 

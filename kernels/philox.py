@@ -46,6 +46,7 @@ class Draw(IntEnum):
     REPLACEMENT = 8  # which row stands in for an undecodable one
     WEIGHT = 9  # initial weights; n is the parameter's position in the model
     FLIP = 10  # horizontal flip of a training image
+    HELD_OUT = 11  # which rows of a packed set are held out; n is the row
 
 
 def philox(

@@ -43,6 +43,8 @@ FREE_ON_RESUME = {
     "run.dir",
     "run.dry_run",
     "data.images",  # the fingerprint says whether it is the same data
+    "data.latents",
+    "data.vae",
     "data.reader",
     "data.threads",
     "data.strict",

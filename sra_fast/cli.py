@@ -19,7 +19,17 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from sra_fast.config import Config, EvaluateConfig, ProfileConfig, Refused, SampleConfig, preset, refuse_unless, to_dict
+from sra_fast.config import (
+    Config,
+    EvaluateConfig,
+    PrepareConfig,
+    ProfileConfig,
+    Refused,
+    SampleConfig,
+    preset,
+    refuse_unless,
+    to_dict,
+)
 
 T = TypeVar("T")
 
@@ -46,6 +56,9 @@ class SampleCommand:
     """Interpolant a sit was trained with; empty = as the weights say, linear where they do not."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = the GPU where there is one."""
+    vae: str = ""
+    """VAE of the latents that the weights make: a folder, or an id on the Hugging Face hub. Empty = the one that the
+    run's data name. Of weights that are not a run's, the VAE's own scale and shift are taken."""
     tf32: bool = True
     """On a GPU, multiply matrices in TF32, as the published samplers do; without, in full fp32."""
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -142,6 +155,7 @@ def sample(arguments: Sequence[str]) -> int:
 
     from sra_fast.evaluation import network_of
     from sra_fast.sampling import balanced_labels, generate
+    from sra_fast.sampling.decoding import image_maker, space_of
     from sra_fast.sampling.images import grid_columns, save_each, save_grid, save_npz, to_uint8
 
     weights, network = _network(command.weights, command.weights_key, command.device)
@@ -157,13 +171,14 @@ def sample(arguments: Sequence[str]) -> int:
     if command.classes:
         labels = torch.tensor(command.classes)[labels]
     path = command.path or (weights.objective.path if weights.objective else "linear")
+    make_images = image_maker(space_of(Path(command.weights), command.vae, model.channels), device)
     made = []
     with tqdm(total=settings.count, unit="img", disable=None) as bar:
         for part in torch.arange(settings.count).split(settings.batch):
             images = generate(
                 network_of(network), labels[part].to(device), part.to(device), config=settings, model=model, path=path
             )
-            made.append(to_uint8(images))
+            made.append(to_uint8(make_images(images)))
             if command.images:  # as they come: a long run that is stopped has not been for nothing
                 save_each(out / "images", made[-1], first=int(part[0]))
             bar.update(len(part))
@@ -187,15 +202,14 @@ def evaluate(arguments: Sequence[str]) -> int:
 
     from sra_fast import evaluation
     from sra_fast.data.source import open_source
-    from sra_fast.data.stream import load
 
     weights, network = _network(command.weights, command.weights_key, command.device)
     source, _ = open_source(run, next(network.parameters()).device)
     with tqdm(total=2 * command.evaluate.samples, unit="img", disable=None) as bar:
         report = evaluation.evaluate(
             network,
-            load(source.train, source.decoder),
-            load(source.held_out, source.decoder),
+            source.pixels(source.train),
+            source.pixels(source.held_out),
             model=weights.config,
             path=run.objective.path,
             sample=command.sample,
@@ -232,6 +246,15 @@ def export(arguments: Sequence[str]) -> int:
     return 0
 
 
+def prepare(arguments: Sequence[str]) -> int:
+    """Encode images once, for training to read: `sra-fast prepare --images DIR|TARS --out DIR --vae PATH_OR_ID`."""
+    config = _parse(PrepareConfig, None, arguments, "sra-fast prepare")
+    from sra_fast.data.prepare import prepare
+
+    prepare(config)
+    return 0
+
+
 def profile(arguments: Sequence[str]) -> int:
     """Say where the time of a step goes: `sra-fast profile PRESET [options]`."""
     name, rest = _preset_of(arguments)
@@ -260,6 +283,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "sample": sample,
     "evaluate": evaluate,
     "export": export,
+    "prepare": prepare,
     "profile": profile,
     "doctor": doctor,
 }

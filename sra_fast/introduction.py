@@ -30,7 +30,7 @@ def introduction(
         aligned = f"{align.method} from block {student} to block {teacher}, {align.distance} distance"
     yield f"model    {model.family}, {parameters / 1e6:.2f} M parameters, {model.tokens} tokens; {aligned}"
     images = f"{len(source.train):,} training and {len(source.held_out):,} held-out images"
-    yield f"data     {images}, {model.classes} classes; decoded by {source.decoder.name}"
+    yield f"data     {images}, {model.classes} classes; {source.reader}"
     yield f"device   {hardware.name}, {hardware.precision}"
     yield f"ops      {', '.join(f'{op}: {choice}' for op, choice in resolved.items())}"
     if obstacle := library.missing():

@@ -22,7 +22,6 @@ from sra_fast import checkpoint, evaluation
 from sra_fast.checkpoint import Progress
 from sra_fast.config import Config, Refused, refuse_unless, to_dict
 from sra_fast.data.source import open_source
-from sra_fast.data.stream import ImageStream, load
 from sra_fast.distributed import refuse_several_processes
 from sra_fast.evaluation import Report, network_of
 from sra_fast.hardware import Hardware, set_deterministic
@@ -34,6 +33,7 @@ from sra_fast.model.transformer import Ops, Transformer, around
 from sra_fast.objective.alignment import alignment_weight
 from sra_fast.optim import HEAD, MOST_SKIPPED_IN_A_ROW, TrainState, learning_rate
 from sra_fast.sampling import balanced_labels, generate
+from sra_fast.sampling.decoding import image_maker, latent_space
 from sra_fast.sampling.images import grid_columns, save_grid, to_uint8
 from sra_fast.step import MetricRing, Metrics, TrainingStep
 from sra_fast.step.runner import StepRunner, choose_execution
@@ -62,10 +62,14 @@ class Trainer:
         self.execution = choose_execution(config.train.execution, self.hardware.device)
         self.ops = Ops.select(self.resolved)
         self.source, self.config = open_source(config, self.hardware.device)
-        self.step = TrainingStep(self.config, self.resolved, self.hardware.device)
+        self.step = TrainingStep(self.config, self.resolved, self.hardware.device, self.source.stored)
         self.folder = self.config.path
         self.checkpoints, self.summary = self.folder / "checkpoints", self.folder / "summary.json"
+        self.space = latent_space(self.config, self.source)
         if config.evaluate.after_training:
+            refuse_unless(
+                self.source.holds_pixels, "evaluate.after-training", True, "must be False: latents cannot be judged"
+            )
             model = self.config.model
             values = model.channels * model.input_size**2
             evaluation.refuse_unless_possible(values, model.classes, self.source.train, self.source.held_out)
@@ -78,6 +82,8 @@ class Trainer:
             for line in introduction(self.config, self.source, count, self.hardware, self.resolved, self.execution):
                 self.report(line)
             write_json(self.folder / "config.json", to_dict(self.config))
+            if self.space:
+                self.space.write(self.folder)
             (self.folder / "samples").mkdir(exist_ok=True)
             self.summary.unlink(missing_ok=True)  # of a shorter run that goes on
             with closing(MetricsLog(self.folder, self.progress.images_seen)) as log, StopRequest() as stop:
@@ -176,7 +182,8 @@ class Trainer:
                 self._save()
             last_save, saved_step = time.monotonic(), self.progress.step
 
-        with self._stream() as stream, self._progress_bar(steps * batch) as bar:
+        stream = self.source.stream(self.config, self.progress.images_seen, self.progress.undecodable_files)
+        with stream, self._progress_bar(steps * batch) as bar:
             while self.progress.step < steps and not stop.signal:
                 try:
                     data = next(stream)
@@ -203,18 +210,6 @@ class Trainer:
                         self._preview()
             save()
         return row
-
-    def _stream(self) -> ImageStream:
-        return ImageStream(
-            self.source.train,
-            self.source.decoder,
-            seed=self.config.run.seed,
-            batch=self.config.train.batch,
-            first_image=self.progress.images_seen,
-            strict=self.config.data.strict,
-            max_bad_share=self.config.data.max_bad_share,
-            bad=self.progress.undecodable_files,
-        )
 
     def _progress_bar(self, images: int) -> tqdm:
         # A terminal gets a live bar, a log file a line every ten seconds.
@@ -282,7 +277,7 @@ class Trainer:
         """Held-out images and labels, spread evenly over the classes' order."""
         count = min(self.config.train.validation_images, len(self.source.held_out))
         rows = np.linspace(0, len(self.source.held_out) - 1, count).astype(np.int64)
-        return load(self.source.held_out.take(rows), self.source.decoder)
+        return self.source.load(self.source.held_out.take(rows))
 
     @torch.no_grad()
     def _validation_loss(self) -> float:
@@ -296,17 +291,23 @@ class Trainer:
             total += float(self.step.objective.loss(prediction, noised)) * len(part[0])
         return total / len(x)
 
+    @cached_property
+    def _image_maker(self) -> Callable[[Tensor], Tensor]:
+        return image_maker(self.space, self.hardware.device)
+
     def _preview(self) -> None:
         """A PNG grid of samples, a column per class where there are few."""
         c, device = self.config, self.hardware.device
         labels = balanced_labels(c.sample.count, c.model.classes).to(device)
         indices = torch.arange(c.sample.count, device=device)
         predict = network_of(self._average())
-        images = generate(predict, labels, indices, config=c.sample, model=c.model, path=c.objective.path)
         path = self.folder / "samples" / f"{self.progress.images_seen:012d}.png"
         try:
-            save_grid(path, to_uint8(images), grid_columns(c.sample.count, c.model.classes))
-        except Refused as error:  # samples of a young network may overflow; that is no reason to end its training
+            make_images = self._image_maker
+            samples = generate(predict, labels, indices, config=c.sample, model=c.model, path=c.objective.path)
+            save_grid(path, to_uint8(make_images(samples)), grid_columns(c.sample.count, c.model.classes))
+        # Samples of a young network may overflow, and a VAE may be missing: no reason to end the training.
+        except Refused as error:
             print(f"no preview: {error}", file=sys.stderr)
 
     # The end
@@ -347,8 +348,8 @@ class Trainer:
         with tqdm(total=2 * c.evaluate.samples, desc="evaluating", unit="img", disable=None) as bar:
             return evaluation.evaluate(
                 self._average(),
-                load(self.source.train, self.source.decoder),
-                load(self.source.held_out, self.source.decoder),
+                self.source.pixels(self.source.train),
+                self.source.pixels(self.source.held_out),
                 model=c.model,
                 path=c.objective.path,
                 sample=c.sample,

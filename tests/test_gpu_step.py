@@ -18,7 +18,7 @@ from small_run import content, run, small, write_images
 from torch import Tensor
 
 from sra_fast.config import Config, KernelsConfig
-from sra_fast.data.stream import Batch
+from sra_fast.data.ahead import Batch
 from sra_fast.hardware import Hardware, set_deterministic
 from sra_fast.kernels import IMPLEMENTATIONS
 from sra_fast.model.attention import attention, available

@@ -19,6 +19,7 @@ ORDER = [
     {"config"},
     {"atomic"},
     {"distributed", "flops", "hardware", "metrics", "stopping"},
+    {"vae"},
     {"data"},
     {"model"},
     {"objective"},

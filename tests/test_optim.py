@@ -1,30 +1,45 @@
-"""The update against torch.optim.AdamW and a plain EMA loop, and what a non-finite gradient must not touch."""
+"""The update of a whole state: what it moves, what a non-finite gradient must not touch, and where the copies end."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from sra_fast.config import Config, OptimConfig
+from sra_fast.kernels import IMPLEMENTATIONS, library
+from sra_fast.kernels.adamw_ema import Lists, Scalars
 from sra_fast.model.transformer import REFERENCE
-from sra_fast.optim import (
-    MOST_SKIPPED_IN_A_ROW,
-    TrainState,
-    adamw_ema_ref,
-    ema_decay,
-    gradient_norm,
-    learning_rate,
-    rates,
-    update,
-)
+from sra_fast.optim import MOST_SKIPPED_IN_A_ROW, TrainState, ema_decay, learning_rate
+from sra_fast.optim import update as update_by
 
 CPU = torch.device("cpu")
 SHAPES = [(16, 8), (8,), (4, 4, 2)]
+
+
+class Ours(NamedTuple):
+    """The two ops, from one implementation."""
+
+    norm_of: Callable[..., Tensor]
+    adamw_ema: Callable[..., None]
+
+
+@pytest.fixture(params=["fused", "reference"])
+def ops(request) -> Ours:
+    if request.param == "fused" and library.load():
+        pytest.skip(library.load())
+    return Ours(*(IMPLEMENTATIONS[op][request.param] for op in ("gradient_norm", "adamw_ema")))
+
+
+@pytest.fixture
+def update(ops: Ours) -> Callable[..., tuple[Tensor, Tensor]]:
+    return partial(update_by, norm_of=ops.norm_of, adamw_ema=ops.adamw_ema)
 
 
 def draw(seed: int, scale: float = 1.0) -> list[Tensor]:
@@ -32,90 +47,32 @@ def draw(seed: int, scale: float = 1.0) -> list[Tensor]:
     return [scale * torch.randn(shape, generator=generator) for shape in SHAPES]
 
 
-def ours(
-    steps: int, optim: OptimConfig, lr: float, gradients: Callable[[int], list[Tensor]]
-) -> dict[str, list[Tensor]]:
-    weights = draw(0)
-    m, v = ([torch.zeros_like(w) for w in weights] for _ in range(2))
-    ema = [w.clone() for w in weights]
-    for k in range(steps):
-        g = gradients(k)
-        of_all = rates(
-            torch.tensor(lr),
-            torch.tensor(k + 1),
-            gradient_norm(g),
-            torch.tensor(optim.ema_decay),
-            optim.clip,
-            (optim.beta1, optim.beta2),
-        )
-        for tensors in zip(weights, g, m, v, ema, strict=True):
-            adamw_ema_ref(*tensors, [], of_all, optim.weight_decay, optim.eps)
-    return {"weights": weights, "m": m, "v": v, "ema": ema}
+def clipped(ops: Ours, gradients: list[Tensor], clip: float) -> list[Tensor]:
+    """What the gradients are after clipping: the first moments, where these remember nothing."""
+    weights, m, v = ([torch.zeros_like(g) for g in gradients] for _ in range(3))
+    step, skipped = torch.zeros((2,), dtype=torch.int64)
+    constants = [torch.tensor(value) for value in (1e-3, 0.9, clip, 1.0)]
+    scalars = Scalars(ops.norm_of(gradients), step, skipped, *constants)
+    ops.adamw_ema(Lists(gradients, weights, m, v), scalars, betas=(0.0, 0.999), eps=1e-8)
+    return m
 
 
-def torchs(
-    steps: int, optim: OptimConfig, lr: float, gradients: Callable[[int], list[Tensor]], dtype: torch.dtype
-) -> dict[str, list[Tensor]]:
-    weights = [w.to(dtype).requires_grad_() for w in draw(0)]
-    ema = [w.detach().clone() for w in weights]
-    betas = optim.beta1, optim.beta2
-    adamw = torch.optim.AdamW(weights, lr=lr, betas=betas, eps=optim.eps, weight_decay=optim.weight_decay)
-    for k in range(steps):
-        for weight, g in zip(weights, gradients(k), strict=True):
-            weight.grad = g.to(dtype)
-        if optim.clip:
-            torch.nn.utils.clip_grad_norm_(weights, optim.clip)
-        adamw.step()
-        for average, weight in zip(ema, weights, strict=True):
-            average.mul_(optim.ema_decay).add_(weight.detach(), alpha=1 - optim.ema_decay)
-    moments = [adamw.state[weight] for weight in weights]
-    return {
-        "weights": [w.detach() for w in weights],
-        "m": [state["exp_avg"] for state in moments],
-        "v": [state["exp_avg_sq"] for state in moments],
-        "ema": ema,
-    }
-
-
-@pytest.mark.parametrize("clip", [0.0, 1.0], ids=["unclipped", "clipped"])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("decay", [0.9, 0.9999])
-def test_thirty_updates_err_at_most_twice_as_much_as_torchs(clip: float, weight_decay: float, decay: float) -> None:
-    optim = OptimConfig(clip=clip, weight_decay=weight_decay, ema_decay=decay)
-
-    def gradients(k: int) -> list[Tensor]:
-        return draw(100 + k, scale=10 ** (k % 5 - 2))  # norms on both sides of the clip
-
-    truth = torchs(30, optim, 1e-2, gradients, torch.float64)
-    theirs = torchs(30, optim, 1e-2, gradients, torch.float32)
-    for name, tensors in ours(30, optim, 1e-2, gradients).items():
-        error, allowed = (
-            max(float((a - b).abs().max()) for a, b in zip(found, truth[name], strict=True))
-            for found in (tensors, theirs[name])
-        )
-        largest = max(float(b.abs().max()) for b in truth[name])
-        # Floor: our worst element may fall where theirs got lucky; one rounding of the largest value.
-        assert error <= 2 * allowed + 2**-23 * largest, name
-        assert allowed < 1e-4 * largest, "the comparison shows nothing"
-
-
-def test_clipping_is_by_the_global_norm() -> None:
+def test_clipping_is_by_the_global_norm(ops) -> None:
     gradients = draw(1, scale=3.0)
-    norm = gradient_norm(gradients)
+    norm = ops.norm_of(gradients)
     assert float(norm) == pytest.approx(math.sqrt(sum(float(g.double().square().sum()) for g in gradients)), rel=1e-6)
     parameters = [torch.zeros_like(g).requires_grad_() for g in gradients]
     for parameter, g in zip(parameters, gradients, strict=True):
         parameter.grad = g.clone()
     assert float(torch.nn.utils.clip_grad_norm_(parameters, 1.0)) == pytest.approx(float(norm), rel=1e-6)
-    m = ours(1, OptimConfig(clip=1.0, beta1=0.0), 1e-3, lambda _: gradients)["m"]  # m is the clipped gradient
-    for got, parameter in zip(m, parameters, strict=True):
+    for got, parameter in zip(clipped(ops, gradients, 1.0), parameters, strict=True):
         torch.testing.assert_close(got, parameter.grad, rtol=1e-6, atol=0)
 
 
-def test_a_norm_below_the_clip_leaves_the_gradient_as_it_is() -> None:
+def test_a_norm_below_the_clip_leaves_the_gradient_as_it_is(ops) -> None:
     gradients = draw(1, scale=1e-3)
-    m = ours(1, OptimConfig(clip=1.0, beta1=0.0), 1e-3, lambda _: gradients)["m"]
-    assert all(torch.equal(a, b) for a, b in zip(m, gradients, strict=True))
+    for clip in (1.0, 0.0):
+        assert all(torch.equal(a, b) for a, b in zip(clipped(ops, gradients, clip), gradients, strict=True))
 
 
 def test_ema_warm_up_is_one_plus_k_over_ten_plus_k() -> None:
@@ -129,8 +86,10 @@ def test_ema_warm_up_is_one_plus_k_over_ten_plus_k() -> None:
 
 @pytest.fixture
 def start(tiny) -> Callable[..., tuple[TrainState, OptimConfig]]:
-    def make(dtype: torch.dtype = torch.float32, **optim: object) -> tuple[TrainState, OptimConfig]:
-        config: Config = replace(tiny(hidden=16), optim=OptimConfig(**optim))
+    def make(
+        dtype: torch.dtype = torch.float32, method: str = "sra", **optim: object
+    ) -> tuple[TrainState, OptimConfig]:
+        config: Config = replace(tiny(method, hidden=16), optim=OptimConfig(**optim))
         return TrainState.create(config, REFERENCE, CPU, dtype), config.optim
 
     return make
@@ -173,7 +132,7 @@ def test_a_fresh_state_is_its_own_ema_and_has_empty_moments(start) -> None:
     assert not any(p.requires_grad for p in state.teacher.parameters())
 
 
-def test_the_update_moves_everything_trained_and_leaves_the_position_table(start) -> None:
+def test_the_update_moves_everything_trained_and_leaves_the_position_table(start, update) -> None:
     state, optim = start()
     before = snapshot(state)
     norm, decay = update(state, gradients_for(state, 0), LR, optim)
@@ -184,7 +143,7 @@ def test_the_update_moves_everything_trained_and_leaves_the_position_table(start
     assert norm.dtype == decay.dtype == torch.float32
 
 
-def test_ema_moves_by_its_share_of_the_way_to_the_new_weights(start) -> None:
+def test_ema_moves_by_its_share_of_the_way_to_the_new_weights(start, update) -> None:
     state, optim = start()
     before = {name: value.double() for name, value in state.ema.items()}
     update(state, gradients_for(state, 0), LR, optim)
@@ -193,7 +152,7 @@ def test_ema_moves_by_its_share_of_the_way_to_the_new_weights(start) -> None:
         torch.testing.assert_close(value.double(), wanted, atol=1e-7, rtol=1e-6)
 
 
-def test_weight_decay_acts_on_matrices_alone(start) -> None:
+def test_weight_decay_acts_on_matrices_alone(start, update) -> None:
     states = []
     for weight_decay in (0.0, 0.1):
         state, optim = start(weight_decay=weight_decay)
@@ -212,7 +171,7 @@ BAD = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "overflow": 3e38}
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("done", [0, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_non_finite_gradient_changes_no_bit(start, bad: str, done: int, dtype: torch.dtype) -> None:
+def test_a_non_finite_gradient_changes_no_bit(start, update, bad: str, done: int, dtype: torch.dtype) -> None:
     state, optim = start(dtype, weight_decay=0.1)
     for k in range(done):
         update(state, gradients_for(state, k), LR, optim)
@@ -224,7 +183,7 @@ def test_a_non_finite_gradient_changes_no_bit(start, bad: str, done: int, dtype:
     assert (int(state.skipped_steps), int(state.skipped_in_a_row)) == (1, 1)
 
 
-def test_training_goes_on_after_a_skipped_step_as_if_it_had_not_been(start) -> None:
+def test_training_goes_on_after_a_skipped_step_as_if_it_had_not_been(start, update) -> None:
     (spared, optim), (struck, _) = start(), start()
     for k in range(4):
         if k in (0, 2):
@@ -235,7 +194,7 @@ def test_training_goes_on_after_a_skipped_step_as_if_it_had_not_been(start) -> N
     assert (int(struck.skipped_steps), int(struck.skipped_in_a_row)) == (2, 0)
 
 
-def test_sixty_four_skipped_in_a_row_stay_visible(start) -> None:
+def test_sixty_four_skipped_in_a_row_stay_visible(start, update) -> None:
     state, optim = start()
     nan, good = [g * math.nan for g in gradients_for(state, 0)], gradients_for(state, 0)
     for gradients, in_a_row in [(nan, 1), (nan, 2), (good, 0)]:
@@ -251,7 +210,7 @@ def test_sixty_four_skipped_in_a_row_stay_visible(start) -> None:
     assert int(state.skipped_steps) == 4
 
 
-def test_bf16_networks_are_the_masters_rounded(start) -> None:
+def test_bf16_networks_are_the_masters_rounded(start, update) -> None:
     state, optim = start(torch.bfloat16)
     for k in range(3):
         update(state, [g.bfloat16() for g in gradients_for(state, k)], LR, optim)
@@ -259,11 +218,11 @@ def test_bf16_networks_are_the_masters_rounded(start) -> None:
             for name, parameter in network.named_parameters():
                 assert source[name].dtype == torch.float32
                 assert parameter.dtype == torch.bfloat16
-                assert torch.equal(parameter, source[name].bfloat16()), name
+                assert torch.equal(parameter, source[name][: len(parameter)].bfloat16()), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_state_takes_over_another_where_it_stands(start, dtype: torch.dtype) -> None:
+def test_a_state_takes_over_another_where_it_stands(start, update, dtype: torch.dtype) -> None:
     """A captured graph has the addresses: not one tensor may move, and the networks must see the new values."""
     state, optim = start(dtype)
     other, _ = start(torch.float32)
@@ -278,7 +237,7 @@ def test_a_state_takes_over_another_where_it_stands(start, dtype: torch.dtype) -
         for name, value in getattr(other, field).items():
             assert torch.equal(getattr(state, field)[name], value), (field, name)
     for network, source in ((state.student, other.weights), (state.teacher, other.ema)):
-        assert all(torch.equal(p, source[name].to(dtype)) for name, p in network.named_parameters())
+        assert all(torch.equal(p, source[name][: len(p)].to(dtype)) for name, p in network.named_parameters())
 
 
 def tensors_of(state: TrainState) -> dict[str, Tensor]:
@@ -295,6 +254,86 @@ def test_fp32_networks_hold_the_masters_themselves(start) -> None:
     state, _ = start()
     for network, source in ((state.student, state.weights), (state.teacher, state.ema)):
         assert all(p.data_ptr() == source[name].data_ptr() for name, p in network.named_parameters())
+
+
+# The teacher's copies stop at its tap
+
+EMBEDDERS = ("pos_embed", "x_embedder.", "t_embedder.", "y_embedder.")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("method", "blocks"), [("sra", 3), ("none", 0)])
+def test_the_teacher_has_what_it_reads_and_no_more(start, dtype: torch.dtype, method: str, blocks: int) -> None:
+    state, _ = start(dtype, method)
+    held = dict(state.teacher.named_parameters())
+    read = (*EMBEDDERS, "modulation.", *(f"blocks.{i}." for i in range(blocks)))
+    assert set(held) == {name for name in state.ema if name.startswith(read)}
+    assert {name for name in state.ema if not name.startswith(read)}  # there is more to the EMA
+    for kind in ("weight", "bias"):
+        own, whole = held[f"modulation.{kind}"], state.ema[f"modulation.{kind}"]
+        assert (len(own), len(whole)) == (6 * 16 * blocks, (6 * 4 + 2) * 16)
+        assert torch.equal(own, whole[: len(own)].to(dtype))
+    assert all(p.dtype == dtype for p in held.values())
+
+
+@pytest.mark.parametrize("method", ["sra", "none"])
+def test_an_update_is_given_every_tensor_where_it_lies(start, method: str) -> None:
+    state, _ = start(torch.bfloat16, method)
+    student, teacher = (dict(network.named_parameters()) for network in (state.student, state.teacher))
+    groups = state.weights, state.adam_m, state.adam_v, state.ema, student
+    for tensors, whole in zip(state.lists, groups, strict=False):
+        held = [(t.data_ptr(), t.numel()) for t in tensors if t.numel()]
+        wanted = []
+        for name in state.adam_m:
+            cut = len(teacher[name]) if name in teacher else 0
+            pieces = whole[name][:cut], whole[name][cut:]
+            wanted += [(t.data_ptr(), t.numel()) for t in pieces if t.numel()]
+        assert held == wanted
+    copies = [copy for copy in state.lists[5] if copy.numel()]
+    trained = [p for name, p in teacher.items() if name in state.adam_m and p.numel()]
+    assert {copy.data_ptr() for copy in copies} == {p.data_ptr() for p in trained}
+    assert sum(copy.numel() for copy in copies) == sum(p.numel() for p in trained)
+    for copy, average in zip(state.lists[5], state.lists[3], strict=True):
+        assert copy.shape == average.shape or not copy.numel()
+
+
+def test_fp32_networks_need_no_copies(start) -> None:
+    state, _ = start()
+    assert state.lists[4:] == ([], [])
+    assert [len(tensors) for tensors in state.lists[:4]] == [len(state.adam_m)] * 4
+    assert all(a is b for a, b in zip(state.lists[0], (state.weights[name] for name in state.adam_m), strict=True))
+
+
+@pytest.mark.parametrize("method", ["sra", "none"])
+def test_the_average_covers_what_the_teacher_has_no_copy_of(start, update, method: str) -> None:
+    (copying, optim), (holding, _) = start(torch.bfloat16, method), start(torch.float32, method)
+    for k in range(3):
+        for state in (copying, holding):
+            update(state, gradients_for(state, k), LR, optim)
+    for group in ("weights", "ema", "adam_m", "adam_v"):
+        for name, value in getattr(holding, group).items():
+            assert torch.equal(getattr(copying, group)[name], value), (group, name)
+    fresh, _ = start(torch.float32, method)
+    still = {name for name in fresh.ema if torch.equal(fresh.ema[name], holding.ema[name])}
+    assert still == set(fresh.weights) - set(fresh.adam_m)
+
+
+def test_loading_and_refreshing_leave_the_teacher_cut(start, update) -> None:
+    state, optim = start(torch.bfloat16)
+    held = {name: (p.data_ptr(), p.shape) for name, p in state.teacher.named_parameters()}
+    for value in state.ema.values():
+        value.add_(1.0)
+    state.refresh()
+    other, _ = start(torch.bfloat16)
+    for step in (
+        lambda: None,
+        lambda: state.load({"ema": other.ema}),
+        lambda: update(state, gradients_for(state, 0), LR, optim),
+    ):
+        step()
+        assert {name: (p.data_ptr(), p.shape) for name, p in state.teacher.named_parameters()} == held
+        for name, p in state.teacher.named_parameters():
+            assert torch.equal(p, state.ema[name][: len(p)].bfloat16()), name
 
 
 # Learning rate

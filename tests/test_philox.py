@@ -121,6 +121,7 @@ def test_draws_keep_their_numbers() -> None:
         "REPLACEMENT": 8,
         "WEIGHT": 9,
         "FLIP": 10,
+        "HELD_OUT": 11,
     }
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sra_fast.config import Config, Refused
-from sra_fast.data.stream import Batch
+from sra_fast.data.ahead import Batch
 from sra_fast.model.layout import joined
 from sra_fast.model.transformer import Ops
 from sra_fast.optim import TrainState
@@ -126,8 +126,8 @@ def test_a_graph_break_in_a_block_is_an_error(tiny, monkeypatch) -> None:
 class Arrived:
     """Prefetch without a way to go."""
 
-    def __init__(self, shape: tuple[int, int, int, int], device: torch.device) -> None:
-        self.fixed = Inputs(shape, device)
+    def __init__(self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> None:
+        self.fixed = Inputs(shape, device, dtype=dtype)
 
     def __call__(self, given: Batch, lr: float, weight: float) -> None:
         self.fixed.bytes.fill_(255)  # NaN in every float: nothing of the step before is left

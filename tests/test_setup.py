@@ -49,13 +49,28 @@ def asked(tmp_path: Path) -> Path:
     return tmp_path / "asked"
 
 
-def build(tree: Path, *words: str, **environment: str) -> tuple[list[str], list[str]]:
-    """What it says of the operators, and how it asked CMake. Without `ASKED` there is no CMake."""
+# As `python setup.py`, by an interpreter in a folder of which we know what lies in it.
+SETUP = "import runpy, sys; sys.executable, *sys.argv = sys.argv[1:]; runpy.run_path('setup.py', run_name='__main__')"
+
+
+def build(tree: Path, *words: str, beside: Path | None = None, **environment: str) -> tuple[list[str], list[str]]:
+    """What it says of the operators, and how it asked CMake. Without `ASKED` there is no CMake.
+
+    Args:
+        beside: folder of the interpreter; CMake's own is on the PATH where this is not given.
+    """
     asked = Path(environment.get("ASKED", tree / "nothing"))
-    path = f"{asked.parent / 'bin'}:/usr/bin:/bin" if "ASKED" in environment else str(tree / "nothing")
-    environment = {"PATH": path, "HOME": str(tree), **environment}
-    command = [sys.executable, "setup.py", "-q", *words]
-    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    path = "/usr/bin:/bin" if "ASKED" in environment else str(tree / "nothing")
+    if not beside:
+        path = f"{asked.parent / 'bin'}:{path}"
+    interpreter = (beside or tree / "nothing") / "python"
+    done = subprocess.run(
+        [sys.executable, "-c", SETUP, interpreter, "setup.py", "-q", *words],
+        cwd=tree,
+        env={"PATH": path, "HOME": str(tree), **environment},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     said = [line for line in (done.stdout + done.stderr).splitlines() if "operators" in line or "Error" in line]
     return said, asked.read_text().splitlines() if asked.exists() else []
@@ -90,7 +105,7 @@ def test_a_wheel_with_the_library_is_for_one_platform_and_every_python(tree: Pat
     assert wheel(tree) == (f"py3-none-{PLATFORM}", b"new\n")
     configure, compile = calls
     assert f"-S {tree} " in configure
-    assert f"-DPython3_EXECUTABLE={sys.executable}" in configure  # its torch is the one to build against
+    assert f"-DPython3_EXECUTABLE={tree / 'nothing' / 'python'}" in configure  # its torch is the one to build against
     assert "-DSRA_CUDA=ON" in configure
     assert compile.startswith("cmake --build")
     assert (tree / LIBRARY).read_text() == "old"  # that is the tree's
@@ -98,6 +113,12 @@ def test_a_wheel_with_the_library_is_for_one_platform_and_every_python(tree: Pat
 
 def test_in_place_the_library_is_beside_the_package(tree: Path, asked: Path) -> None:
     assert build(tree, "build_ext", "--inplace", ASKED=str(asked))[0] == []
+    assert (tree / LIBRARY).read_text() == "new\n"
+
+
+def test_a_cmake_beside_the_interpreter_goes_before_that_of_the_path(tree: Path, asked: Path) -> None:
+    said, calls = build(tree, "build_ext", "--inplace", beside=asked.parent / "bin", ASKED=str(asked))
+    assert (said, len(calls)) == ([], 2)
     assert (tree / LIBRARY).read_text() == "new\n"
 
 
@@ -164,5 +185,5 @@ def test_the_wheel_that_cmake_builds_computes(tree: Path, tmp_path: Path) -> Non
         "import torch; from sra_fast.kernels import library, gradient_norm; assert not library.load(), library.load();"
         "print(library.__file__, float(gradient_norm.gradient_norm([torch.tensor([3.0, 4.0])])))"
     )
-    said = run(sys.executable, "-c", compute, PYTHONPATH=str(tmp_path / "site"))
+    said = run(sys.executable, "-P", "-c", compute, PYTHONPATH=str(tmp_path / "site"))
     assert said.split() == [str(tmp_path / "site" / "sra_fast" / "kernels" / "library.py"), "5.0"]

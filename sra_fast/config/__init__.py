@@ -1,11 +1,12 @@
 """The whole configuration of a run: frozen dataclasses with their checks (recipe.py, running.py, together in
-whole.py; profile.py) and named presets (presets.py).
+whole.py; preparing.py, profile.py) and named presets (presets.py).
 
 The command line changes fields of a preset, and `config.json` in the run directory holds every one of them. Fields are
 named on the command line as here, with hyphens: `Config.align.t_max` is `--align.t-max`.
 """
 
 from sra_fast.config.checks import Refused, from_dict, refuse_unless, to_dict
+from sra_fast.config.preparing import PrepareConfig
 from sra_fast.config.presets import DIGITS_FOLDER, PRESETS, SIZES, preset
 from sra_fast.config.profile import ProfileConfig
 from sra_fast.config.recipe import AlignConfig, ModelConfig, ObjectiveConfig, OptimConfig
@@ -26,6 +27,7 @@ __all__ = [
     "ModelConfig",
     "ObjectiveConfig",
     "OptimConfig",
+    "PrepareConfig",
     "ProfileConfig",
     "Refused",
     "RunConfig",

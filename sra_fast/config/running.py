@@ -32,12 +32,17 @@ class RunConfig(Section):
 
 @dataclass(frozen=True)
 class DataConfig(Section):
-    """Training images: one folder per class, JPEG or PNG."""
+    """Training data: images, one folder per class, JPEG or PNG; or latents that `sra-fast prepare` made of them."""
 
     section: ClassVar[str] = "data"
 
     images: str = ""
     """Folder of class folders. The digits preset writes scikit-learn's digits there if it does not exist."""
+    latents: str = ""
+    """Folder of a packed set, or of the public SRA code's moments (with vae-sd/dataset.json). The options on decoding
+    below are then without effect."""
+    vae: str = ""
+    """VAE for previews of latents: a folder, or an id on the Hugging Face hub; empty = the one the set names."""
     resolution: int = 32
     """Side in pixels after the ADM center crop."""
     channels: Literal[1, 3] = 3

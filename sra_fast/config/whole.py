@@ -59,7 +59,10 @@ class Config(Section):
             )
         resolution, sampler = self.data.resolution, self.sample.sampler
         refuse_unless(
-            resolution % patch == 0, "data.resolution", resolution, f"must be a multiple of model.patch = {patch}"
+            self.data.latents != "" or resolution % patch == 0,
+            "data.resolution",
+            resolution,
+            f"must be a multiple of model.patch = {patch}",
         )
         if family == "dit":
             steps = self.sample.steps

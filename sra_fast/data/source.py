@@ -1,47 +1,169 @@
-"""A run's images: the folder, its split, the decoder, and what the model must fit."""
+"""Where a run's images come from: a folder of images, or a packed set of latents. Either is split into what is trained
+on and what is held out, and says what the model must fit."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from sra_fast.config import DIGITS_FOLDER, Config, refuse_unless
+from sra_fast.config import DIGITS_FOLDER, Config, DataConfig, refuse_unless
+from sra_fast.data import folder, latent_stream, latents, stream
+from sra_fast.data.ahead import Stream
 from sra_fast.data.digits import write_digits
-from sra_fast.data.folder import ImageFolder, scan, split
+from sra_fast.data.folder import ImageFolder
 from sra_fast.data.images import Decoder, open_decoder
+from sra_fast.data.latents import Moments, Rows, open_moments
+from sra_fast.kernels.perturb import Stored, clean_ref
+
+
+class Source(Protocol):
+    """Training and held-out images of one data set."""
+
+    train: ImageFolder | Rows
+    held_out: ImageFolder | Rows
+    fingerprint: str
+    """Equal for equal data, wherever they lie."""
+    stored: Stored | None
+    """What makes images of a batch's rows; None: they are."""
+
+    @property
+    def holds_pixels(self) -> bool:
+        """Whether x of training are images rather than latents."""
+
+    @property
+    def reader(self) -> str:
+        """Who reads, in words for the run's first lines."""
+
+    def stream(self, config: Config, first_image: int, bad: Mapping[str, str]) -> Stream:
+        """Training batches from an image number on. bad: files already known to be undecodable."""
+
+    def load(self, images: ImageFolder | Rows) -> tuple[Tensor, Tensor]:
+        """All of some images at once, on the device: (x as in a batch, labels (N,) int64)."""
+
+    def pixels(self, images: ImageFolder | Rows) -> tuple[Tensor, Tensor]:
+        """All of some images at once: ((N, C, H, W) float32 in [-1, 1], labels (N,) int64). Refuses latents."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """Training and held-out images of one folder."""
+class ImageSource:
+    """A folder of class folders, decoded on the way; see `Source`."""
 
     train: ImageFolder
     held_out: ImageFolder
-    decoder: Decoder
     fingerprint: str
+    decoder: Decoder
+    stored: Stored | None = None
+    holds_pixels: bool = True
+
+    @property
+    def reader(self) -> str:
+        return f"decoded by {self.decoder.name}"
+
+    def stream(self, config: Config, first_image: int, bad: Mapping[str, str]) -> Stream:
+        return stream.ImageStream(
+            self.train,
+            self.decoder,
+            seed=config.run.seed,
+            batch=config.train.batch,
+            first_image=first_image,
+            strict=config.data.strict,
+            max_bad_share=config.data.max_bad_share,
+            bad=bad,
+        )
+
+    def load(self, images: ImageFolder) -> tuple[Tensor, Tensor]:
+        return stream.load(images, self.decoder)
+
+    pixels = load
+
+
+@dataclass(frozen=True)
+class LatentSource:
+    """A packed set, or the public layout; see `Source`."""
+
+    train: Rows
+    held_out: Rows
+    fingerprint: str
+    stored: Stored
+    device: torch.device
+
+    @property
+    def moments(self) -> Moments:
+        """The whole set."""
+        return self.train.moments
+
+    @property
+    def reader(self) -> str:
+        channels, height, width = self.moments.shape
+        kind = "moments" if self.moments.posterior else "rows"
+        return f"{kind} of {channels} x {height} x {width} {self.moments.dtype} from {self.moments.root}"
+
+    def stream(self, config: Config, first_image: int, bad: Mapping[str, str]) -> Stream:
+        return latent_stream.LatentStream(
+            self.train,
+            seed=config.run.seed,
+            batch=config.train.batch,
+            first_image=first_image,
+            pinned=self.device.type == "cuda",
+        )
+
+    def load(self, images: Rows) -> tuple[Tensor, Tensor]:
+        return latent_stream.load(images, self.device)
+
+    def pixels(self, images: Rows) -> tuple[Tensor, Tensor]:
+        refuse_unless(self.holds_pixels, "data.latents", str(self.moments.root), "must be images to be judged")
+        x, labels = self.load(images)
+        return clean_ref(x, labels, 0, self.stored), labels
+
+    @property
+    def holds_pixels(self) -> bool:
+        """Whether rows are images rather than latents."""
+        return self.moments.dtype == np.uint8
 
 
 def open_source(config: Config, device: torch.device) -> tuple[Source, Config]:
-    """Scan and split `data.images`, and fill in the model's input size, channels and classes.
+    """Open `data.images` or `data.latents`, split it, and fill in the model's input size, channels and classes.
 
     Raises:
-        Refused: on a folder that cannot serve, or a model that does not fit it.
+        Refused: on data that cannot serve, or a model that does not fit them.
     """
+    data = config.data
     refuse_unless(
-        config.data.images != "", "data.images", config.data.images, "must be a folder of class folders of images"
+        (data.images != "") != (data.latents != ""),
+        "data.images, data.latents",
+        (data.images, data.latents),
+        "one must be a folder: of class folders of images, or that `sra-fast prepare` made",
     )
-    root = Path(config.data.images)
-    if root == Path(DIGITS_FOLDER):
-        write_digits(root)
-    folder = scan(root)
-    train, held_out = split(folder, config.data.held_out)
-    facts = {"input_size": config.data.resolution, "channels": config.data.channels, "classes": len(folder.classes)}
+    source, size, channels = _open_latents(data, device) if data.latents else _open_images(data, device)
+    facts = {"input_size": size, "channels": channels, "classes": len(source.train.classes)}
     for name, fact in facts.items():
         given = getattr(config.model, name)
         refuse_unless(
             given in (0, fact), f"model.{name.replace('_', '-')}", given, f"must be {fact}, as the data is, or 0"
         )
-    config = replace(config, model=replace(config.model, **facts))
-    return Source(train, held_out, open_decoder(config.data, device), folder.fingerprint()), config
+    return source, replace(config, model=replace(config.model, **facts))
+
+
+def _open_images(data: DataConfig, device: torch.device) -> tuple[ImageSource, int, int]:
+    """(source, side, channels) of `data.images`."""
+    root = Path(data.images)
+    if root == Path(DIGITS_FOLDER):
+        write_digits(root)
+    found = folder.scan(root)
+    train, held_out = folder.split(found, data.held_out)
+    decoder = open_decoder(data, device)
+    return ImageSource(train, held_out, found.fingerprint(), decoder), data.resolution, data.channels
+
+
+def _open_latents(data: DataConfig, device: torch.device) -> tuple[LatentSource, int, int]:
+    """(source, side, channels) of `data.latents`."""
+    moments = open_moments(Path(data.latents))
+    train, held_out = latents.split(moments, data.held_out)
+    source = LatentSource(train, held_out, moments.fingerprint, moments.stored(device), device)
+    return source, moments.shape[1], moments.channels

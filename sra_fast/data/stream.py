@@ -1,4 +1,4 @@
-"""Batches of training images, decoded ahead of the trainer by one background thread.
+"""Batches of training images, decoded ahead of the trainer.
 
 Image number n is data row `order.rows(seed, n)`. If that file cannot be decoded, image n is the first decodable row
 among
@@ -11,40 +11,22 @@ images.
 
 from __future__ import annotations
 
-import queue
 import sys
-import threading
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sra_fast.config import Refused
+from sra_fast.data.ahead import Batch, Stream
 from sra_fast.data.folder import ImageFolder
 from sra_fast.data.images import Decoder, Undecodable
 from sra_fast.data.order import rows
 from sra_fast.kernels.philox import Draw, below, words
 
-DEPTH = 2
-"""Batches decoded ahead: one to hand over at once and one to even out slow files."""
 
-
-class Batch(NamedTuple):
-    """Consecutive images, on the decoder's device."""
-
-    x: Tensor
-    """(B, C, R, R) float32 in [-1, 1]."""
-    labels: Tensor
-    """(B,) int64."""
-    number: Tensor
-    """(B,) int64, image numbers."""
-
-
-class ImageStream:
-    """Endless iterator over the batches that begin at image first_image, first_image + batch, ...
-
-    Close it, or use it as a context manager: a thread reads on in the background until then.
+class ImageStream(Stream):
+    """Batches of decoded images, on the decoder's device; see `Stream`.
 
     Args:
         folder: the data set.
@@ -73,64 +55,13 @@ class ImageStream:
         max_bad_share: float = 0.01,
         bad: Mapping[str, str] | None = None,
     ) -> None:
+        super().__init__(batch, first_image, decoder.device)
         self.bad = dict(bad or {})
-        """Undecodable files met so far, by the thread that reads ahead, and why."""
-        self.replaced = 0
-        """Images in the batches handed out so far that stand in for undecodable ones."""
-        self._folder, self._decoder = folder, decoder
-        self._seed, self._batch, self._first = seed, batch, first_image
+        self._folder, self._decoder, self._seed = folder, decoder, seed
         self._strict, self._max_bad_share = strict, max_bad_share
-        self._ready: queue.Queue[tuple[Batch, int] | BaseException] = queue.Queue(DEPTH)
-        self._closed = threading.Event()
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._read_ahead, name="image stream", daemon=True)
-        self._thread.start()
+        self.begin()
 
-    def __iter__(self) -> ImageStream:
-        return self
-
-    def __next__(self) -> Batch:
-        if self._closed.is_set():
-            raise RuntimeError("the image stream is closed")
-        item = self._error or self._ready.get()
-        if isinstance(item, BaseException):
-            self._error = item  # The thread has ended: raise the same again rather than wait for ever.
-            raise item
-        batch, replaced = item
-        self.replaced += replaced
-        return batch
-
-    def close(self) -> None:
-        """Stop the thread, once it has finished the batch in hand."""
-        self._closed.set()
-        # Makes room for a thread that waits to hand over; it then sees that it is to end.
-        while not self._ready.empty():
-            self._ready.get()
-        self._thread.join()
-
-    def __enter__(self) -> ImageStream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _read_ahead(self) -> None:
-        first, stream = self._first, None
-        try:
-            if self._decoder.device.type == "cuda":  # or every batch would wait in line behind the step
-                stream = torch.cuda.Stream(self._decoder.device)
-            while not self._closed.is_set():
-                with torch.cuda.stream(stream):
-                    ready = self._decode(first)
-                if stream:  # what is handed over is there, for any stream to read
-                    stream.synchronize()
-                self._ready.put(ready)
-                first += self._batch
-        except BaseException as error:
-            self._ready.put(error)
-
-    def _decode(self, first: int) -> tuple[Batch, int]:
-        """The batch that begins at image number `first`, and how many of its images are replacements."""
+    def make(self, first: int) -> tuple[Batch, int]:
         numbers = range(first, first + self._batch)
         chosen = rows(self._seed, first, self._batch, len(self._folder)).tolist()
         attempts = [0] * self._batch

@@ -23,7 +23,7 @@ import torch
 
 from sra_fast.atomic import replacing
 from sra_fast.config import DIGITS_FOLDER, Config, ProfileConfig, Refused, refuse_unless, to_dict
-from sra_fast.data.stream import Batch
+from sra_fast.data.ahead import Batch
 from sra_fast.distributed import refuse_several_processes
 from sra_fast.hardware import Hardware, set_deterministic
 from sra_fast.metrics import write_json

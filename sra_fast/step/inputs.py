@@ -5,25 +5,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sra_fast.data.stream import Batch
+from sra_fast.data.ahead import Batch
 
 
 class Inputs:
     """One step's inputs side by side in one run of bytes, so that one copy moves them all.
 
     Args:
-        shape: (B, C, H, W) of the images.
+        shape: (B, C, H, W) of a batch's x.
         device: where the bytes are.
         pinned: host memory that a device can copy from by itself.
+        dtype: of x.
     """
 
-    def __init__(self, shape: tuple[int, int, int, int], device: torch.device, pinned: bool = False) -> None:
-        batch, pixels = shape[0], torch.Size(shape).numel()
-        sizes = [8 * batch, 8 * batch, 4 * pixels, 4, 4]
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int],
+        device: torch.device,
+        pinned: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        batch, values = shape[0], torch.Size(shape).numel()
+        room = -(-values * dtype.itemsize // 4) * 4  # what follows is float32
+        sizes = [8 * batch, 8 * batch, room, 4, 4]
         self.bytes = torch.zeros(sum(sizes), dtype=torch.uint8, device=device, pin_memory=pinned)
         labels, number, x, lr, weight = self.bytes.split(sizes)
         self.labels, self.number = labels.view(torch.int64), number.view(torch.int64)  # (B,)
-        self.x = x.view(torch.float32).view(shape)
+        self.x = x.view(dtype)[:values].view(shape)
         self.lr, self.weight = lr.view(torch.float32)[0], weight.view(torch.float32)[0]  # ()
 
     def fill(self, batch: Batch, lr: float, weight: float) -> None:
@@ -42,13 +50,15 @@ class Prefetch:
     Two lanes take turns. The host waits only if it is more than two steps ahead of the device.
 
     Args:
-        shape: (B, C, H, W) of the images.
+        shape, dtype: of a batch's x, (B, C, H, W).
         device: a CUDA device.
     """
 
-    def __init__(self, shape: tuple[int, int, int, int], device: torch.device) -> None:
-        self.fixed = Inputs(shape, device)
-        self._lanes = [_Lane(shape, device) for _ in range(2)]
+    def __init__(
+        self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.fixed = Inputs(shape, device, dtype=dtype)
+        self._lanes = [_Lane(shape, device, dtype) for _ in range(2)]
         self._stream = torch.cuda.Stream(device)
 
     def __call__(self, batch: Batch, lr: float, weight: float) -> None:
@@ -57,7 +67,7 @@ class Prefetch:
         self._lanes.append(lane)
         lane.free.synchronize()
         with torch.cuda.stream(self._stream):
-            if batch.x.is_cuda:
+            if batch.x.is_cuda or batch.x.is_pinned():  # no detour
                 lane.there.fill(batch, lr, weight)
             else:
                 lane.here.fill(batch, lr, weight)
@@ -70,8 +80,9 @@ class Prefetch:
 
 
 class _Lane:
-    def __init__(self, shape: tuple[int, int, int, int], device: torch.device) -> None:
-        self.here, self.there = Inputs(shape, torch.device("cpu"), pinned=True), Inputs(shape, device)
+    def __init__(self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> None:
+        self.here = Inputs(shape, torch.device("cpu"), pinned=True, dtype=dtype)
+        self.there = Inputs(shape, device, dtype=dtype)
         self.free = torch.cuda.Event()
         self.source: Batch | None = None
 

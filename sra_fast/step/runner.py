@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from sra_fast.config import refuse_unless
-from sra_fast.data.stream import Batch
+from sra_fast.data.ahead import Batch
 from sra_fast.model.attention import PACKAGES
 from sra_fast.optim import TrainState
 from sra_fast.step import MetricRing, TrainingStep
@@ -92,8 +93,7 @@ class StepRunner:
         if execution != "eager":
             step.compile(state, whole=attention not in PACKAGES)
         self._has_fixed_buffers = _can_fetch_ahead(self.device)
-        if self._has_fixed_buffers:
-            self._prepare(execution == "graph", say)
+        self._wants_graph, self._say, self._prefetch = execution == "graph", say, None
 
     def __call__(self, batch: Batch, lr: float, weight: float) -> None:
         """One optimizer step on a whole batch.
@@ -103,6 +103,8 @@ class StepRunner:
             lr, weight: learning rate and alignment weight.
         """
         if self._has_fixed_buffers:
+            if self._prefetch is None:
+                self._prepare(batch.x)
             self._prefetch(batch, lr, weight)
             self._step_from_fixed()
             return
@@ -114,18 +116,17 @@ class StepRunner:
         """Why there is no CUDA graph although one was wanted."""
         return next((graph.failure for graph in self._graphs if graph.failure), None)
 
-    def _prepare(self, graph: bool, say: Callable[[str], None] | None) -> None:
-        config = self.step.config
-        model, parts = config.model, config.train.accumulate
-        shape = (config.train.batch, model.channels, model.input_size, model.input_size)
-        self._prefetch = Prefetch(shape, self.device)
+    def _prepare(self, x: Tensor) -> None:
+        """Make the buffers for batches like this one's x, and what steps from them."""
+        graph, parts = self._wants_graph, self.step.config.train.accumulate
+        self._prefetch = Prefetch(tuple(x.shape), self.device, x.dtype)
         if graph:
             stream, pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
 
         def captured(function: Callable[[], None]) -> Callable[[], None]:
             if not graph:
                 return function
-            self._graphs.append(Captured(function, stream, pool, say=say))
+            self._graphs.append(Captured(function, stream, pool, say=self._say))
             return self._graphs[-1]
 
         whole = self._prefetch.fixed

@@ -1,0 +1,67 @@
+"""Batches of stored rows, gathered ahead of the trainer.
+
+Image number n is row `order.rows(seed, n)` of the training rows, mirrored where the set has mirrored rows and a coin of
+(seed, n, FLIP) says so. No worker processes: a row is one read of some kilobytes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sra_fast.data.ahead import Batch, Stream
+from sra_fast.data.latents import Rows
+from sra_fast.data.order import rows
+from sra_fast.kernels.philox import Draw, uniforms
+
+BLOCK = 1 << 14
+"""Image numbers whose rows are computed together: the order's integer arithmetic is then cheap beside the reads."""
+
+
+class LatentStream(Stream):
+    """Batches of rows as they are stored, on the CPU; see `Stream`.
+
+    Args:
+        training: the rows to train on.
+        seed: the run's 64-bit seed.
+        batch: images per batch.
+        first_image: image number of the first image.
+        pinned: gather into memory that a GPU copies from by itself.
+
+    Raises:
+        Refused: by `next`, naming a file that has become unreadable.
+    """
+
+    def __init__(self, training: Rows, *, seed: int, batch: int, first_image: int, pinned: bool = False) -> None:
+        super().__init__(batch, first_image, torch.device("cpu"))
+        self.bad = {}
+        self._training, self._seed, self._pinned = training, seed, pinned
+        self._known = first_image, np.empty(0, dtype=np.int64), np.empty(0, dtype=bool)
+        self.begin()
+
+    def make(self, first: int) -> tuple[Batch, int]:
+        chosen, flipped = self._order(first)
+        index = self._training.index[chosen]
+        x = self._training.moments.gather(index, flipped, self._pinned)
+        labels = torch.from_numpy(self._training.moments.labels[index])
+        return Batch(x, labels, torch.arange(first, first + self._batch)), 0
+
+    def _order(self, first: int) -> tuple[np.ndarray, np.ndarray]:
+        """(rows (B,) int64, flipped (B,) bool) of the batch that begins at image number `first`."""
+        begin, known, flips = self._known
+        if first + self._batch > begin + len(known):
+            count = max(BLOCK, self._batch)
+            known = rows(self._seed, first, count, len(self._training))
+            flips = np.zeros(count, dtype=bool)
+            if self._training.moments.flips:
+                flips = (uniforms(self._seed, torch.arange(first, first + count), Draw.FLIP)[:, 0] < 0.5).numpy()
+            begin = first
+            self._known = begin, known, flips
+        part = slice(first - begin, first - begin + self._batch)
+        return known[part], flips[part]
+
+
+def load(chosen: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
+    """All of some rows: (x (N, *shape) as stored, labels (N,) int64), on the device."""
+    return chosen.moments.gather(chosen.index).to(device), torch.from_numpy(chosen.labels).to(device)

@@ -1,0 +1,296 @@
+"""Moments that a VAE made of images, read back: packed in shards (manifest.py), or one file each as the public code
+has them.
+
+    <DIR>/vae-sd/dataset.json                       {"labels": [["00000/img-mean-std-00000000.npy", 0], ...]}
+    <DIR>/vae-sd/00000/img-mean-std-00000000.npy    (8, 32, 32) float32: 4 means, 4 standard deviations, unscaled
+
+Rows are read with `pread` straight to where they are wanted, not through a memory map: a shard that has been cut short
+is then an error with a name, where a map would end the process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sra_fast.config import Refused, refuse_unless
+from sra_fast.data.manifest import NAME, Factor, Manifest, Shard, read_manifest
+from sra_fast.kernels.perturb import Stored
+from sra_fast.kernels.philox import Draw, uniforms
+
+OPEN_FILES = 512  # shards kept open at a time
+PUBLIC_SCALE = 0.18215  # of Stable Diffusion's VAE, which the public sets are made with
+
+
+class Moments(ABC):
+    """A data set of stored rows.
+
+    Attributes:
+        root: its folder.
+        classes: their names; a label is a position in it.
+        labels: (N,) int64.
+        shape, dtype: of a row, see `Manifest`.
+        posterior, scale, shift: what the numbers are, see `Manifest`.
+        vae: where the VAE came from, if known.
+        flips: whether every row has a mirrored one.
+        fingerprint: equal for equal data, wherever they lie.
+    """
+
+    root: Path
+    classes: tuple[str, ...]
+    labels: np.ndarray
+    shape: tuple[int, int, int]
+    dtype: np.dtype
+    posterior: bool
+    scale: Factor
+    shift: Factor
+    vae: str
+    flips: bool
+    fingerprint: str
+
+    @property
+    def channels(self) -> int:
+        """Of x."""
+        return self.shape[0] // 2 if self.posterior else self.shape[0]
+
+    def stored(self, device: torch.device) -> Stored:
+        """What makes x of a row."""
+        shift, scale = (
+            torch.from_numpy(np.broadcast_to(np.float32(factor), self.channels).copy()).to(device)
+            for factor in (self.shift, self.scale)
+        )
+        return Stored(self.posterior, shift, scale)
+
+    @abstractmethod
+    def read(self, row: int, flipped: bool, out: memoryview) -> None:
+        """One row's bytes.
+
+        Args:
+            row: in [0, N).
+            flipped: the mirrored one.
+            out: as many bytes as a row has.
+
+        Raises:
+            Refused: naming the file that is missing, cut short or of another kind.
+        """
+
+    def gather(self, rows: np.ndarray, flipped: np.ndarray | None = None, pinned: bool = False) -> Tensor:
+        """(B, *shape) of rows (B,) int64, as they are stored; mirrored where `flipped`, (B,) bool, says so."""
+        x = torch.empty((len(rows), *self.shape), dtype=_TORCH[self.dtype.name], pin_memory=pinned)
+        whole = memoryview(x.numpy()).cast("B")
+        size = len(whole) // max(1, len(rows))
+        chosen = [False] * len(rows) if flipped is None else flipped.tolist()
+        for place, (row, mirrored) in enumerate(zip(rows.tolist(), chosen, strict=True)):
+            self.read(row, mirrored, whole[place * size : (place + 1) * size])
+        return x
+
+
+_TORCH = {"float16": torch.float16, "float32": torch.float32, "uint8": torch.uint8}
+
+
+class PackedSet(Moments):
+    """What `sra-fast prepare` wrote.
+
+    Raises:
+        Refused: if the manifest and the files beside it do not belong together: naming the file.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.manifest = root, read_manifest(root)
+        m = self.manifest
+        self.classes, self.shape, self.dtype, self.posterior = m.classes, m.shape, np.dtype(m.dtype), m.posterior
+        self.scale, self.shift, self.vae, self.flips = m.scale, m.shift, m.vae, m.flips
+        self.fingerprint = m.fingerprint()
+        self._first = np.cumsum([0, *(shard.rows for shard in m.shards)])
+        self._row_bytes = self.dtype.itemsize * int(np.prod(m.shape))
+        self._begin = [self._check(shard, m) for shard in m.shards]
+        self.labels = np.concatenate([self._labels(shard) for shard in m.shards])
+        _refuse_classes(root, self.labels, self.classes)
+        self._open: OrderedDict[str, int] = OrderedDict()
+
+    def read(self, row: int, flipped: bool, out: memoryview) -> None:
+        which = int(np.searchsorted(self._first, row, side="right")) - 1
+        shard = self.manifest.shards[which]
+        name = shard.flip if flipped else shard.file
+        at = self._begin[which][name] + (row - int(self._first[which])) * self._row_bytes
+        try:
+            count = os.preadv(self._descriptor(name), [out], at)
+        except OSError as error:
+            raise Refused(f"data.latents: {self.root / name}: cannot be read ({error.strerror})") from error
+        if count != len(out):
+            raise Refused(f"data.latents: {self.root / name}: cut short; row {row} is not whole")
+
+    def _descriptor(self, name: str) -> int:
+        if name in self._open:
+            self._open.move_to_end(name)
+            return self._open[name]
+        if len(self._open) >= OPEN_FILES:
+            os.close(self._open.popitem(last=False)[1])
+        self._open[name] = os.open(self.root / name, os.O_RDONLY)
+        return self._open[name]
+
+    def close(self) -> None:
+        """Close the shards."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _check(self, shard: Shard, manifest: Manifest) -> dict[str, int]:
+        """Where the rows begin in a shard's files."""
+        begin = {}
+        for name in filter(None, (shard.file, shard.flip)):
+            path, shape = self.root / name, (shard.rows, *manifest.shape)
+            begin[name] = header(path, shape, self.dtype)
+        return begin
+
+    def _labels(self, shard: Shard) -> np.ndarray:
+        header(self.root / shard.labels, (shard.rows,), np.dtype(np.int64))
+        return np.load(self.root / shard.labels)
+
+
+def header(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """Where the numbers of an .npy file begin, if it holds just those that it should.
+
+    Raises:
+        Refused: naming the file, what it holds and what it should.
+    """
+    try:
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            found, fortran, kind = read(file)
+            begin = file.tell()
+        size = path.stat().st_size
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise Refused(f"data.latents: {path}: cannot be read ({reason})") from error
+    if (found, kind, fortran) != (shape, dtype, False):
+        raise Refused(f"data.latents: {path}: {kind} {found} given; must be {dtype} {shape}, as {NAME} says")
+    wanted = begin + dtype.itemsize * int(np.prod(shape))
+    if size != wanted:
+        raise Refused(f"data.latents: {path}: {size:,} bytes long; must be {wanted:,}")
+    return begin
+
+
+def _refuse_classes(root: Path, labels: np.ndarray, classes: tuple[str, ...]) -> None:
+    """Every label has a class and every class a row."""
+    count = len(classes)
+    if labels.min() < 0 or labels.max() >= count:
+        off = int(labels.min() if labels.min() < 0 else labels.max())
+        raise Refused(f"data.latents: {root}: label {off} found; must be in [0, {count})")
+    missing = np.flatnonzero(np.bincount(labels, minlength=count) == 0)
+    if len(missing):
+        raise Refused(f"data.latents: {root}: class {missing[0]} ({classes[missing[0]]}) has no images")
+
+
+class PublicSet(Moments):
+    """The public code's layout, one file an image: slower, and read as it is.
+
+    Raises:
+        Refused: if dataset.json or its first file cannot serve.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root / "vae-sd" if (root / "vae-sd").is_dir() else root
+        path = self.root / "dataset.json"
+        try:
+            pairs = json.loads(path.read_text())["labels"]
+            self.files = tuple(str(name) for name, _ in pairs)
+            self.labels = np.array([label for _, label in pairs], dtype=np.int64)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise Refused(f"data.latents: {path}: cannot be read ({error})") from error
+        refuse_unless(bool(self.files), "data.latents", str(path), "must name at least one file")
+        self.classes = tuple(str(label) for label in range(int(self.labels.max()) + 1))
+        _refuse_classes(self.root, self.labels, self.classes)
+        self.dtype, self.posterior, self.scale, self.shift = np.dtype(np.float32), True, PUBLIC_SCALE, 0.0
+        self.vae, self.flips = "", False
+        first = self._load(0)
+        self.shape = first.shape
+        facts = json.dumps([self.shape, self.files, self.labels.tolist()])
+        self.fingerprint = "public " + _digest(facts)
+
+    def read(self, row: int, flipped: bool, out: memoryview) -> None:
+        moments = self._load(row)
+        if moments.shape != self.shape:
+            file = self.root / self.files[row]
+            raise Refused(f"data.latents: {file}: {moments.shape} given; must be {self.shape}, as the first file is")
+        np.frombuffer(out, dtype=self.dtype).reshape(self.shape)[...] = moments
+
+    def _load(self, row: int) -> np.ndarray:
+        """(2C, h, w) float32. A leading dimension of 1 is left out, as the public reader does."""
+        path = self.root / self.files[row]
+        try:
+            moments = np.load(path)
+        except (OSError, ValueError, EOFError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise Refused(f"data.latents: {path}: cannot be read ({reason})") from error
+        moments = moments[0] if moments.ndim == 4 and len(moments) == 1 else moments
+        if moments.ndim != 3 or moments.shape[0] % 2 or moments.shape[1] != moments.shape[2]:
+            raise Refused(f"data.latents: {path}: {moments.shape} given; must be means and deviations (2C, h, h)")
+        return moments.astype(np.float32, copy=False)
+
+
+def _digest(text: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def open_moments(root: Path) -> Moments:
+    """The set in a folder, packed or in the public layout.
+
+    Raises:
+        Refused: if there is neither.
+    """
+    public = any((folder / "dataset.json").is_file() for folder in (root, root / "vae-sd"))
+    return PublicSet(root) if public and not (root / NAME).exists() else PackedSet(root)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Some rows of a set, in an order of their own."""
+
+    moments: Moments
+    index: np.ndarray
+    """(n,) int64."""
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Of the whole set."""
+        return self.moments.classes
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(n,) int64."""
+        return self.moments.labels[self.index]
+
+    def take(self, rows: np.ndarray) -> Rows:
+        """Some of these rows, (m,) int64 or a mask."""
+        return replace(self, index=self.index[rows])
+
+
+def split(moments: Moments, held_out_share: float) -> tuple[Rows, Rows]:
+    """Rows to train on, and rows held out: those whose own random number is below the share, whatever the run's seed.
+
+    Raises:
+        Refused: if either side would be empty.
+    """
+    rows = torch.arange(len(moments.labels))
+    out = (uniforms(0, rows, Draw.HELD_OUT)[:, 0] < held_out_share).numpy()
+    refuse_unless(
+        0 < out.sum() < len(out),
+        "data.held-out",
+        held_out_share,
+        f"must leave rows on both sides, but it holds out {out.sum()} of {len(out)}",
+    )
+    return Rows(moments, np.flatnonzero(~out)), Rows(moments, np.flatnonzero(out))

@@ -1,0 +1,185 @@
+"""archives.py: every image of a webdataset with its own label, and no archive half read in silence."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+
+from sra_fast.config import Refused
+from sra_fast.data.archives import ImageArchives, open_images
+from sra_fast.data.folder import ImageFolder
+
+
+def write_tar(path, members, mode="w", **options):
+    """A .tar of {name: bytes}, or of (name, bytes) pairs where a name comes twice."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode, **options) as archive:
+        for name, content in members.items() if isinstance(members, dict) else members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def samples(labels, first=0):
+    """{00000.jpg: its own name, 00000.cls: label}."""
+    made = {}
+    for number, label in enumerate(labels, first):
+        made |= {f"{number:05d}.jpg": b"image %d" % number, f"{number:05d}.cls": b"%d" % label}
+    return made
+
+
+def refusal(given):
+    with pytest.raises(Refused) as refused:
+        open_images(str(given))
+    line = str(refused.value)
+    assert line.startswith("images: ")
+    assert "\n" not in line
+    return line
+
+
+def content(data):
+    return {name: (int(label), data.read(row)) for row, (name, label) in enumerate(zip(data.files, data.labels))}  # noqa: B905
+
+
+@pytest.mark.parametrize("given", ["", "*.tar", "[ab].tar", "../set/*.tar"])
+def test_archives_are_read_in_order_whatever_names_them(tmp_path, given):
+    write_tar(tmp_path / "set" / "b.tar", samples([0, 2], first=7))
+    write_tar(tmp_path / "set" / "a.tar", samples([1, 0, 1]))
+    data = open_images(str(tmp_path / "set" / given))
+    assert isinstance(data, ImageArchives)
+    assert data.files == ("a.tar/00000.jpg", "a.tar/00001.jpg", "a.tar/00002.jpg", "b.tar/00007.jpg", "b.tar/00008.jpg")
+    assert (data.labels.dtype, data.labels.tolist()) == (np.int64, [1, 0, 1, 0, 2])
+    assert data.classes == ("0", "1", "2")
+    assert (len(data), data.root) == (5, tmp_path.absolute() / "set") or ".." in given
+    order = [4, 0, 3, 2, 1, 4]  # from one archive to the other and back
+    assert [data.read(row) for row in order] == [b"image %d" % n for n in (8, 0, 7, 2, 1, 8)]
+    data.close()
+    assert data.read(1) == b"image 1"
+
+
+def test_one_archive_and_a_folder_of_classes(tmp_path):
+    assert open_images(str(write_tar(tmp_path / "a.tar", samples([0])))).files == ("a.tar/00000.jpg",)
+    (tmp_path / "classes" / "cat").mkdir(parents=True)
+    (tmp_path / "classes" / "cat" / "1.jpg").touch()
+    assert isinstance(open_images(str(tmp_path / "classes")), ImageFolder)
+
+
+def test_archives_of_one_name_in_two_folders_stay_apart(tmp_path):
+    for folder, label in (("x", 1), ("y", 0)):
+        write_tar(tmp_path / folder / "a.tar", samples([label]))
+    data = open_images(str(tmp_path / "*" / "a.tar"))
+    assert dict(zip(data.files, data.labels.tolist(), strict=True)) == {"x/a.tar/00000.jpg": 1, "y/a.tar/00000.jpg": 0}
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_members_of_all_sorts(tmp_path, kind):
+    long = "train/" + "n" * 90 + "/" + ("p" * 60 if kind == tarfile.USTAR_FORMAT else "p" * 200)
+    members = {
+        f"{long}.JPEG": b"long",
+        f"{long}.cls": b"2\n",
+        "a/1.cls": b" 1 ",  # before its image
+        "a/1.png": b"png",
+        "b/1.Jpg": b"another 1",
+        "b/1.json": json.dumps({"label": 0, "cls": 9}).encode(),
+        "b/1.txt": b"a caption",
+        "2.jpeg": b"from json",
+        "2.json": b'{"cls": "3"}',
+        "3.jpg": b"both",
+        "3.json": b'{"label": 7}',
+        "3.cls": b"1",
+        "a/._1.jpg": b"of a Mac",
+        "dataset.json": b"{}",
+    }
+    data = open_images(str(write_tar(tmp_path / "t.tar", members, format=kind)))
+    expected = {
+        f"t.tar/{long}.JPEG": (2, b"long"),
+        "t.tar/a/1.png": (1, b"png"),
+        "t.tar/b/1.Jpg": (0, b"another 1"),
+        "t.tar/2.jpeg": (3, b"from json"),
+        "t.tar/3.jpg": (1, b"both"),
+    }
+    assert content(data) == expected
+
+
+@pytest.mark.parametrize(
+    ("members", "line"),
+    [
+        ({"1.jpg": b"", "1.cls": b"0", "2.jpg": b""}, "sample '2' has no .cls and no .json with a label"),
+        ({"1.jpg": b"", "1.cls": b"0", "2.cls": b"1"}, "sample '2' has a label, but no .jpg"),
+        ({"1.webp": b"", "1.cls": b"0"}, "sample '1' has a label, but no .jpg, .jpeg or .png"),
+        ({"1.jpg": b"", "1.cls": b"cat"}, "1.cls' given; has the label b'cat'; must be a number"),
+        ({"1.jpg": b"", "1.cls": b""}, "has the label b''"),
+        ({"1.jpg": b"", "1.cls": b"-1"}, "has the label b'-1'"),
+        ({"1.jpg": b"", "1.json": b'{"class": 1}'}, "1.jpg's .json' given; has the label b''"),
+        ({"1.jpg": b"", "1.json": b"[1]"}, "has the label b''"),
+        ({"1.jpg": b"", "1.json": b'{"label": true}'}, "has the label b'True'"),
+        ({"1.jpg": b"", "1.png": b"", "1.cls": b"0"}, "1.png' given; is there twice"),
+        ([("1.jpg", b""), ("1.cls", b"0"), ("1.jpg", b"")], "1.jpg' given; is there twice"),
+        ({"1.jpg": b"", "1.cls": b"0", "2.jpg": b"", "2.cls": b"2"}, "class 1 of 3 has no image"),
+        ({"notes.txt": b""}, "must hold images"),
+    ],
+)
+def test_samples_that_cannot_be_trained_on_are_refused(tmp_path, members, line):
+    assert line in refusal(write_tar(tmp_path / "a.tar", members))
+
+
+def test_places_without_archives_are_refused(tmp_path):
+    assert "there is no such folder, and no file that fits it" in refusal(tmp_path / "nowhere")
+    assert "there is no such folder, and no file that fits it" in refusal(tmp_path / "*.tar")
+    assert "one folder per class" in str(pytest.raises(Refused, open_images, str(tmp_path)).value)
+    write_tar(tmp_path / "a.tar", samples([0]))
+    (tmp_path / "cat").mkdir()
+    assert "holds .tar files and folders (cat)" in refusal(tmp_path)
+    packed = write_tar(tmp_path / "a.tar.gz", samples([0]), "w:gz")
+    assert "must be an uncompressed .tar" in refusal(packed)
+    packed.rename(tmp_path / "b.tar")
+    assert "b.tar: cannot be read as an uncompressed tar" in refusal(tmp_path / "b.tar")
+
+
+def test_an_archive_that_is_not_whole_is_refused_wherever_it_ends(tmp_path):
+    path = write_tar(tmp_path / "a.tar", samples([0, 0, 0]))
+    whole = path.read_bytes()
+    used = 6 * 1024  # of six members, a header and a block each; then zeros
+    assert not whole[used:].strip(b"\0")
+    for size in [0, 1, 511, 512, 700, *range(1024, used, 512), used - 1, used]:
+        path.write_bytes(whole[:size])
+        assert "a.tar" in refusal(path)
+    path.write_bytes(whole[: used + 512])
+    assert len(open_images(str(path))) == 3
+
+
+@pytest.mark.parametrize("member", range(6))
+def test_a_damaged_header_is_not_taken_for_the_end(tmp_path, member):
+    path = write_tar(tmp_path / "a.tar", samples([0, 0, 0]))
+    damaged = bytearray(path.read_bytes())
+    damaged[1024 * member + 100] ^= 1
+    path.write_bytes(damaged)
+    assert "a.tar" in refusal(path)
+
+
+def test_archives_laid_end_to_end_are_refused_rather_than_half_read(tmp_path):
+    path = write_tar(tmp_path / "a.tar", samples([0]))
+    path.write_bytes(2 * path.read_bytes())
+    assert "damaged at byte 2,048" in refusal(path)
+
+
+def test_an_archive_cut_short_after_it_was_indexed_is_an_error_not_a_short_file(tmp_path):
+    path = write_tar(tmp_path / "a.tar", {"1.jpg": b"x" * 5000, "1.cls": b"0"})
+    data = open_images(str(path))
+    with path.open("r+b") as file:
+        file.truncate(2000)
+    with pytest.raises(OSError, match="cut short"):
+        data.read(0)
+
+
+def test_fingerprint_follows_names_labels_and_sizes_not_the_place(tmp_path):
+    one = open_images(str(write_tar(tmp_path / "x" / "a.tar", samples([0, 1])))).fingerprint()
+    assert open_images(str(write_tar(tmp_path / "y" / "a.tar", samples([0, 1])))).fingerprint() == one
+    changed = [samples([1, 0]), samples([0, 1, 1]), {**samples([0, 1]), "00001.jpg": b"longer image"}]
+    prints = {open_images(str(write_tar(tmp_path / f"{n}" / "a.tar", m))).fingerprint() for n, m in enumerate(changed)}
+    assert len(prints | {one}) == 4
