@@ -10,10 +10,10 @@ is then an error with a name, where a map would end the process.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sra_fast.config import Refused, refuse_unless
-from sra_fast.data.manifest import NAME, Factor, Manifest, Shard, read_manifest
+from sra_fast.data.manifest import NAME, Factor, Shard, read_manifest
 from sra_fast.kernels.perturb import Stored
 from sra_fast.kernels.philox import Draw, uniforms
 
@@ -70,26 +70,18 @@ class Moments(ABC):
         return Stored(self.posterior, shift, scale)
 
     @abstractmethod
-    def read(self, row: int, flipped: bool, out: memoryview) -> None:
-        """One row's bytes.
-
-        Args:
-            row: in [0, N).
-            flipped: the mirrored one.
-            out: as many bytes as a row has.
+    def read(self, rows: np.ndarray, flipped: np.ndarray, out: memoryview) -> None:
+        """The bytes of rows (B,) int64, in their order; mirrored where `flipped`, (B,) bool, says so.
 
         Raises:
             Refused: naming the file that is missing, cut short or of another kind.
         """
 
     def gather(self, rows: np.ndarray, flipped: np.ndarray | None = None, pinned: bool = False) -> Tensor:
-        """(B, *shape) of rows (B,) int64, as they are stored; mirrored where `flipped`, (B,) bool, says so."""
+        """(B, *shape) of some rows, as they are stored; arguments as `read`."""
         x = torch.empty((len(rows), *self.shape), dtype=_TORCH[self.dtype.name], pin_memory=pinned)
-        whole = memoryview(x.numpy()).cast("B")
-        size = len(whole) // max(1, len(rows))
-        chosen = [False] * len(rows) if flipped is None else flipped.tolist()
-        for place, (row, mirrored) in enumerate(zip(rows.tolist(), chosen, strict=True)):
-            self.read(row, mirrored, whole[place * size : (place + 1) * size])
+        flipped = np.zeros(len(rows), dtype=bool) if flipped is None else flipped
+        self.read(rows, flipped, memoryview(x.numpy().reshape(-1).view(np.uint8)))
         return x
 
 
@@ -111,29 +103,39 @@ class PackedSet(Moments):
         self.fingerprint = m.fingerprint()
         self._first = np.cumsum([0, *(shard.rows for shard in m.shards)])
         self._row_bytes = self.dtype.itemsize * int(np.prod(m.shape))
-        self._begin = [self._check(shard, m) for shard in m.shards]
+        # By shard: the file, and the mirrored one, each with where its rows begin.
+        self._files = [
+            [
+                (name, header(root / name, (shard.rows, *m.shape), self.dtype))
+                for name in (shard.file, shard.flip)
+                if name
+            ]
+            for shard in m.shards
+        ]
         self.labels = np.concatenate([self._labels(shard) for shard in m.shards])
         _refuse_classes(root, self.labels, self.classes)
-        self._open: OrderedDict[str, int] = OrderedDict()
+        self._open: dict[str, int] = {}
 
-    def read(self, row: int, flipped: bool, out: memoryview) -> None:
-        which = int(np.searchsorted(self._first, row, side="right")) - 1
-        shard = self.manifest.shards[which]
-        name = shard.flip if flipped else shard.file
-        at = self._begin[which][name] + (row - int(self._first[which])) * self._row_bytes
-        try:
-            count = os.preadv(self._descriptor(name), [out], at)
-        except OSError as error:
-            raise Refused(f"data.latents: {self.root / name}: cannot be read ({error.strerror})") from error
-        if count != len(out):
-            raise Refused(f"data.latents: {self.root / name}: cut short; row {row} is not whole")
+    def read(self, rows: np.ndarray, flipped: np.ndarray, out: memoryview) -> None:
+        shards = np.searchsorted(self._first, rows, side="right") - 1
+        size = self._row_bytes
+        starts = (rows - self._first[shards]) * size
+        begin = 0
+        for shard, start, mirrored in zip(shards.tolist(), starts.tolist(), flipped.tolist(), strict=True):
+            name, header_bytes = self._files[shard][mirrored]
+            try:
+                descriptor = self._open[name] if name in self._open else self._descriptor(name)
+                count = os.preadv(descriptor, [out[begin : begin + size]], header_bytes + start)
+            except OSError as error:
+                raise Refused(f"data.latents: {self.root / name}: cannot be read ({error.strerror})") from error
+            if count != size:
+                raise Refused(f"data.latents: {self.root / name}: cut short; row {start // size} is not whole")
+            begin += size
 
     def _descriptor(self, name: str) -> int:
-        if name in self._open:
-            self._open.move_to_end(name)
-            return self._open[name]
+        """Opens a shard; the one opened longest ago makes room."""
         if len(self._open) >= OPEN_FILES:
-            os.close(self._open.popitem(last=False)[1])
+            os.close(self._open.pop(next(iter(self._open))))
         self._open[name] = os.open(self.root / name, os.O_RDONLY)
         return self._open[name]
 
@@ -141,14 +143,6 @@ class PackedSet(Moments):
         """Close the shards."""
         while self._open:
             os.close(self._open.popitem()[1])
-
-    def _check(self, shard: Shard, manifest: Manifest) -> dict[str, int]:
-        """Where the rows begin in a shard's files."""
-        begin = {}
-        for name in filter(None, (shard.file, shard.flip)):
-            path, shape = self.root / name, (shard.rows, *manifest.shape)
-            begin[name] = header(path, shape, self.dtype)
-        return begin
 
     def _labels(self, shard: Shard) -> np.ndarray:
         header(self.root / shard.labels, (shard.rows,), np.dtype(np.int64))
@@ -216,12 +210,16 @@ class PublicSet(Moments):
         facts = json.dumps([self.shape, self.files, self.labels.tolist()])
         self.fingerprint = "public " + _digest(facts)
 
-    def read(self, row: int, flipped: bool, out: memoryview) -> None:
-        moments = self._load(row)
-        if moments.shape != self.shape:
-            file = self.root / self.files[row]
-            raise Refused(f"data.latents: {file}: {moments.shape} given; must be {self.shape}, as the first file is")
-        np.frombuffer(out, dtype=self.dtype).reshape(self.shape)[...] = moments
+    def read(self, rows: np.ndarray, flipped: np.ndarray, out: memoryview) -> None:
+        made = np.frombuffer(out, dtype=self.dtype).reshape(-1, *self.shape)
+        for place, row in enumerate(rows.tolist()):
+            moments = self._load(row)
+            if moments.shape != self.shape:
+                file = self.root / self.files[row]
+                raise Refused(
+                    f"data.latents: {file}: {moments.shape} given; must be {self.shape}, as the first file is"
+                )
+            made[place] = moments
 
     def _load(self, row: int) -> np.ndarray:
         """(2C, h, w) float32. A leading dimension of 1 is left out, as the public reader does."""
@@ -238,8 +236,6 @@ class PublicSet(Moments):
 
 
 def _digest(text: str) -> str:
-    import hashlib
-
     return hashlib.sha256(text.encode()).hexdigest()
 
 
