@@ -266,6 +266,10 @@ def test_both_passes_compile_for_every_architecture(capability: int) -> None:
     with recorded() as launches:
         ours._launch_forward(x, vector, vector, EPS)
         ours._launch_backward(x, x, vector, statistic, statistic, FULL)
-    assert [launch.name for launch in launches] == ["adaln._adaln_forward", "adaln._adaln_backward", "rows._adaln_total"]
+    assert [launch.name for launch in launches] == [
+        "adaln._adaln_forward",
+        "adaln._adaln_backward",
+        "rows._adaln_total",
+    ]
     for launch in launches:
         assert compiled(launch, capability).asm["cubin"]

@@ -220,7 +220,9 @@ FAULTS = {
         "cosine", "_alignment_tokens_forward", "tl.sum(s_square, axis=1)", "tl.sum(tl.sum(s_square, axis=1), axis=0)"
     ),
     "tokens forward, no tail": Fault("cosine", "_alignment_tokens_forward", CHANNELS, ROWS),
-    "tokens forward, no last row": Fault("cosine", "_alignment_tokens_forward", "tl.where(there, distance, 0.0)", "distance"),
+    "tokens forward, no last row": Fault(
+        "cosine", "_alignment_tokens_forward", "tl.where(there, distance, 0.0)", "distance"
+    ),
     "tokens forward, next sample": Fault("cosine", "_alignment_tokens_forward", *SAMPLE),
     "tokens backward, wrong axis": Fault(
         "cosine", "_alignment_tokens_backward", "coefficients + rows + row", "coefficients + row"
@@ -235,7 +237,10 @@ FAULTS = {
     "elements backward, no tail": Fault("l2", "_alignment_tokens_backward", CHANNELS, ROWS),
     "elements backward, next sample": Fault("l2", "_alignment_tokens_backward", *SAMPLE),
     "channels forward, wrong axis": Fault(
-        "cosine_channel", "_alignment_channels_forward", "tl.sum(t_square, axis=0)", "tl.sum(tl.sum(t_square, axis=0), axis=0)"
+        "cosine_channel",
+        "_alignment_channels_forward",
+        "tl.sum(t_square, axis=0)",
+        "tl.sum(tl.sum(t_square, axis=0), axis=0)",
     ),
     "channels forward, no last token": Fault("cosine_channel", "_alignment_channels_forward", *LAST_TOKEN),
     "channels forward, no tail": Fault(

@@ -237,6 +237,10 @@ def test_both_passes_compile_for_every_architecture(capability: int) -> None:
     with recorded() as launches:
         ours._launch_forward(x, x, vector, vector, vector, EPS)
         ours._launch_backward(x, x, x, x, vector, vector, statistic, statistic, FULL)
-    assert [launch.name for launch in launches] == ["gated_adaln._gated_adaln_forward", "gated_adaln._gated_adaln_backward", "rows._adaln_total"]
+    assert [launch.name for launch in launches] == [
+        "gated_adaln._gated_adaln_forward",
+        "gated_adaln._gated_adaln_backward",
+        "rows._adaln_total",
+    ]
     for launch in launches:
         assert compiled(launch, capability).asm["cubin"]

@@ -70,7 +70,12 @@ def test_shared_kernels_are_told_once_with_what_sets_them_apart() -> None:
     described = [name for name, _ in kernel_resources.launches()]
     assert {"rows._adaln_total of 2, D = 1152, fp32", "rows._adaln_total of 3, D = 1152, fp32"} < set(described)
     assert not any(name.startswith(("rows._adaln_total", "alignment")) and "and fp32" in name for name in described)
-    for kernel in ("adaln._adaln_forward", "adaln._adaln_backward", "gated_adaln._gated_adaln_forward", "gated_adaln._gated_adaln_backward"):
+    for kernel in (
+        "adaln._adaln_forward",
+        "adaln._adaln_backward",
+        "gated_adaln._gated_adaln_forward",
+        "gated_adaln._gated_adaln_backward",
+    ):
         kinds = {name.rpartition(", ")[2] for name in described if name.startswith(f"{kernel}, D = 1152")}
         assert kinds == {"bf16", "fp32", "fp16", "bf16 and fp32"}
 

@@ -347,7 +347,9 @@ def test_compiles_ahead_of_time(compute_capability: int) -> None:
         types |= dict.fromkeys(sizes, "constexpr")
         aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")}
         fixed = {(names.index(name),): value for name, value in sizes.items()}
-        made = compile(ASTSource(ours._perturb_kernel, types, fixed, aligned), target=GPUTarget("cuda", compute_capability, 32))
+        made = compile(
+            ASTSource(ours._perturb_kernel, types, fixed, aligned), target=GPUTarget("cuda", compute_capability, 32)
+        )
         assert len(made.asm["cubin"]) > 0
         assert "ld.global.v4.b32" in made.asm["ptx"]
         for name in (".local", "lg2.approx", "sin.approx", "cos.approx"):
