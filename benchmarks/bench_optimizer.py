@@ -292,8 +292,8 @@ def gate(name: str, way: Way, start: Weights) -> None:
 
 
 def _allowed(name: str, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """A gradient's relative error is that of the norm and of its scaling, some 1e-5 where a norm is added up in fp32, and
-    half a percent where torch adds up 59 million gradients on a CPU; AdamW turns it into as much of a step of the
+    """A gradient's relative error is that of the norm and of its scaling, some 1e-5 where a norm is added up in fp32,
+    and half a percent where torch adds up 59 million gradients on a CPU; AdamW turns it into as much of a step of the
     learning rate. Then the weight is rounded, and a copy of it once more."""
     norm = 1e-2 if name.startswith("torch") else 1e-4
     eps = 8 * torch.finfo(torch.float32).eps + (0.5 * torch.finfo(dtype).eps if dtype != torch.float32 else 0)

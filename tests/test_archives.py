@@ -43,7 +43,7 @@ def refusal(given):
 
 
 def content(data):
-    return {name: (int(label), data.read(row)) for row, (name, label) in enumerate(zip(data.files, data.labels))}  # noqa: B905
+    return {name: (int(data.labels[row]), data.read(row)) for row, name in enumerate(data.files)}
 
 
 @pytest.mark.parametrize("given", ["", "*.tar", "[ab].tar", "../set/*.tar"])
@@ -55,7 +55,7 @@ def test_archives_are_read_in_order_whatever_names_them(tmp_path, given):
     assert data.files == ("a.tar/00000.jpg", "a.tar/00001.jpg", "a.tar/00002.jpg", "b.tar/00007.jpg", "b.tar/00008.jpg")
     assert (data.labels.dtype, data.labels.tolist()) == (np.int64, [1, 0, 1, 0, 2])
     assert data.classes == ("0", "1", "2")
-    assert (len(data), data.root) == (5, tmp_path.absolute() / "set") or ".." in given
+    assert (len(data), data.root.resolve()) == (5, tmp_path.resolve() / "set")
     order = [4, 0, 3, 2, 1, 4]  # from one archive to the other and back
     assert [data.read(row) for row in order] == [b"image %d" % n for n in (8, 0, 7, 2, 1, 8)]
     data.close()
@@ -115,7 +115,7 @@ def test_members_of_all_sorts(tmp_path, kind):
         ({"1.jpg": b"", "1.cls": b"cat"}, "1.cls' given; has the label b'cat'; must be a number"),
         ({"1.jpg": b"", "1.cls": b""}, "has the label b''"),
         ({"1.jpg": b"", "1.cls": b"-1"}, "has the label b'-1'"),
-        ({"1.jpg": b"", "1.json": b'{"class": 1}'}, "1.jpg's .json' given; has the label b''"),
+        ({"1.jpg": b"", "1.json": b'{"class": 1}'}, "the .json of 1.jpg' given; has the label b''"),
         ({"1.jpg": b"", "1.json": b"[1]"}, "has the label b''"),
         ({"1.jpg": b"", "1.json": b'{"label": true}'}, "has the label b'True'"),
         ({"1.jpg": b"", "1.png": b"", "1.cls": b"0"}, "1.png' given; is there twice"),
@@ -131,7 +131,8 @@ def test_samples_that_cannot_be_trained_on_are_refused(tmp_path, members, line):
 def test_places_without_archives_are_refused(tmp_path):
     assert "there is no such folder, and no file that fits it" in refusal(tmp_path / "nowhere")
     assert "there is no such folder, and no file that fits it" in refusal(tmp_path / "*.tar")
-    assert "one folder per class" in str(pytest.raises(Refused, open_images, str(tmp_path)).value)
+    with pytest.raises(Refused, match="one folder per class"):
+        open_images(str(tmp_path))
     write_tar(tmp_path / "a.tar", samples([0]))
     (tmp_path / "cat").mkdir()
     assert "holds .tar files and folders (cat)" in refusal(tmp_path)

@@ -22,7 +22,9 @@ from benchmarks.bench_optimizer import (
     rows,
     torch_way,
 )
+from benchmarks.record import RESULTS, read
 from benchmarks.timing import GateFailed
+from sra_fast import kernels
 from sra_fast.kernels import library
 from sra_fast.kernels.adamw_ema import adamw_ema, adamw_ema_ref, parameter_ref
 from sra_fast.kernels.gradient_norm import gradient_norm, gradient_norm_ref
@@ -141,3 +143,14 @@ def test_a_failing_gate_is_the_exit_code(monkeypatch, tmp_path, capsys):
     assert bench_optimizer.main([*words, "reference, eager"]) == 1
     assert "no number: disagrees with fp64" in capsys.readouterr().out
     assert (tmp_path / "optimizer-s-depth3.json").exists()
+
+
+def test_auto_takes_the_compiled_operators_only_where_a_committed_result_shows_them_winning():
+    for architecture in {where for op in kernels.COMPILED for where in kernels.WINS.get(op, ())}:
+        found = [path for path in RESULTS.glob(f"{architecture}-*/optimizer-*.json") if "ours" in path.read_text()]
+        medians = [{row["params"]["way"]: row["median_ms"] for row in read(path)["rows"]} for path in found]
+        told = [by_way for by_way in medians if by_way.get("ours")]
+        assert told, f"no result for {architecture}"
+        for by_way in told:
+            rivals = [ms for way, ms in by_way.items() if ms and "ours" not in way and way != ROOF]
+            assert by_way["ours"] < min(rivals)

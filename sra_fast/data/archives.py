@@ -183,4 +183,4 @@ def _noted(text: bytes, path: Path, member: str) -> int:
         label = fields["label"] if "label" in fields else fields["cls"]
     except (ValueError, KeyError, TypeError):
         label = ""
-    return _label(str(label).encode(), path, f"{member}'s .json")
+    return _label(str(label).encode(), path, f"the .json of {member}")

@@ -105,9 +105,9 @@ class FromImages(Maker):
             )
             self.dtype = np.dtype(np.float16)
             self.settings |= {
-                "vae-weights": vae.fingerprint,
                 "device": self._device.type,
                 "precision": hardware.precision,
+                "vae-weights": vae.fingerprint,
             }
             if self._stream:
                 self.settings["batch"] = config.batch

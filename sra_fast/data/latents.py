@@ -5,14 +5,17 @@ has them.
     <DIR>/vae-sd/00000/img-mean-std-00000000.npy    (8, 32, 32) float32: 4 means, 4 standard deviations, unscaled
 
 Rows are read with `pread` straight to where they are wanted, not through a memory map: a shard that has been cut short
-is then an error with a name, where a map would end the process.
+is then an error with a name, where a map would end the process. Threads may share a set.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import threading
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,12 +80,21 @@ class Moments(ABC):
             Refused: naming the file that is missing, cut short or of another kind.
         """
 
-    def gather(self, rows: np.ndarray, flipped: np.ndarray | None = None, pinned: bool = False) -> Tensor:
-        """(B, *shape) of some rows, as they are stored; arguments as `read`."""
-        x = torch.empty((len(rows), *self.shape), dtype=_TORCH[self.dtype.name], pin_memory=pinned)
+    @abstractmethod
+    def file(self, row: int) -> Path:
+        """Where a row is stored."""
+
+    def gather(self, rows: np.ndarray, flipped: np.ndarray | None = None, out: Tensor | None = None) -> Tensor:
+        """(B, *shape) of some rows, as they are stored; arguments as `read`, but `out` such a tensor on the CPU."""
+        x = torch.empty((len(rows), *self.shape), dtype=self.torch_dtype) if out is None else out
         flipped = np.zeros(len(rows), dtype=bool) if flipped is None else flipped
         self.read(rows, flipped, memoryview(x.numpy().reshape(-1).view(np.uint8)))
         return x
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of a row."""
+        return _TORCH[self.dtype.name]
 
 
 _TORCH = {"float16": torch.float16, "float32": torch.float32, "uint8": torch.uint8}
@@ -96,6 +108,8 @@ class PackedSet(Moments):
     """
 
     def __init__(self, root: Path) -> None:
+        self._open: dict[str, int] = {}
+        self._lock = threading.Lock()  # over the open files: a batch and the held-out rows may be read at once
         self.root, self.manifest = root, read_manifest(root)
         m = self.manifest
         self.classes, self.shape, self.dtype, self.posterior = m.classes, m.shape, np.dtype(m.dtype), m.posterior
@@ -114,9 +128,15 @@ class PackedSet(Moments):
         ]
         self.labels = np.concatenate([self._labels(shard) for shard in m.shards])
         _refuse_classes(root, self.labels, self.classes)
-        self._open: dict[str, int] = {}
 
     def read(self, rows: np.ndarray, flipped: np.ndarray, out: memoryview) -> None:
+        with self._lock:
+            self._read(rows, flipped, out)
+
+    def file(self, row: int) -> Path:
+        return self.root / self._files[int(np.searchsorted(self._first, row, side="right")) - 1][0][0]
+
+    def _read(self, rows: np.ndarray, flipped: np.ndarray, out: memoryview) -> None:
         shards = np.searchsorted(self._first, rows, side="right") - 1
         size = self._row_bytes
         starts = (rows - self._first[shards]) * size
@@ -140,13 +160,16 @@ class PackedSet(Moments):
         return self._open[name]
 
     def close(self) -> None:
-        """Close the shards."""
-        while self._open:
-            os.close(self._open.popitem()[1])
+        """Close the shards; reading opens them again."""
+        with self._lock:
+            while self._open:
+                os.close(self._open.popitem()[1])
+
+    __del__ = close
 
     def _labels(self, shard: Shard) -> np.ndarray:
         header(self.root / shard.labels, (shard.rows,), np.dtype(np.int64))
-        return np.load(self.root / shard.labels)
+        return _load(self.root / shard.labels)
 
 
 def header(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> int:
@@ -155,22 +178,42 @@ def header(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> int:
     Raises:
         Refused: naming the file, what it holds and what it should.
     """
+    found, kind, begin = _header(path)
+    if (found, kind) != (shape, dtype):
+        raise Refused(f"data.latents: {path}: {kind} {found} given; must be {dtype} {shape}, as {NAME} says")
+    return begin
+
+
+def _header(path: Path) -> tuple[tuple[int, ...], np.dtype, int]:
+    """(shape, dtype, where the numbers begin) of an .npy file in C order that is as long as it says."""
     try:
-        with path.open("rb") as file:
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of headers that Python 2 wrote
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            found, fortran, kind = read(file)
-            begin = file.tell()
-        size = path.stat().st_size
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise Refused(f"data.latents: {path}: cannot be read ({reason})") from error
-    if (found, kind, fortran) != (shape, dtype, False):
-        raise Refused(f"data.latents: {path}: {kind} {found} given; must be {dtype} {shape}, as {NAME} says")
-    wanted = begin + dtype.itemsize * int(np.prod(shape))
+            shape, fortran, dtype = read(file)
+            begin, size = file.tell(), os.fstat(file.fileno()).st_size
+    except Exception as error:  # NumPy parses a damaged header as Python and raises nearly anything
+        raise _unreadable(path, error) from error
+    if fortran or dtype.hasobject:
+        raise Refused(f"data.latents: {path}: must hold numbers in C order")
+    wanted = begin + dtype.itemsize * math.prod(shape)
     if size != wanted:
         raise Refused(f"data.latents: {path}: {size:,} bytes long; must be {wanted:,}")
-    return begin
+    return shape, dtype, begin
+
+
+def _load(path: Path) -> np.ndarray:
+    """An .npy file whose header has been looked at."""
+    try:
+        return np.load(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> Refused:
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+    return Refused(f"data.latents: {path}: cannot be read ({reason})")
 
 
 def _refuse_classes(root: Path, labels: np.ndarray, classes: tuple[str, ...]) -> None:
@@ -197,46 +240,46 @@ class PublicSet(Moments):
         try:
             pairs = json.loads(path.read_text())["labels"]
             self.files = tuple(str(name) for name, _ in pairs)
-            self.labels = np.array([label for _, label in pairs], dtype=np.int64)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise Refused(f"data.latents: {path}: cannot be read ({error})") from error
+            numbers = [label for _, label in pairs]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise Refused(f"data.latents: {path}: cannot be read ({' '.join(str(error).split())})") from error
         refuse_unless(bool(self.files), "data.latents", str(path), "must name at least one file")
+        for name, label in zip(self.files, numbers, strict=True):
+            known = type(label) is int and label < len(self.files)  # as every class has a file
+            refuse_unless(known, f"data.latents: {path}: label of {name}", label, "must be the number of a class")
+            inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+            refuse_unless(inside, f"data.latents: {path}: file", name, "must be the path of a file below")
+        self.labels = np.array(numbers, dtype=np.int64)
         self.classes = tuple(str(label) for label in range(int(self.labels.max()) + 1))
         _refuse_classes(self.root, self.labels, self.classes)
         self.dtype, self.posterior, self.scale, self.shift = np.dtype(np.float32), True, PUBLIC_SCALE, 0.0
         self.vae, self.flips = "", False
-        first = self._load(0)
-        self.shape = first.shape
+        self.shape = self.moments(0).shape
         facts = json.dumps([self.shape, self.files, self.labels.tolist()])
-        self.fingerprint = "public " + _digest(facts)
+        self.fingerprint = f"public {hashlib.sha256(facts.encode()).hexdigest()}"
 
     def read(self, rows: np.ndarray, flipped: np.ndarray, out: memoryview) -> None:
         made = np.frombuffer(out, dtype=self.dtype).reshape(-1, *self.shape)
         for place, row in enumerate(rows.tolist()):
-            moments = self._load(row)
-            if moments.shape != self.shape:
-                file = self.root / self.files[row]
-                raise Refused(
-                    f"data.latents: {file}: {moments.shape} given; must be {self.shape}, as the first file is"
-                )
-            made[place] = moments
+            made[place] = self.moments(row)
 
-    def _load(self, row: int) -> np.ndarray:
-        """(2C, h, w) float32. A leading dimension of 1 is left out, as the public reader does."""
-        path = self.root / self.files[row]
-        try:
-            moments = np.load(path)
-        except (OSError, ValueError, EOFError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise Refused(f"data.latents: {path}: cannot be read ({reason})") from error
-        moments = moments[0] if moments.ndim == 4 and len(moments) == 1 else moments
-        if moments.ndim != 3 or moments.shape[0] % 2 or moments.shape[1] != moments.shape[2]:
-            raise Refused(f"data.latents: {path}: {moments.shape} given; must be means and deviations (2C, h, h)")
-        return moments.astype(np.float32, copy=False)
+    def file(self, row: int) -> Path:
+        return self.root / self.files[row]
 
+    def moments(self, row: int) -> np.ndarray:
+        """(2C, h, h) float32. A leading dimension of 1 is left out, as the public reader does.
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+        Raises:
+            Refused: naming a file that cannot be read or is of another shape.
+        """
+        path = self.file(row)
+        shape, dtype, _ = _header(path)
+        shape = shape[1:] if len(shape) == 4 and shape[0] == 1 else shape
+        if dtype.kind != "f" or len(shape) != 3 or shape[0] % 2 or shape[1] != shape[2] or 0 in shape:
+            raise Refused(f"data.latents: {path}: {dtype} {shape} given; must be means and deviations (2C, h, h)")
+        if row and shape != self.shape:
+            raise Refused(f"data.latents: {path}: {shape} given; must be {self.shape}, as the first file is")
+        return _load(path).reshape(shape).astype(np.float32, copy=False)
 
 
 def open_moments(root: Path) -> Moments:

@@ -26,6 +26,7 @@ NAME = "manifest.json"
 FORMAT_VERSION = 1
 DTYPES = ("float16", "float32", "uint8")
 Factor = float | tuple[float, ...]  # one for all channels, or one for each
+_LARGEST = 3.4e38  # of float32, as which factors are applied; NaN is not below it
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,6 @@ class Manifest:
         """Whether there is a mirrored row for every row."""
         return bool(self.shards) and all(shard.flip for shard in self.shards)
 
-    def factors(self) -> tuple[np.ndarray, np.ndarray]:
-        """(shift, scale), each (C,) float32."""
-        shift, scale = (np.broadcast_to(np.float32(f), self.channels).copy() for f in (self.shift, self.scale))
-        return shift, scale
-
     def fingerprint(self) -> str:
         """SHA-256, in hex, of everything that makes a training run what it is: equal for equal rows, wherever they
         lie."""
@@ -112,9 +108,10 @@ def read_manifest(root: Path) -> Manifest:
     try:
         given = json.loads(path.read_text())
     except FileNotFoundError:
-        unfinished = " (it is unfinished: run the same `sra-fast prepare` again)" if any(root.glob("*.npy")) else ""
+        begun = (root / "prepare.json").exists() or any(root.glob("*.npy"))
+        unfinished = " (it is unfinished: run the same `sra-fast prepare` again)" if begun else ""
         raise Refused(f"data.latents: {str(root)!r} given; has no {NAME}{unfinished}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Refused(f"{path}: cannot be read ({error})") from error
     try:
         return _manifest(given)
@@ -136,6 +133,15 @@ def _manifest(given: dict[str, Any]) -> Manifest:
         "skipped": tuple(Skipped(**file) for file in given["skipped"]),
     }
     made = Manifest(**fields)
+    texts = {"vae": made.vae, "crop": made.crop, "classes": "".join(made.classes)}
+    for name, value in texts.items():
+        refuse_unless(type(value) is str, name, value, "must be text")
+    refuse_unless(type(given["classes"]) is list, "classes", given["classes"], "must be a list of names")
+    refuse_unless(type(made.posterior) is bool, "posterior", made.posterior, "must be true or false")
+    positive = type(made.resolution) is int and made.resolution > 0
+    refuse_unless(positive, "resolution", made.resolution, "must be a number of pixels")
+    for shard in made.shards:
+        refuse_unless(type(shard.rows) is int and shard.rows > 0, "shards", shard.rows, "must have rows, a number")
     rows = sum(shard.rows for shard in made.shards)
     refuse_unless(
         made.count == rows > 0, "count", made.count, f"must be the sum of the shards' rows, {rows}, and not 0"
@@ -147,14 +153,23 @@ def _manifest(given: dict[str, Any]) -> Manifest:
     refuse_unless(
         not made.posterior or made.shape[0] % 2 == 0, "shape", made.shape, "must have means and deviations: 2C channels"
     )
+    pixels = made.dtype == "uint8"
+    fits = not pixels or (made.shape[0] in (1, 3) and not made.posterior)
+    refuse_unless(fits, "shape", made.shape, "of uint8 must be pixels: 1 or 3 channels, without a posterior")
     for name in ("scale", "shift"):
         factor = getattr(made, name)
         numbers = factor if isinstance(factor, tuple) else (factor,)
-        good = all(math.isfinite(n) for n in numbers) and len(numbers) in (1, made.channels)
+        good = all(abs(n) <= _LARGEST for n in numbers) and len(numbers) in (1, made.channels)
         refuse_unless(good, name, factor, f"must be a number, or one for each of {made.channels} channels")
+        refuse_unless(name == "shift" or 0 not in numbers, name, factor, "must not be 0")
+    seen: set[str] = set()
     for shard in made.shards:
-        for file in shard.files():
-            refuse_unless(file == Path(file).name, "shards", file, "must be the name of a file beside the manifest")
+        refuse_unless(bool(shard.flip) == made.flips, "shards", shard.flip, "must have mirrored rows all or none")
+        for file in (shard.file, shard.labels, *([shard.flip] if shard.flip else [])):
+            alone = file == Path(file).name and file not in ("", "..")
+            refuse_unless(alone, "shards", file, "must be the name of a file beside the manifest")
+            refuse_unless(file not in seen, "shards", file, "is named twice")
+            seen.add(file)
     return made
 
 

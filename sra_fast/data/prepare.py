@@ -50,7 +50,7 @@ def prepare(config: PrepareConfig) -> Manifest:
     if torch.cuda.is_available() and config.device != "cpu":
         torch.cuda.set_device(local % torch.cuda.device_count())
     out = Path(config.out)
-    _refuse_place(out, config.images or config.from_public)
+    _refuse_place(out, config.images)
     maker = _maker(config)
     shards = -(-len(maker.source) // config.rows_per_shard)
     out.mkdir(parents=True, exist_ok=True)
@@ -82,9 +82,9 @@ def _environment(name: str, default: int) -> int:
     return int(given)
 
 
-def _refuse_place(out: Path, source: str) -> None:
+def _refuse_place(out: Path, images: str) -> None:
     refuse_unless(not out.exists() or out.is_dir(), "out", str(out), "must be a folder")
-    inside = Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve())
+    inside = images and Path(images).is_dir() and out.resolve().is_relative_to(Path(images).resolve())
     refuse_unless(not inside, "out", str(out), "must not lie among the images, where it would look like a class")
 
 

@@ -222,5 +222,7 @@ def _sync(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        raise Refused(f"{folder}: could not be written ({error.strerror})") from error
     finally:
         os.close(descriptor)
