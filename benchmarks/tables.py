@@ -126,15 +126,18 @@ def update_table(rows: Sequence[Row]) -> str:
         if not ms:
             lines.append([row["params"]["way"], size, row.get("error", ""), *[""] * (len(UPDATE_HEAD) - 3)])
             continue
+        way, share = row["params"]["way"], _share(row)
+        if not share:  # the roof itself, which may be of fewer parameters
+            way += f" ({row['params']['parameters'] / 1e6:.0f} M parameters)"
         lines.append(
             [
-                row["params"]["way"],
+                way,
                 size,
                 digits(ms),
                 _spread(row),
-                f"{usual[size] / ms:.2f}" if usual.get(size) and _share(row) else "",  # a roof is of other sizes
+                f"{usual[size] / ms:.2f}" if usual.get(size) and share else "",
                 digits(row["bytes"] / ms / 1e6),
-                _share(row),
+                share,
                 digits(row["peak_memory_gib"]),
             ]
         )

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +85,11 @@ class Manifest:
     def flips(self) -> bool:
         """Whether there is a mirrored row for every row."""
         return bool(self.shards) and all(shard.flip for shard in self.shards)
+
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """(shift, scale), each (C,) float32."""
+        shift, scale = (np.broadcast_to(np.float32(f), self.channels).copy() for f in (self.shift, self.scale))
+        return shift, scale
 
     def fingerprint(self) -> str:
         """SHA-256, in hex, of everything that makes a training run what it is: equal for equal rows, wherever they

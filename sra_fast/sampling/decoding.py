@@ -100,6 +100,8 @@ def image_maker(space: LatentSpace | None, device: torch.device) -> Callable[[Te
 
     @torch.no_grad()
     def make(x: Tensor) -> Tensor:
+        if x.shape[1] != vae.channels:
+            raise Refused(f"vae: {space.vae!r} given; it decodes {vae.channels} channels; must decode {x.shape[1]}")
         return torch.cat([vae.decode(part / scale + shift) for part in x.float().split(BATCH)])
 
     return make
