@@ -255,6 +255,13 @@ def prepare(arguments: Sequence[str]) -> int:
     return 0
 
 
+def inspect(arguments: Sequence[str]) -> int:
+    """Look at a data set, and read all of it for damage: `sra-fast inspect DATA [options]`."""
+    from sra_fast.inspecting import InspectOptions, inspect
+
+    return inspect(_parse(InspectOptions, None, arguments, "sra-fast inspect"))
+
+
 def profile(arguments: Sequence[str]) -> int:
     """Say where the time of a step goes: `sra-fast profile PRESET [options]`."""
     name, rest = _preset_of(arguments)
@@ -284,6 +291,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "evaluate": evaluate,
     "export": export,
     "prepare": prepare,
+    "inspect": inspect,
     "profile": profile,
     "doctor": doctor,
 }

@@ -249,7 +249,7 @@ FAULTS = {
     "channels forward, next sample": Fault("cosine_channel", "_alignment_channels_forward", *OF_PROGRAM),
     "channels backward, no last token": Fault("cosine_channel", "_alignment_channels_backward", *LAST_TOKEN),
     "channels backward, next sample": Fault("cosine_channel", "_alignment_channels_backward", *OF_PROGRAM),
-    "mean, no tail": Fault("l2", "_mean", "mask=at < COUNT, ", "mask=at >= 0, "),
+    "mean, no tail": Fault("l2", "_alignment_mean", "mask=at < COUNT, ", "mask=at >= 0, "),
 }
 # Small ones: a tail in tokens, rows and channels, two samples and more than one program.
 FAULTY_CASES = (Case((2, 37, 29), layout="padded"), Case((3, 5, 13)))
@@ -282,7 +282,7 @@ def specialised(distance: str, shape: tuple[int, int, int]) -> Iterator[tuple[An
         by_channel, programs, sizes = ours._launch(*inputs, distance, sums=name == "forward")
         if not by_channel:
             sizes |= {"DISTANCE": distance, "BETA": ours.SMOOTH_L1_BETA}
-        yield getattr(ours, f"_{'channels' if by_channel else 'tokens'}_{name}"), sizes
+        yield getattr(ours, f"_alignment_{'channels' if by_channel else 'tokens'}_{name}"), sizes
     yield ours._mean, {"COUNT": programs, "BLOCK": ours._PARTIALS}
 
 

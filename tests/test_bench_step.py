@@ -192,7 +192,9 @@ def test_a_rung_that_fails_does_not_take_the_others_along(config, monkeypatch):
 
     monkeypatch.setattr(bench_step.OurStep, "__call__", fail_where_deterministic)
     monkeypatch.setattr(
-        bench_step, "OURS", (*bench_step.OURS[2:3], Ours("ours deterministic", "eager", deterministic=True))
+        bench_step,
+        "OURS",
+        (Ours("ours eager", execution="eager"), Ours("ours deterministic", execution="eager", deterministic=True)),
     )
     names = ["ours eager", "ours deterministic", "public"]
     *_, taken = bench_step.measure(config, names, CPU, repeats=1, warmup=1, interleave="none")
@@ -209,8 +211,8 @@ def test_gradients_of_the_rival_are_ours(config):
     ours = bench_step.OurStep(config, replace(ours.way, dtype=torch.float32), CPU)
     public = PublicStep(config, RUNGS[0], CPU)
     with bench_step.awake(ours), bench_step.awake(public):
-        n = gate.noised
-        velocity, alignment = public.losses(n.x, n.noise, n.t, n.t_teacher, gate.labels)
+        n = gate.drawn
+        velocity, alignment = public.losses(n.x, n.noise, n.t, n.t_teacher, n.labels)
         named = {name: p for name, p in public.model.named_parameters() if p.requires_grad}
         theirs = dict(
             zip(named, torch.autograd.grad(velocity + config.align.weight * alignment, named.values()), strict=True)

@@ -215,7 +215,7 @@ def test_a_dry_run_prints_what_would_run_and_writes_nothing(main, tmp_path, monk
         "attention"
     }
     assert (resolved["ops"].pop("attention"), resolved["execution"]) == ("sdpa", "eager")
-    assert set(resolved["ops"].values()) <= {"fused", "reference"}
+    assert set(resolved["ops"].values()) <= {"fused", "reference", "reference (ddpm)"}
     assert files(tmp_path) == []
 
 

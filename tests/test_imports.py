@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OPTIONAL = ("triton", "nvidia", "tensorboard", "sklearn", "scipy")
+OPTIONAL = ("triton", "nvidia", "tensorboard", "sklearn", "scipy", "diffusers")
 
 # A noun may import those on lines above its own, and itself where it is a folder. Kernels are
-# open to all. hardware and stopping stand with distributed and metrics, doctor with cli.
+# open to all. hardware and stopping stand with distributed and metrics, doctor and inspecting with cli.
 ORDER = [
     {"config"},
     {"atomic"},
@@ -30,7 +30,7 @@ ORDER = [
     {"evaluation"},
     {"introduction"},
     {"profiling", "trainer"},
-    {"doctor"},
+    {"doctor", "inspecting"},
     {"cli"},
 ]
 RANK = {noun: rank for rank, nouns in enumerate(ORDER) for noun in nouns}

@@ -22,7 +22,9 @@ from small_set import (
 )
 from small_vae import save_kl, save_tiny
 from test_archives import write_tar
+from test_cli import documentation, help_of, sections
 
+from sra_fast.config import PrepareConfig
 from sra_fast.data import encoding
 from sra_fast.data.archives import open_images
 from sra_fast.data.prepare import prepare
@@ -208,6 +210,13 @@ def test_the_command_says_what_it_does_and_what_came_of_it(images, kl, tmp_path,
     size = sum(len(file) for name, file in content(tmp_path / "set").items() if name.endswith(".npy"))
     assert last.endswith(f" images/s here, {size:,} bytes: {tmp_path / 'set'}")
     assert error.count("undecodable") == 4
+
+
+def test_help_documents_every_field(capsys, monkeypatch):
+    text = help_of(["prepare"], capsys, monkeypatch)
+    for option, owner, name in sections(PrepareConfig):
+        assert option in text
+        assert " ".join(documentation(owner)[name].split()).rstrip(".") in text, option
 
 
 def test_ranks_of_a_launcher_begin_at_different_shards(images, tmp_path, monkeypatch):

@@ -74,15 +74,23 @@ def test_arrays_are_what_numpy_itself_would_write(undisturbed):
 
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
-def test_on_a_cpu_neither_batch_nor_threads_change_a_bit(images, kl, undisturbed, tmp_path, batch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        prepare(same(images, kl, tmp_path / "set", batch=batch))
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(threads)
+def test_on_a_cpu_the_batch_changes_no_bit(images, kl, undisturbed, tmp_path, batch):
+    prepare(same(images, kl, tmp_path / "set", batch=batch))
     assert content(tmp_path / "set") == undisturbed
+
+
+def test_on_a_cpu_the_number_of_threads_changes_no_bit(kl, tmp_path):
+    # Of a size at which it would: two of a thousand numbers, if the threads shared an image.
+    root, made, before = write_set(tmp_path / "images", 6), [], torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            prepare(config(root, tmp_path / f"{threads}", vae=str(kl), resolution=128))
+            assert torch.get_num_threads() == threads
+            made.append(content(tmp_path / f"{threads}"))
+    finally:
+        torch.set_num_threads(before)
+    assert made[0] == made[1]
 
 
 STARTED = """

@@ -67,7 +67,10 @@ def test_fields_of_metrics_and_summary(root):
         assert all(math.isfinite(value) for value in row.values())
     assert set(SUMMARY.split()) <= set(written)
     assert written["images_seen"] == 80
-    assert (written["device"], set(written["resolved"].values())) == ("cpu", {"reference", "sdpa", "eager"})
+    assert written["device"] == "cpu"
+    assert (
+        {"reference", "sdpa", "eager"} <= set(written["resolved"].values()) <= {"reference", "fused", "sdpa", "eager"}
+    )
     assert (written["resolved"]["attention"], written["resolved"]["step"]) == ("sdpa", "eager")
     assert all(written[name] is None for name in FIGURES.split())  # no evaluation was asked for
     last = rows[-1]

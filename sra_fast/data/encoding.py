@@ -78,15 +78,16 @@ class FromImages(Maker):
     def __init__(self, config: PrepareConfig, source: ImageFolder | ImageArchives) -> None:
         side, hardware = config.resolution, Hardware.choose(config.device, config.precision)
         self.source, self.flips, self._batch, self._device = source, config.flips, config.batch, hardware.device
+        if self._device.type == "cuda":  # by its number: a new thread's current device is the first
+            self._device = torch.device("cuda", torch.cuda.current_device())
         self._vae: Vae | None = None
         if not config.no_vae:
-            self._vae = open_vae(config.vae, hardware.device, hardware.dtype)
+            self._vae = open_vae(config.vae, self._device, hardware.dtype)
             down = self._vae.downsampling
             refuse_unless(side % down == 0, "resolution", side, f"must be a multiple of {down}, as the VAE divides it")
-        self._decoder = open_decoder(
-            DataConfig(resolution=side, channels=3, reader=config.reader, exif=config.exif), hardware.device
-        )
-        self._stream = torch.cuda.Stream(hardware.device) if hardware.device.type == "cuda" else None
+        data = DataConfig(resolution=side, channels=3, reader=config.reader, exif=config.exif)
+        self._decoder = open_decoder(data, self._device)
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._threads = torch.get_num_threads()
         self.settings = {
             "images": source.fingerprint(),
@@ -134,10 +135,8 @@ class FromImages(Maker):
     def parts(self, first: int, last: int) -> Iterator[Part]:
         batches = [range(begin, min(begin + self._batch, last)) for begin in range(first, last, self._batch)]
         threads = torch.get_num_threads()
-        if self._stream is None:
-            torch.set_num_threads(1)
         try:
-            # A thread begins with PyTorch's own idea of its number of threads.
+            # Each with one thread to compute with; by themselves they would take as many as we have.
             with ThreadPoolExecutor(self._threads, "encode", torch.set_num_threads, (1,)) as pool:
                 for kept, x, skipped in _ahead(self._decode, batches):
                     rows = self._encode(x, kept, pool)

@@ -6,21 +6,17 @@ Image number n is row `order.rows(seed, n)` of the training rows, mirrored where
 
 from __future__ import annotations
 
-import weakref
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from sra_fast.data.ahead import DEPTH, Batch, Stream
+from sra_fast.data.ahead import Batch, Stream
 from sra_fast.data.latents import Rows
 from sra_fast.data.order import rows
 from sra_fast.kernels.philox import Draw, uniforms
 
 BLOCK = 1 << 14
 """Image numbers whose rows are computed together: the order's integer arithmetic is then cheap beside the reads."""
-BUFFERS = DEPTH + 4
-"""Kept for batches: those made ahead, one in the making, one or two in use, and one to spare."""
 
 
 class LatentStream(Stream):
@@ -42,21 +38,14 @@ class LatentStream(Stream):
         self.bad = {}
         self._training, self._seed, self._pinned = training, seed, pinned
         self._known = first_image, np.empty(0, dtype=np.int64), np.empty(0, dtype=bool)
-        self._buffers = Buffers((batch, *training.moments.shape), training.moments.dtype)
         self.begin()
 
     def make(self, first: int) -> tuple[Batch, int]:
         chosen, flipped = self._order(first)
         index = self._training.index[chosen]
-        x = self._training.moments.gather(index, flipped, self._room())
+        x = self._training.moments.gather(index, flipped, self._pinned)
         labels = torch.from_numpy(self._training.moments.labels[index])
         return Batch(x, labels, torch.arange(first, first + self._batch)), 0
-
-    def _room(self) -> Tensor:
-        if not self._pinned:
-            return self._buffers()
-        moments = self._training.moments  # PyTorch itself keeps pinned memory, until copies from it are done
-        return torch.empty((self._batch, *moments.shape), dtype=moments.torch_dtype, pin_memory=True)
 
     def _order(self, first: int) -> tuple[np.ndarray, np.ndarray]:
         """(rows (B,) int64, flipped (B,) bool) of the batch that begins at image number `first`."""
@@ -71,28 +60,6 @@ class LatentStream(Stream):
             self._known = begin, known, flips
         part = slice(first - begin, first - begin + self._batch)
         return known[part], flips[part]
-
-
-class Buffers:
-    """Tensors in memory that is used again once nobody has them, or a part of them, any more: the system gives fresh
-    memory out page by page, zeroed, which takes as long as reading a batch from its cache.
-
-    Args:
-        shape, dtype: of a tensor.
-    """
-
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
-        self._shape, self._dtype = shape, dtype
-        self._held: list[tuple[np.ndarray, weakref.ref]] = []
-
-    def __call__(self) -> Tensor:
-        """A tensor with any content."""
-        place = next((place for place, (_, user) in enumerate(self._held) if user() is None), len(self._held))
-        memory = self._held[place][0] if place < len(self._held) else np.empty(self._shape, self._dtype)
-        view = memory[:]  # lives as long as the tensor's storage does: that holds it
-        if place < BUFFERS:  # beyond, whoever collects batches pays for fresh memory
-            self._held[place : place + 1] = [(memory, weakref.ref(view))]
-        return torch.from_numpy(view)
 
 
 def load(chosen: Rows, device: torch.device) -> tuple[Tensor, Tensor]:

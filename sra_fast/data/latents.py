@@ -84,17 +84,12 @@ class Moments(ABC):
     def file(self, row: int) -> Path:
         """Where a row is stored."""
 
-    def gather(self, rows: np.ndarray, flipped: np.ndarray | None = None, out: Tensor | None = None) -> Tensor:
-        """(B, *shape) of some rows, as they are stored; arguments as `read`, but `out` such a tensor on the CPU."""
-        x = torch.empty((len(rows), *self.shape), dtype=self.torch_dtype) if out is None else out
+    def gather(self, rows: np.ndarray, flipped: np.ndarray | None = None, pinned: bool = False) -> Tensor:
+        """(B, *shape) of some rows, as they are stored; arguments as `read`."""
+        x = torch.empty((len(rows), *self.shape), dtype=_TORCH[self.dtype.name], pin_memory=pinned)
         flipped = np.zeros(len(rows), dtype=bool) if flipped is None else flipped
         self.read(rows, flipped, memoryview(x.numpy().reshape(-1).view(np.uint8)))
         return x
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """Of a row."""
-        return _TORCH[self.dtype.name]
 
 
 _TORCH = {"float16": torch.float16, "float32": torch.float32, "uint8": torch.uint8}
@@ -288,8 +283,12 @@ def open_moments(root: Path) -> Moments:
     Raises:
         Refused: if there is neither.
     """
-    public = any((folder / "dataset.json").is_file() for folder in (root, root / "vae-sd"))
-    return PublicSet(root) if public and not (root / NAME).exists() else PackedSet(root)
+    return PublicSet(root) if is_public(root) and not (root / NAME).exists() else PackedSet(root)
+
+
+def is_public(root: Path) -> bool:
+    """Whether a folder has the public layout."""
+    return any((folder / "dataset.json").is_file() for folder in (root, root / "vae-sd"))
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,7 +27,18 @@ from sra_fast.data.archives import open_images
 from sra_fast.data.encoding import FromImages, FromPublic, Maker
 from sra_fast.data.manifest import NAME, Manifest, read_manifest
 from sra_fast.data.public import PublicFiles
-from sra_fast.data.shards import LOCK, WHOLE, Claims, Part, Record, assemble, read_record, write_shard, write_text
+from sra_fast.data.shards import (
+    LOCK,
+    WHOLE,
+    Claims,
+    Part,
+    Record,
+    assemble,
+    read_record,
+    remove_records,
+    write_shard,
+    write_text,
+)
 from sra_fast.hardware import set_deterministic
 from sra_fast.metrics import read_json
 
@@ -58,6 +69,8 @@ def prepare(config: PrepareConfig) -> Manifest:
     try:
         with claims.hold(WHOLE, wait=True):
             whole = _settle(out, maker.settings)
+            if whole:  # and whoever completed it may have been killed before they were gone
+                remove_records(out, shards)
         if rank == 0:
             print(f"{maker.describe()}; {shards} shards")
         if not whole:
@@ -67,6 +80,7 @@ def prepare(config: PrepareConfig) -> Manifest:
             with claims.hold(WHOLE, wait=True):
                 if not (out / NAME).exists():
                     assemble(out, [records[number] for number in range(shards)], **maker.facts)
+                remove_records(out, shards)
     finally:
         # Once there is a manifest the lock guards nothing; and a folder that was refused is left as it was.
         claims.close(remove=(out / NAME).exists() or not (out / SETTINGS).exists())

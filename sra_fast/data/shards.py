@@ -140,7 +140,7 @@ def read_record(root: Path, number: int) -> Record | None:
 
 
 def assemble(root: Path, records: Sequence[Record], **facts: object) -> Manifest:
-    """Write the manifest, and remove the records.
+    """Write the manifest.
 
     Args:
         records: of all shards, in order.
@@ -161,9 +161,13 @@ def assemble(root: Path, records: Sequence[Record], **facts: object) -> Manifest
     if not counts.all():
         raise Refused(f"out: {root}: no image of class {manifest.classes[counts.argmin()]!r} can be read")
     write_text(root / NAME, json.dumps(asdict(manifest), indent=1) + "\n")
-    for number in range(len(records)):
-        (root / _record_name(number)).unlink(missing_ok=True)
     return read_manifest(root)
+
+
+def remove_records(root: Path, count: int) -> None:
+    """Remove what was noted of `count` shards, once the manifest has it."""
+    for number in range(count):
+        (root / _record_name(number)).unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

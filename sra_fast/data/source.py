@@ -135,10 +135,13 @@ def open_source(config: Config, device: torch.device) -> tuple[Source, Config]:
     """
     data = config.data
     refuse_unless(
-        (data.images != "") != (data.latents != ""),
-        "data.images, data.latents",
-        (data.images, data.latents),
-        "one must be a folder: of class folders of images, or that `sra-fast prepare` made",
+        bool(data.images or data.latents),
+        "data.images",
+        data.images,
+        "must be a folder of class folders of images, or data.latents one that `sra-fast prepare` made",
+    )
+    refuse_unless(
+        not (data.images and data.latents), "data.latents", data.latents, f"but so is data.images = {data.images}"
     )
     source, size, channels = _open_latents(data, device) if data.latents else _open_images(data, device)
     facts = {"input_size": size, "channels": channels, "classes": len(source.train.classes)}

@@ -68,7 +68,8 @@ def space_of(weights: Path, vae: str, channels: int) -> LatentSpace | None:
     Raises:
         Refused: if they can be no pixels and nothing says what they are.
     """
-    for folder in (weights, *list(weights.parents)[:2]):  # runs/<name>/checkpoints/<images>
+    weights = weights.absolute()
+    for folder in (weights, *list(weights.parents)[:3]):  # runs/<name>/checkpoints/<images>/ema.safetensors
         if space := LatentSpace.of_run(folder):
             return replace(space, vae=vae or space.vae)
     if vae:
