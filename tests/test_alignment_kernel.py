@@ -283,7 +283,7 @@ def specialised(distance: str, shape: tuple[int, int, int]) -> Iterator[tuple[An
         if not by_channel:
             sizes |= {"DISTANCE": distance, "BETA": ours.SMOOTH_L1_BETA}
         yield getattr(ours, f"_alignment_{'channels' if by_channel else 'tokens'}_{name}"), sizes
-    yield ours._mean, {"COUNT": programs, "BLOCK": ours._PARTIALS}
+    yield ours._alignment_mean, {"COUNT": programs, "BLOCK": ours._PARTIALS}
 
 
 TYPES = {"student": "*bf16", "teacher": "*bf16", "gradient": "*bf16", "share": "fp32"}

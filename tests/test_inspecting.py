@@ -17,7 +17,7 @@ from small_sets import change, pack, publish, stand_in
 
 @pytest.fixture
 def inspect(main, tmp_path):
-    """(exit code, stdout, lines that begin with "wrong: ", warnings) of `sra-fast inspect` with its PNG at sheet.png."""
+    """(exit code, stdout, lines of what is wrong, warnings) of `sra-fast inspect` with its PNG at sheet.png."""
 
     def call(data, *words):
         code, output, error = main(["inspect", data, "--out", tmp_path / "sheet.png", *words])
@@ -30,7 +30,7 @@ def inspect(main, tmp_path):
 
 def figures(output, row):
     """Numbers of a row of the statistics."""
-    line = next(line for line in output.splitlines() if re.match(rf"\s+{row}(\s|$)", line))
+    line = next(line for line in output.partition("statistics")[2].splitlines() if re.match(rf"\s+{row}(\s|$)", line))
     return [float(word) for word in line.split()[1:]]
 
 

@@ -71,8 +71,10 @@ def test_a_model_of_another_size_is_refused(tmp_path, name, value, said):
 def test_images_or_latents_but_one(tmp_path):
     pack(tmp_path / "set")
     write_images(tmp_path / "data")
-    assert "data.images, data.latents" in refusal(config(tmp_path, data__images=str(tmp_path / "data")))
-    assert "data.images, data.latents" in refusal(config(tmp_path, data__latents=""))
+    both = refusal(config(tmp_path, data__images=str(tmp_path / "data")))
+    assert both.startswith("data.latents: ")
+    assert both.endswith(f"; but so is data.images = {tmp_path / 'data'}")
+    assert refusal(config(tmp_path, data__latents="")).startswith("data.images: '' given; must be a folder of class")
     source, found = open_source(config(tmp_path, data__images=str(tmp_path / "data"), data__latents=""), CPU)
     assert isinstance(source, ImageSource)
     assert (source.holds_pixels, source.stored, found.model.input_size) == (True, None, 8)
