@@ -4,10 +4,10 @@
     python -m benchmarks.bench_data --jpegs DIR             all .jpg and .JPEG files below a folder
     python -m benchmarks.bench_data --vae DIR_OR_ID         and the rate of a VAE's encoder
 
-Images per second of wall time, and per second of CPU time of the process and its workers: a loader's threads take turns
-with what else the host does for a GPU. A sample is whole epochs; candidates take turns. The public loader, one .npy file
-a sample under a torch DataLoader, starts its workers anew in every epoch, as it does in the public code, and its start
-counts; epochs are long enough that it is small. Everything is in the page cache.
+Images per second of wall time, and per second of CPU time of the process and its workers: beside a GPU, loaders share
+the cores with all else that the host does. A sample is one epoch or several; candidates take turns; everything is in
+the page cache. The public loader, one .npy file a sample under a torch DataLoader, starts its workers anew in every
+epoch, as it does in the public code; a real epoch does not notice their start: compare with 0 workers.
 
 No loader gets a number unless it delivers the reference's rows, and no decoder whose pixels are off by more than 0.5
 levels in the mean, or 1.0 for an image.
@@ -251,11 +251,15 @@ def bench_decoding(chosen: Any, files: Sequence[Path], device: torch.device) -> 
     """Rows of all decoders that are installed, with output on the device."""
     data = DataConfig(resolution=chosen.resolution, channels=3)
     batch, parts = chosen.decode_batch, [*range(0, len(files), chosen.decode_batch)]
-    decoders = {"ours, Pillow on threads": PillowDecoder(data, device)}
+    pillow = PillowDecoder(data, device)
+    decoders = {}
     try:
-        decoders = {"ours, DALI": open_decoder(replace(data, reader="dali"), device), **decoders}
+        for threads in sorted({1, pillow.threads}):
+            dali = open_decoder(replace(data, reader="dali", threads=threads), device)
+            decoders[f"ours, DALI, {threads} threads"] = dali
     except Refused as error:
         print(f"DALI not run: {error}")
+    decoders[f"ours, Pillow, {pillow.threads} threads"] = pillow
 
     def read(first: int) -> list[bytes]:
         return [path.read_bytes() for path in files[first : first + batch]]
@@ -269,7 +273,7 @@ def bench_decoding(chosen: Any, files: Sequence[Path], device: torch.device) -> 
     def iterate(loader: DataLoader) -> int:
         return sum(len(x.to(device).float().div_(127.5).sub_(1)) for x in loader)
 
-    right = torch.cat([decoders["ours, Pillow on threads"].decode(read(first)).cpu() for first in parts])
+    right = torch.cat([pillow.decode(read(first)).cpu() for first in parts])
     params = {"files": len(files), "made_up": not chosen.jpegs, "resolution": data.resolution, "batch": batch}
     found = {}
     for name, decoder in decoders.items():
@@ -307,7 +311,7 @@ def bench_encoding(chosen: Any, device: torch.device) -> list:
 
 
 def report(made: Sequence[dict[str, Any]]) -> str:
-    """A table of one kind of rows, and whether the fastest of ours reaches the goal, per CPU-second and at best."""
+    """A table of one kind of rows, and whether the best of ours reaches the goal, by either clock."""
     head = ("loader", "images/s", "images/CPU-s", "x best rival", "ms a batch", "p20 ... p80")
     best = max((row["images_per_cpu_s"] for row in made if not row["ours"]), default=None)
     lines = [
@@ -322,13 +326,13 @@ def report(made: Sequence[dict[str, Any]]) -> str:
         for row in made
     ]
     text = f"{made[0]['name']}\n\n{markdown(head, lines)}\n"
-    if best and made[0]["ours"]:
-        clock = "images_per_s" if made[0]["name"] == "decode on a GPU" else "images_per_cpu_s"
-        rival = max(row[clock] for row in made if not row["ours"])
-        ratio, goal = made[0][clock] / rival, GOALS[made[0]["name"]]
-        said = "reached" if ratio >= goal else "missed"
-        text += f"\n{made[0]['params']['loader']}: {ratio:.2f} x the best rival ({clock}); goal {goal:g}: {said}\n"
-    return text
+    for clock in ("images_per_cpu_s", "images_per_s") if best else ():
+        mine = max((row for row in made if row["ours"]), key=lambda row: row[clock])
+        ratio = mine[clock] / max(row[clock] for row in made if not row["ours"])
+        goal = GOALS[made[0]["name"]]
+        said = f"goal {goal:g}: {'reached' if ratio >= goal else 'missed'}"
+        text += f"\n{clock}: {mine['params']['loader']} {ratio:.2f} x the best rival; {said}"
+    return text + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

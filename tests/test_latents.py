@@ -18,7 +18,7 @@ from sra_fast.config import Refused
 from sra_fast.data import latents
 from sra_fast.data.latents import PackedSet, PublicSet, Rows, open_moments, split
 from sra_fast.kernels.perturb import clean_ref
-from sra_fast.kernels.philox import Draw, normals
+from sra_fast.kernels.philox import Draw, normals, uniforms
 
 KINDS = {
     "moments": {},
@@ -309,6 +309,8 @@ def test_a_public_file_that_cannot_serve_is_named(tmp_path, kind, row):
 def test_held_out_rows_are_a_function_of_the_row(packed, tmp_path):
     train, held_out = split(open_moments(packed.root), 0.3)
     assert sorted([*train.index, *held_out.index]) == list(range(80))
+    drawn = uniforms(0, torch.arange(80), Draw.HELD_OUT)[:, 0] < 0.3
+    assert held_out.index.tolist() == drawn.nonzero()[:, 0].tolist()
     more = pack(tmp_path / "more", shards=(7, 30, 1, 42, 40))
     assert set(held_out.index) == {row for row in split(open_moments(more.root), 0.3)[1].index if row < 80}
     assert set(split(open_moments(packed.root), 0.1)[1].index) < set(held_out.index)

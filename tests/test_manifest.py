@@ -122,6 +122,7 @@ def shard(**changes):
         (lambda m: m.update(scale=[]), "scale: () given"),
         (lambda m: m.update(scale=float("nan")), "scale: nan given"),
         (lambda m: m.update(scale=1e300), "scale: 1e+300 given"),
+        (lambda m: m.update(shift=float("-inf")), "shift: -inf given"),
         (lambda m: m.update(scale=0), "scale: 0.0 given; must not be 0"),
         (lambda m: m.update(scale=[1, 1, 0, 1]), "must not be 0"),
         (lambda m: m.update(shift=[0, 0, 0, float("inf")]), "shift: (0.0, 0.0, 0.0, inf) given"),

@@ -14,6 +14,7 @@ from sra_fast.config import Config, Refused, refuse_unless
 from sra_fast.data.manifest import Factor
 from sra_fast.data.source import LatentSource, Source
 from sra_fast.metrics import read_json, write_json
+from sra_fast.vae import open_vae
 
 NAME = "latents.json"
 BATCH = 16  # images decoded at a time: a VAE's activations are large
@@ -73,9 +74,7 @@ def space_of(weights: Path, vae: str, channels: int) -> LatentSpace | None:
         if space := LatentSpace.of_run(folder):
             return replace(space, vae=vae or space.vae)
     if vae:
-        from sra_fast.vae import open_vae
-
-        named = open_vae(vae, torch.device("cpu"), torch.float32)
+            named = open_vae(vae, torch.device("cpu"), torch.float32)
         return LatentSpace(vae, named.scale, named.shift)
     refuse_unless(channels in (1, 3), "vae", vae, f"must be named: these weights make {channels} channels, not pixels")
     return None
@@ -91,8 +90,6 @@ def image_maker(space: LatentSpace | None, device: torch.device) -> Callable[[Te
         return lambda x: x
     if not space.vae:
         raise Refused("vae: none is named by these latents; --data.vae or --vae names one, a folder or a hub id")
-    from sra_fast.vae import open_vae
-
     vae = open_vae(space.vae, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     scale, shift = (
         torch.from_numpy(np.atleast_1d(np.float32(factor))).to(device)[:, None, None]
