@@ -70,12 +70,12 @@ def torch_way(start: Weights, gradients: list[Tensor], fused: bool) -> Way:
     for weight, gradient in zip(weights, own, strict=True):
         weight.grad = gradient
     config = SETTINGS
-    groups = [
-        {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [weight for weight in weights if weight.ndim == 1], "weight_decay": 0.0},
-    ]
     optimizer = torch.optim.AdamW(
-        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True if fused else None
+        _groups(weights),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True if fused else None,
     )
 
     @torch.no_grad()
@@ -98,17 +98,21 @@ def torch_way(start: Weights, gradients: list[Tensor], fused: bool) -> Way:
     return Way(call, own, (weights, average, student, teacher))
 
 
+def _groups(weights: list[Tensor]) -> list[dict[str, Any]]:
+    """Decay for matrices alone."""
+    matrices, vectors = ([weight for weight in weights if (weight.ndim > 1) == decays] for decays in (True, False))
+    return [{"params": matrices, "weight_decay": SETTINGS.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
 def apex_way(start: Weights, gradients: list[Tensor]) -> Way:
     """NVIDIA apex's multi-tensor norm and FusedAdam, the EMA and copies by foreach functions."""
     from apex.optimizers import FusedAdam
 
     way, config = torch_way(start, gradients, fused=True), SETTINGS
     weights, average, student, teacher = way.results
-    groups = [
-        {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [weight for weight in weights if weight.ndim == 1], "weight_decay": 0.0},
-    ]
-    adam = FusedAdam(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, adam_w_mode=True)
+    adam = FusedAdam(
+        _groups(weights), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, adam_w_mode=True
+    )
     from apex.contrib.clip_grad import clip_grad_norm_
 
     @torch.no_grad()
