@@ -44,13 +44,18 @@ test: $(READY)
 test-full: $(READY)
 	$(VENV)/bin/python -m pytest
 
-bench: $(if $(PYTHON_RUN),,$(READY))
+# In an environment of another's the compiled operators are built beside the sources, if they can be.
+OPERATORS := $(if $(PYTHON_RUN),sra_fast/_ops.so)
+sra_fast/_ops.so: setup.py CMakeLists.txt $(wildcard csrc/*)
+	-$(PYTHON_RUN) setup.py --quiet build_ext --inplace
+
+bench: $(or $(OPERATORS),$(READY))
 	$(IN_TREE) benchmarks.bench_step $(BENCH)
 	$(IN_TREE) benchmarks.bench_kernels
 	$(IN_TREE) benchmarks.bench_optimizer
 	$(IN_TREE) benchmarks.readme --print
 
-gpu-report: $(if $(PYTHON_RUN),,$(READY))
+gpu-report: $(or $(OPERATORS),$(READY))
 	$(IN_TREE) benchmarks.gpu_report $(ARGS)
 
 setup: $(READY)

@@ -72,8 +72,8 @@ def _updates(device: torch.device) -> Iterator[list[Tensor]]:
     from sra_fast.kernels.adamw_ema import Lists, Scalars, adamw_ema
     from sra_fast.kernels.gradient_norm import gradient_norm
 
-    if device.type == "cuda" and not kernels.library.has_gpu_code():
-        return
+    if device.type == "cuda" and (obstacle := kernels.library.missing_on_a_gpu()):
+        raise RuntimeError(obstacle)  # or what was not looked at would pass for clean
     for gradients, copies in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16), (torch.float16, None)):
 
         def some(dtype: torch.dtype = torch.float32, like: float = 1.0) -> list[Tensor]:

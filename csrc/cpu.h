@@ -1,5 +1,5 @@
 // The optimizer on a CPU: cpu.cpp is compiled once for every instruction set here, and the best one that the processor
-// has is chosen when the library is loaded. All give the same bits.
+// has is chosen at run time. All give the same bits.
 #pragma once
 
 #include <cstdint>

@@ -20,12 +20,12 @@ void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-// Some of a list's parameters, and where among the launch's blocks each begins.
 struct Part {
   Parameter parameter;
   bool aligned;  // all its tensors to VECTOR elements
 };
 
+// Some of a list's parameters, and where among the launch's blocks each begins.
 struct Launch {
   Part parts[PER_LAUNCH];
   std::int32_t first[PER_LAUNCH + 1];

@@ -17,11 +17,9 @@
 #include "parameters.h"
 #ifdef SRA_CUDA
 #include <cuda_runtime_api.h>
+#include <dlfcn.h>
 
 #include "cuda.h"
-
-// A torch without CUDA has no such function, and the library has to load there too.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 #endif
 
 namespace {
@@ -255,15 +253,28 @@ Tensor norm_on_cpu(Tensors gradients) {
 
 #ifdef SRA_CUDA
 
+using CurrentStream = AOTITorchError (*)(std::int32_t device, void** stream);
+
+// torch's function that knows its current stream, or null. It is looked up in libtorch_cuda, which has to be loaded
+// already: a torch without CUDA has no such library, and one with it is loaded by Python for itself alone, so that a
+// symbol left for the loader to find, even a weak one, would stay null.
+CurrentStream current_stream() {
+  static const CurrentStream found = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<CurrentStream>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  return found;
+}
+
 // Makes a tensor's device the current one for as long as it lives, and has the stream that torch uses there.
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& tensor) {
     const int device = tensor.get_device_index();
+    if (!current_stream()) refuse("this torch has no CUDA");
+    STABLE_TORCH_ERROR_CODE_CHECK(current_stream()(device, &stream));
     check(cudaGetDevice(&before_));
     check(cudaSetDevice(device));
-    if (!aoti_torch_get_current_cuda_stream) refuse("this torch has no CUDA");
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   }
   ~OnDevice() { cudaSetDevice(before_); }
   OnDevice(const OnDevice&) = delete;
@@ -308,6 +319,15 @@ Tensor norm_on_cuda(Tensors gradients) {
 
 #endif
 
+// Whether the CUDA code can be called in this process: it is there, and so is torch's.
+bool cuda_is_ready() {
+#ifdef SRA_CUDA
+  return current_stream() != nullptr;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sra_fast, library) {
@@ -317,6 +337,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sra_fast, library) {
       " Tensor ema_decay, Tensor clip, Tensor loss_scale, int[] group, float[] weight_decay, float beta1, float beta2,"
       " float eps, bool zero_gradients) -> ()");
   library.def("gradient_norm(Tensor[] gradients) -> Tensor");
+  library.def("cuda_is_ready() -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sra_fast, CompositeExplicitAutograd, library) {
+  library.impl("cuda_is_ready", TORCH_BOX(&cuda_is_ready));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sra_fast, CPU, library) {

@@ -37,9 +37,7 @@ def missing(op: str, architecture: str) -> str:
         architecture: "cpu", or that of a GPU, such as "sm_90".
     """
     if op in COMPILED:
-        if not (obstacle := library.missing()) and architecture != "cpu" and not library.has_gpu_code():
-            return f"the compiled operators were built without nvcc; {library.CURE}, with nvcc on the PATH"
-        return obstacle
+        return library.missing() if architecture == "cpu" else library.missing_on_a_gpu()
     if architecture == "cpu" and not language.INTERPRETED:
         return language.missing() or "it runs on GPUs"
     return language.missing()

@@ -11,7 +11,8 @@ device: step, rates and counters are scalars there.
 
 The compiled operator (csrc/) reads and writes every tensor once: 38 bytes per parameter with bfloat16 gradients and
 copies, 40 with float32 gradients. Every operation is rounded by itself and in the same order everywhere, so that the
-bits do not depend on the number of threads or on the instruction set, and CPUs and GPUs agree.
+bits do not depend on the number of threads or on the instruction set. GPU code is compiled from the same functions
+under the same rules.
 
 Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, algorithm 2.
 """
@@ -181,7 +182,8 @@ def adamw_ema(
         RuntimeError: naming list and index, what came and what is expected; nothing is changed then.
     """
     if not torch.compiler.is_compiling():  # there the compiler knows what the operator writes to
-        torch.autograd.graph.increment_version([tensor for part in lists for tensor in part])
+        written = lists if zero_gradients else lists[1:]
+        torch.autograd.graph.increment_version([tensor for part in written for tensor in part])
     torch.ops.sra_fast.adamw_ema_(
         *map(list, lists), *scalars, list(group), list(weight_decay), *betas, eps, zero_gradients
     )

@@ -34,3 +34,13 @@ def missing() -> str:
 def has_gpu_code() -> bool:
     """Whether the library was built with nvcc."""
     return not load() and torch._C._dispatch_has_kernel_for_dispatch_key("sra_fast::gradient_norm", "CUDA")
+
+
+def missing_on_a_gpu() -> str:
+    """What stands in the way of a compiled operator on a GPU, with the cure; empty: nothing."""
+    if obstacle := load():
+        return obstacle
+    if not has_gpu_code():
+        why = "no nvcc was found, or its compilation failed, of which pip install -v tells"
+        return f"the compiled operators have no GPU code: {why}; {CURE}, with nvcc 12.8 or later on the PATH"
+    return "" if torch.ops.sra_fast.cuda_is_ready() else "libtorch_cuda.so is not loaded: install a CUDA build of torch"

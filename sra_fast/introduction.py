@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from sra_fast.config import Config
 from sra_fast.data.source import Source
 from sra_fast.hardware import Hardware
-from sra_fast.kernels import library
+from sra_fast.kernels import missing
 from sra_fast.step.runner import EXECUTIONS
 
 
@@ -33,6 +33,6 @@ def introduction(
     yield f"data     {images}, {model.classes} classes; {source.reader}"
     yield f"device   {hardware.name}, {hardware.precision}"
     yield f"ops      {', '.join(f'{op}: {choice}' for op, choice in resolved.items())}"
-    if obstacle := library.missing():
+    if obstacle := missing("adamw_ema", hardware.architecture):
         yield f"         the optimizer runs as PyTorch operators: {obstacle}"
     yield f"step     {EXECUTIONS[execution]}"

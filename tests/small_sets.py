@@ -126,5 +126,5 @@ class StandInVae:
 def stand_in(monkeypatch: object, channels: int = 4) -> tuple[StandInVae, list[str]]:
     """Let every VAE be a stand-in: (it, the names it was opened by)."""
     vae, names = StandInVae(channels), []
-    monkeypatch.setattr("sra_fast.vae.open_vae", lambda name, device, dtype: (names.append(name), vae)[1])
+    monkeypatch.setattr("sra_fast.sampling.decoding.open_vae", lambda name, device, dtype: (names.append(name), vae)[1])
     return vae, names

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from update_lists import BETAS, DECAYS, EPS, FULL, GROUP, OPTIONS, all_words, compiled, scalars, used, words
 
+from sra_fast.kernels import library
 from sra_fast.kernels.adamw_ema import Lists, Scalars, adamw_ema
 from sra_fast.kernels.gradient_norm import gradient_norm
 
@@ -153,7 +154,9 @@ def test_a_bad_call_is_refused_by_name_and_changes_nothing(name: str) -> None:
 
 @compiled
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or bool(library.missing_on_a_gpu()), reason="needs an NVIDIA GPU and GPU code"
+)
 def test_a_tensor_on_another_device_is_refused_by_name() -> None:
     lists = Lists(*([t.cuda() for t in part] for part in used()))
     given = Scalars(*(t.cuda() for t in scalars()))

@@ -28,6 +28,7 @@ def beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(language, "INTERPRETED", False)
     monkeypatch.setattr(library, "missing", lambda: "")
     monkeypatch.setattr(library, "has_gpu_code", lambda: True)
+    monkeypatch.setattr(library, "missing_on_a_gpu", lambda: "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(choices, "choose", lambda *_: "cudnn")
 
@@ -114,9 +115,9 @@ def test_compiled_ops_run_on_the_cpu_too(op: str) -> None:
 @pytest.mark.parametrize("op", FUSED)
 @pytest.mark.usefixtures("beside_a_gpu")
 def test_what_is_missing_for_a_fused_op_is_said_with_its_name(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        library if op in kernels.COMPILED else language, "missing", lambda: "this and that is not there"
-    )
+    for function in ("missing", "missing_on_a_gpu") if op in kernels.COMPILED else ("missing",):
+        where = library if op in kernels.COMPILED else language
+        monkeypatch.setattr(where, function, lambda: "this and that is not there")
     for hardware in (CPU, GPU):
         said = refusal(run("sit", **{op: "fused"}), hardware)
         assert said == f"kernels.{op}: 'fused' given, but this and that is not there; must be auto or reference"
@@ -125,11 +126,9 @@ def test_what_is_missing_for_a_fused_op_is_said_with_its_name(op: str, monkeypat
 @pytest.mark.parametrize("op", kernels.COMPILED)
 @pytest.mark.usefixtures("beside_a_gpu")
 def test_a_library_without_gpu_code_is_refused_on_a_gpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "has_gpu_code", lambda: False)
+    monkeypatch.setattr(library, "missing_on_a_gpu", lambda: "the compiled operators have no GPU code")
     config = run("sit", **{op: "fused"})
-    assert refusal(config, GPU).startswith(
-        f"kernels.{op}: 'fused' given, but the compiled operators were built without"
-    )
+    assert refusal(config, GPU).startswith(f"kernels.{op}: 'fused' given, but the compiled operators have no GPU code;")
     assert resolve(config, CPU)[op] == "fused"
 
 

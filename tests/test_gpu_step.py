@@ -20,7 +20,7 @@ from torch import Tensor
 from sra_fast.config import Config, KernelsConfig
 from sra_fast.data.ahead import Batch
 from sra_fast.hardware import Hardware, set_deterministic
-from sra_fast.kernels import IMPLEMENTATIONS
+from sra_fast.kernels import IMPLEMENTATIONS, missing
 from sra_fast.model.attention import attention, available
 from sra_fast.model.choices import resolve
 from sra_fast.model.layout import joined
@@ -135,24 +135,29 @@ def test_graph_in_fp32_agrees_with_the_cpu(config, awake) -> None:
 )
 @pytest.mark.parametrize("family", ["sit", "dit"])
 def test_fused_ops_train_as_their_references_do(config, awake, family: str, dtype, losses: float, way: float) -> None:
-    """All kernels of the step in one CUDA graph, against Inductor's for the same ops."""
+    """All kernels of the step in one CUDA graph, against Inductor's for the same ops; the optimizer's where it is built
+    with GPU code."""
     torch.set_float32_matmul_precision("highest")
     config = replace(config, model=replace(config.model, family=family))
     weights = awake(config.model, std=STD)
+    compiled = {} if missing("adamw_ema", "sm_90") else {"gradient_norm": "fused", "adamw_ema": "fused"}
+    triton = dict.fromkeys(("adaln", "gated_adaln", "alignment"), "fused")
+    triton |= {"perturb": "fused"} if family == "sit" else {}
     reference, fused = (
-        twenty(replace(config, kernels=KernelsConfig(default=how)), weights, "graph", dtype)
-        for how in ("reference", "fused")
+        twenty(replace(config, kernels=KernelsConfig(default="reference", **wishes)), weights, "graph", dtype)
+        for wishes in ({}, triton | compiled)
     )
-    for op, implementations in IMPLEMENTATIONS.items():
-        if op in ("adaln", "gated_adaln", "alignment"):
-            assert computed_by(reference, op) is implementations["reference"]
-            assert computed_by(fused, op) is implementations["fused"]
+    for op in triton | compiled:
+        assert computed_by(fused, op) is IMPLEMENTATIONS[op]["fused"]
+        assert computed_by(reference, op) is not IMPLEMENTATIONS[op]["fused"]
     compare(reference, fused, joined(weights), losses=losses, way=way)
 
 
 def computed_by(run: SimpleNamespace, op: str) -> Callable:
     """The function that computed an op in a run."""
-    return run.runner.step._align if op == "alignment" else getattr(run.state.student.ops, op)
+    step = run.runner.step
+    of_step = {"alignment": "_align", "perturb": "_draw", "gradient_norm": "_gradient_norm", "adamw_ema": "_adamw_ema"}
+    return getattr(step, of_step[op]) if op in of_step else getattr(run.state.student.ops, op)
 
 
 @pytest.mark.parametrize("parts", [8, 12])

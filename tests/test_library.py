@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from sra_fast import kernels
 from sra_fast.kernels import library
@@ -80,7 +81,7 @@ def test_without_the_library_auto_is_the_reference_and_fused_is_refused(
 @pytest.mark.parametrize("op", kernels.COMPILED)
 def test_with_the_library_fused_is_had_and_auto_takes_it_where_it_wins(monkeypatch, op: str) -> None:
     monkeypatch.setattr(library, "load", lambda: "")
-    monkeypatch.setattr(library, "has_gpu_code", lambda: True)
+    monkeypatch.setattr(library, "missing_on_a_gpu", lambda: "")
     for architecture, other in (("cpu", GPU), (GPU, "cpu")):
         assert kernels.resolve({op: "fused"}, architecture) == {op: "fused"}
         monkeypatch.setattr(kernels, "WINS", {op: (architecture,)})
@@ -95,7 +96,9 @@ def test_a_library_without_gpu_code_serves_the_cpu_and_says_so_for_a_gpu(monkeyp
     monkeypatch.setattr(kernels, "WINS", {op: ("cpu", GPU)})
     assert kernels.resolve({op: "fused"}, "cpu") == kernels.resolve({op: "auto"}, "cpu") == {op: "fused"}
     assert kernels.resolve({op: "auto"}, GPU) == {op: "reference"}
-    with pytest.raises(ValueError, match=r"without nvcc; .*cmake.* nvcc on the PATH; must be auto or reference$"):
+    with pytest.raises(
+        ValueError, match=r"have no GPU code: no nvcc .*cmake.* on the PATH; must be auto or reference$"
+    ):
         kernels.resolve({op: "fused"}, GPU)
 
 
@@ -156,3 +159,41 @@ def test_the_library_offers_no_names_of_its_own() -> None:
     """Two libraries in a process must not take each other's functions."""
     offered = re.findall(r"(?:GLOBAL|WEAK) +DEFAULT +\d+ (\S*sra\S*)", readelf("--dyn-syms"))
     assert offered == []
+
+
+STREAM = """
+import ctypes, sys, torch
+if len(sys.argv) > 2:
+    ctypes.CDLL(sys.argv[2], mode=0)  # RTLD_LOCAL, as Python loads torch's own
+torch.ops.load_library(sys.argv[1])
+print(torch.ops.sra_fast.cuda_is_ready())
+"""
+
+
+def test_torchs_stream_is_found_in_a_library_that_is_loaded_for_python_alone(tmp_path: Path) -> None:
+    if not BUILT.exists() or not library.has_gpu_code() or torch.version.cuda:
+        pytest.skip("needs a library with GPU code, and a torch without")
+    if not shutil.which("g++"):
+        pytest.skip("needs g++")
+    function = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 0; }'
+    (tmp_path / "stream.cpp").write_text(function)
+    stub = tmp_path / "libtorch_cuda.so"
+    named = ["-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", tmp_path / "stream.cpp", "-o", stub]
+    subprocess.run(["g++", *named], check=True)
+    for given, ready in (([stub], "True"), ([], "False")):
+        command = [sys.executable, "-c", STREAM, BUILT, *given]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == ready
+
+
+def test_gpu_code_is_for_every_architecture_and_for_those_to_come() -> None:
+    triton = pytest.importorskip("triton")
+    program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not program.exists() or not BUILT.exists() or not library.has_gpu_code():
+        pytest.skip("needs a library with GPU code, and cuobjdump of Triton's wheel")
+
+    def listed(what: str) -> str:
+        return subprocess.run([program, what, BUILT], capture_output=True, text=True, check=True).stdout
+
+    assert set(re.findall(r"sm_\d+", listed("--list-elf"))) == {"sm_80", "sm_90", "sm_100"}
+    assert re.findall(r"sm_\d+", listed("--list-ptx")) == ["sm_100"]

@@ -15,7 +15,7 @@ from sra_fast.data.latents import Rows
 from sra_fast.data.order import rows
 from sra_fast.kernels.philox import Draw, uniforms
 
-BLOCK = 1 << 14
+BLOCK = 1 << 15
 """Image numbers whose rows are computed together: the order's integer arithmetic is then cheap beside the reads."""
 
 

@@ -74,7 +74,7 @@ def space_of(weights: Path, vae: str, channels: int) -> LatentSpace | None:
         if space := LatentSpace.of_run(folder):
             return replace(space, vae=vae or space.vae)
     if vae:
-            named = open_vae(vae, torch.device("cpu"), torch.float32)
+        named = open_vae(vae, torch.device("cpu"), torch.float32)
         return LatentSpace(vae, named.scale, named.shift)
     refuse_unless(channels in (1, 3), "vae", vae, f"must be named: these weights make {channels} channels, not pixels")
     return None
