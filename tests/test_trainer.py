@@ -31,7 +31,6 @@ from sra_fast import step as step_module
 from sra_fast.config import ObjectiveConfig, Refused
 from sra_fast.data.folder import scan, split
 from sra_fast.step import TrainingStep
-from sra_fast.trainer import Trainer
 
 LINE = "step images_seen loss velocity_loss alignment_loss grad_norm lr ema_decay images_per_s skipped_steps"
 FIGURES = (
@@ -67,10 +66,7 @@ def test_fields_of_metrics_and_summary(root):
         assert all(math.isfinite(value) for value in row.values())
     assert set(SUMMARY.split()) <= set(written)
     assert written["images_seen"] == 80
-    assert written["device"] == "cpu"
-    assert (
-        {"reference", "sdpa", "eager"} <= set(written["resolved"].values()) <= {"reference", "fused", "sdpa", "eager"}
-    )
+    assert (written["device"], set(written["resolved"].values()) - {"fused"}) == ("cpu", {"reference", "sdpa", "eager"})
     assert (written["resolved"]["attention"], written["resolved"]["step"]) == ("sdpa", "eager")
     assert all(written[name] is None for name in FIGURES.split())  # no evaluation was asked for
     last = rows[-1]
@@ -139,16 +135,6 @@ def test_a_run_without_tensorboard_and_dali_says_so(root, capfd, monkeypatch):
     assert "decoded with Pillow" in error
     assert len(metrics(root / "runs/a")) == 2
     assert not list((root / "runs/a").glob("events*"))
-
-
-def test_the_start_says_what_is_used(root):
-    said = []
-    Trainer(small(root, train__images=8), said.append).run()
-    text = "\n".join(said)
-    assert "58 training and 22 held-out images, 4 classes; decoded by pillow" in text
-    assert "sra from block 1 to block 2, cosine distance" in text
-    assert "cpu, fp32" in text
-    assert all(f"{op}: reference" in text for op in ("adaln", "gated_adaln", "gated_residual", "alignment", "perturb"))
 
 
 def test_deterministic_runs_on_the_cpu(root):
