@@ -91,7 +91,16 @@ def test_a_launch_is_noted_and_not_made() -> None:
 
 RECORD = {
     "triton": triton.__version__,
-    "kernels": {"k, sm_90": {"registers": 40, "spills": 0, "stack": 0, "shared": 1024, "load_bits": 128}},
+    "kernels": {
+        "k, sm_90": {
+            "registers": 40,
+            "spills": 0,
+            "stack": 0,
+            "shared": 1024,
+            "load_bits": 128,
+            "narrow_loads": 2,
+        }
+    },
 }
 
 
@@ -103,6 +112,7 @@ RECORD = {
         ({"registers": 41}, "41 registers, 40 on record"),
         ({"shared": 2048}, "2048 shared, 1024 on record"),
         ({"stack": 8}, "8 stack, 0 on record"),
+        ({"narrow_loads": 3}, "3 narrow_loads, 2 on record"),
         ({"spills": 3}, "3 instructions spill registers"),
         ({"load_bits": 64}, "loads 64 bits at a time; must be 128"),
     ],
