@@ -138,7 +138,9 @@ SRA_FUNCTION void adamw(float g, float& weight, float& m, float& v, const Rates&
   weight = group.keep * weight - group.step_size * (m / (sqrtf(v) / rates.bias2 + rates.eps));
 }
 
-SRA_FUNCTION void average(float weight, float& ema, const Rates& rates) { ema = ema + rates.blend_ema * (weight - ema); }
+SRA_FUNCTION void average(float weight, float& ema, const Rates& rates) {
+  ema = ema + rates.blend_ema * (weight - ema);
+}
 
 // The norm's order of additions. A chunk of NORM_CHUNK gradients is added up in NORM_LANES sums, the i-th gradient in
 // sum i mod NORM_LANES; four neighbours of these as (a + b) + (c + d), and the NORM_THREADS sums that this leaves by a

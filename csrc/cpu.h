@@ -13,8 +13,8 @@ constexpr std::int64_t CPU_CHUNK = 1 << 14;  // elements of one parameter that a
 // Update `size` elements of a parameter from element `begin` on. finite: whether the norm was; if not, nothing changes
 // but gradients that are to be zeroed. streaming: write copies past the caches.
 using UpdateChunk = void (*)(
-    const Parameter&, std::int64_t begin, std::int64_t size, const Rates&, const GroupRates&, const Update&, bool finite,
-    bool streaming);
+    const Parameter&, std::int64_t begin, std::int64_t size, const Rates&, const GroupRates&, const Update&,
+    bool finite, bool streaming);
 
 // Sum of squares of at most NORM_CHUNK gradients, in the order that arithmetic.h fixes.
 using SquareSum = double (*)(const void* gradient, std::int64_t size, Dtype);

@@ -79,11 +79,13 @@ struct Decays {
 
 // One thread: the rates of this update, and the counters. With more than 16 groups it is launched for 16 at a time, and
 // counts with the last.
-__global__ void begin_kernel(Settings settings, DeviceScalars scalars, Decays decays, bool last, State* state, GroupRates* groups) {
+__global__ void begin_kernel(
+    Settings settings, DeviceScalars scalars, Decays decays, bool last, State* state, GroupRates* groups) {
   const bool is_finite = finite(*scalars.norm);
   const std::int64_t step = *scalars.step + (is_finite ? 1 : 0);
   for (int i = 0; i < decays.count; ++i) {
-    groups[decays.first + i] = make_group(settings, step, scalars.lr[scalars.lr_of_each ? decays.first + i : 0], decays.of[i]);
+    const float lr = scalars.lr[scalars.lr_of_each ? decays.first + i : 0];
+    groups[decays.first + i] = make_group(settings, step, lr, decays.of[i]);
   }
   if (!last) return;
   state->finite = is_finite;

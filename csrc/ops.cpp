@@ -1,5 +1,5 @@
-// The optimizer as PyTorch operators, on LibTorch's stable ABI: one library for every torch from 2.10 on, with or without
-// a GPU. Schemas, what is refused, and the way to cpu.h and cuda.h; kernels/adamw_ema.py documents them.
+// The optimizer as PyTorch operators, on LibTorch's stable ABI: one library for every torch from 2.10 on, with or
+// without a GPU. Schemas, what is refused, and the way to cpu.h and cuda.h; kernels/adamw_ema.py documents them.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -91,7 +91,8 @@ void check(const Tensors& list, const Expected& expected) {
     const Tensor& tensor = list[i];
     const ScalarType type = tensor.scalar_type();
     if (!same_device(tensor, like[0]))
-      refuse(op, ": ", name, "[", i, "]: on ", place(tensor), "; must be on ", place(like[0]), " as ", like_name, "[0]");
+      refuse(op, ": ", name, "[", i, "]: on ", place(tensor), "; must be on ", place(like[0]), " as ", like_name,
+             "[0]");
     if (halves ? type != ScalarType::Float && type != ScalarType::BFloat16 && type != ScalarType::Half
                : type != ScalarType::Float)
       refuse(op, ": ", name, "[", i, "]: dtype ", torch::headeronly::toString(type), " given; must be Float",
@@ -109,7 +110,8 @@ void check(const Tensors& list, const Expected& expected) {
 
 void check_scalar(
     const char* name, const Tensor& tensor, ScalarType type, const Tensor& beside, std::int64_t count = 1) {
-  if (tensor.scalar_type() != type || tensor.numel() != count || !tensor.is_contiguous() || !same_device(tensor, beside))
+  if (tensor.scalar_type() != type || tensor.numel() != count || !tensor.is_contiguous() ||
+      !same_device(tensor, beside))
     refuse("adamw_ema_: ", name, ": ", torch::headeronly::toString(tensor.scalar_type()), " of shape ", shape(tensor),
            " on ", place(tensor), " given; must be ", torch::headeronly::toString(type), " of ", count, " element",
            count == 1 ? "" : "s", ", contiguous, on ", place(beside));
@@ -230,7 +232,8 @@ std::vector<sra::Parameter> of_gradients(const Tensors& gradients) {
   check(gradients, {"gradient_norm", "gradients", gradients, "gradients", true, false});
   std::vector<sra::Parameter> parameters;
   for (std::size_t i = 0; i < gradients.size(); ++i) {
-    parameters.push_back({at(gradients, i), nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, gradients[i].numel(), 0});
+    parameters.push_back(
+        {at(gradients, i), nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, gradients[i].numel(), 0});
   }
   return parameters;
 }
@@ -242,7 +245,8 @@ Tensor norm_on_cpu(Tensors gradients) {
   std::vector<std::int64_t> first;
   std::vector<double> sums(static_cast<std::size_t>(sra::count_chunks(parameters, sra::NORM_CHUNK, first)));
   const sra::Cpu& cpu = sra::best_cpu();
-  in_chunks(parameters, sra::NORM_CHUNK, [&](std::size_t which, std::int64_t begin, std::int64_t count, std::int64_t i) {
+  in_chunks(parameters, sra::NORM_CHUNK, [&](std::size_t which, std::int64_t begin, std::int64_t count,
+                                             std::int64_t i) {
     const char* gradient = static_cast<const char*>(parameters[which].gradient);
     sums[static_cast<std::size_t>(i)] = cpu.square_sum(gradient + static_cast<std::size_t>(begin) * size, count, dtype);
   });
@@ -301,7 +305,8 @@ void update_on_cuda(
   const std::int64_t bytes = sra::cuda_workspace_bytes(static_cast<std::int64_t>(weight_decay.size()));
   const Tensor workspace = torch::stable::new_empty(norm, {bytes}, ScalarType::Byte);
   const sra::DeviceScalars scalars{
-      &scalar<float>(norm), &scalar<std::int64_t>(step), &scalar<std::int64_t>(skipped), &scalar<float>(lr), lr.numel() > 1,
+      &scalar<float>(norm), &scalar<std::int64_t>(step), &scalar<std::int64_t>(skipped), &scalar<float>(lr),
+      lr.numel() > 1,
       &scalar<float>(ema_decay), &scalar<float>(clip), &scalar<float>(loss_scale)};
   sra::cuda_update(
       parameters, update, {beta1, beta2, eps}, scalars, weight_decay, workspace.mutable_data_ptr(), on.stream);
@@ -313,7 +318,8 @@ Tensor norm_on_cuda(Tensors gradients) {
   const Tensor sums = torch::stable::new_empty(gradients[0], {sra::cuda_norm_sums(parameters)}, ScalarType::Double);
   Tensor norm = torch::stable::new_empty(gradients[0], {}, ScalarType::Float);
   sra::cuda_norm(
-      parameters, dtype_of(gradients[0]), static_cast<double*>(sums.mutable_data_ptr()), &scalar<float>(norm), on.stream);
+      parameters, dtype_of(gradients[0]), static_cast<double*>(sums.mutable_data_ptr()), &scalar<float>(norm),
+      on.stream);
   return norm;
 }
 
