@@ -148,7 +148,7 @@ def _gather(staging: Path, out: Path, so_far: list[Outcome], stamp: dict[str, An
     """What cannot be put together now must not keep the next parts from being measured; the last time it counts."""
     try:
         gather(staging, out, so_far, stamp)
-    except Exception:
+    except Exception:  # of any kind, in what hours of measuring hang on; said in full, and the next parts go on
         traceback.print_exc()
 
 

@@ -92,3 +92,19 @@ def refused(main):
         return complaint((output, error))
 
     return call
+
+
+@pytest.fixture(scope="session")
+def kl(tmp_path_factory):
+    """Folder of a small random AutoencoderKL; skips where diffusers is missing."""
+    from small_vae import save_kl
+
+    return save_kl(tmp_path_factory.mktemp("kl"))
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """Folder of class folders with whole, odd and damaged images."""
+    from small_set import write_images
+
+    return write_images(tmp_path_factory.mktemp("images"))

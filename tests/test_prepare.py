@@ -17,7 +17,6 @@ from small_set import (
     refusal,
     rows,
     words,
-    write_images,
     write_set,
 )
 from small_vae import save_kl, save_tiny
@@ -29,17 +28,6 @@ from sra_fast.data import encoding
 from sra_fast.data.archives import open_images
 from sra_fast.data.prepare import prepare
 from sra_fast.vae import open_vae
-
-
-@pytest.fixture(scope="session")
-def kl(tmp_path_factory):
-    return save_kl(tmp_path_factory.mktemp("kl"))
-
-
-@pytest.fixture(scope="session")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images"))
-
 
 # What is in a set
 

@@ -10,7 +10,6 @@ from small_set import (
     content,
     kill,
     refusal,
-    write_images,
     write_set,
 )
 from small_vae import save_kl
@@ -19,17 +18,6 @@ from sra_fast.config import Refused
 from sra_fast.data.archives import open_images
 from sra_fast.data.prepare import prepare
 from sra_fast.vae import Vae
-
-
-@pytest.fixture(scope="session")
-def kl(tmp_path_factory):
-    return save_kl(tmp_path_factory.mktemp("kl"))
-
-
-@pytest.fixture(scope="session")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images"))
-
 
 # What is refused
 

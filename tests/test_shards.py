@@ -24,10 +24,8 @@ from small_set import (
     kill,
     refusal,
     words,
-    write_images,
     write_set,
 )
-from small_vae import save_kl
 from test_archives import write_tar
 
 from sra_fast.config import Refused
@@ -36,17 +34,6 @@ from sra_fast.data.archives import open_images
 from sra_fast.data.manifest import Skipped
 from sra_fast.data.prepare import prepare
 from sra_fast.vae import Vae
-
-
-@pytest.fixture(scope="session")
-def kl(tmp_path_factory):
-    return save_kl(tmp_path_factory.mktemp("kl"))
-
-
-@pytest.fixture(scope="session")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images"))
-
 
 # The same bytes
 
