@@ -72,11 +72,11 @@ def philox(
 
 
 def _product(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """(high, low) word of a 32 x 32 bit product, from two of 16 x 32 bits: the whole would overflow int64's sign, which
-    compiled C++ may take for something that never happens."""
-    low = (word & 0xFFFF) * multiplier
-    high = (word >> 16) * multiplier + (low >> 16)
-    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+    """(high, low) word of a 32 x 32 bit product. The multiplier is taken less 2^32, and the word added to the high half
+    in return: the product itself would overflow int64's sign, which compiled C++ may take for something that never
+    happens."""
+    less = word * (multiplier - (1 << 32))  # in (-2^62, 0], as both multipliers are above 2^31
+    return (less >> 32) + word, less & _MASK
 
 
 def _split(value: int) -> tuple[int, int]:
