@@ -53,6 +53,7 @@ bench: $(or $(OPERATORS),$(READY))
 	$(IN_TREE) benchmarks.bench_step $(BENCH)
 	$(IN_TREE) benchmarks.bench_kernels
 	$(IN_TREE) benchmarks.bench_optimizer
+	$(IN_TREE) benchmarks.bench_data
 	$(IN_TREE) benchmarks.readme --print
 
 gpu-report: $(or $(OPERATORS),$(READY))

@@ -86,6 +86,7 @@ def parts_for_gpu() -> list[Part]:
         *(steps("xl", 256, batch) for batch in (32, 256)),
         *(steps("xl", 256, batch, ("ours", *BETWEEN), of="between") for batch in (32, 256)),
         Part("profile", "sra_fast.cli", profile, 0.6),
+        Part("data", "benchmarks.bench_data", ("--repeats", "3", "--passes", "1"), 0.4, most_s=90),
         *(steps("xl", 256, batch, VARIANTS, of="variants") for batch in (32, 256)),
         *(steps(size, 256, batch) for size, batch in first),
         steps("xl", 1024, 32),
@@ -111,6 +112,7 @@ def parts_for_cpu() -> list[Part]:
         Part("update", "benchmarks.bench_optimizer", ("--depth", "3", *ways, *few)),
         steps("s", 256, 1, ("public", "ours eager"), "--depth", "3", *few),
         Part("profile", "sra_fast.cli", (*profile, *traced, "--profile.out", "{folder}")),
+        Part("data", "benchmarks.bench_data", ("--device", "cpu", "--quick")),
     ]
 
 

@@ -1,8 +1,8 @@
 """The README's section on performance, made from the newest results: `python -m benchmarks.readme`.
 
-Of each device, the newest file that holds a model's steps, an op or an update. `--check` writes nothing and exits
-with 1 if the README says something else than the results that are under version control; `--print` shows the section
-of all results here.
+Of each device, the newest file that holds a model's steps, an op, an update or a source of data. `--check` writes
+nothing and exits with 1 if the README says something else than the results that are under version control; `--print`
+shows the section of all results here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sra_fast.metrics import read_json
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-Family = tuple[str | int, ...]  # of steps as in tables.py, ("op", op, size, batch) or ("update", size)
+Family = tuple[str | int, ...]  # of steps as in tables.py, ("op", op, size, batch), ("update", size) or ("data", name)
 OTHER_QUESTIONS = re.compile("-depth|auto-check")  # a model cut short for a quick look; which batches fit
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 NOTE = "<!-- written by `python -m benchmarks.readme` from benchmarks/results/; changes here are lost -->"
@@ -68,6 +68,8 @@ def newest(files: Sequence[Path], root: Path = ROOT) -> dict[str, dict[Family, F
                 groups.setdefault(("op", row["name"], row["params"]["size"], row["params"]["batch"]), []).append(row)
             elif tables.is_update(row):
                 groups.setdefault(("update", row["params"]["size"]), []).append(row)
+            elif tables.is_data(row):
+                groups.setdefault(("data", row["name"]), []).append(row)
         for family, rows in groups.items():
             held = found.setdefault(device, {}).get(family)
             if held is None or held.stamp["date"] < stamp["date"]:
@@ -95,7 +97,11 @@ def _device(name: str, families: dict[Family, Found]) -> str:
         if others:
             blocks += ["Other sizes, images/s:", tables.summary_table({f: found.rows for f, found in others.items()})]
             blocks += dict.fromkeys(_source(found) for found in others.values())
-    for title, kind, table in (("Ops:", "op", tables.kernel_table), ("Updates:", "update", tables.update_table)):
+    for title, kind, table in (
+        ("Ops:", "op", tables.kernel_table),
+        ("Updates:", "update", tables.update_table),
+        ("Data:", "data", tables.data_table),
+    ):
         found = [families[family] for family in families if family[0] == kind]
         if found:
             blocks += [title, table([row for some in found for row in some.rows])]

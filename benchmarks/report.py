@@ -155,6 +155,7 @@ def _text(
     for title, wanted, made in (
         ("Ops", tables.is_kernel, tables.kernel_table),
         ("Update", tables.is_update, tables.update_table),
+        ("Data", tables.is_data, tables.data_table),
         ("Roofs", lambda row: row["name"] == "roof", table),
     ):
         found = [row for row in others if wanted(row)]

@@ -1,5 +1,5 @@
 """Rows as the tables that people read, in reports and in the README: whole steps against each other, ops with their
-implementations side by side, ways to update."""
+implementations side by side, ways to update, what delivers data."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ STEP_HEAD = ("step", "images/s", "x public", "ms", "p20 ... p80", "TFLOP/s", "of
 SUMMARY_HEAD = ("model", "tokens", "batch", "public", "best rival", "ours", "ours / public", "ours / best rival")
 KERNEL_HEAD = ("op", "size", "batch", "dtype", "pass", "µs", "fastest", "GB/s", "of roof")
 UPDATE_HEAD = ("update", "size", "ms", "p20 ... p80", "x defaults", "GB/s", "of roof", "GiB")
+DATA_HEAD = ("data", "by", "images/s", "x rival", "images/CPU-s", "x rival", "ms a batch", "p20 ... p80")
 
 Family = tuple[str, int, int, int]  # size, tokens, batch, and the depth where it is not the size's, else 0
 
@@ -23,6 +24,11 @@ def is_step(row: Row) -> bool:
 def is_update(row: Row) -> bool:
     """Whether it is a row of bench_optimizer."""
     return row["name"] == "optimizer"
+
+
+def is_data(row: Row) -> bool:
+    """Whether it is a row of bench_data."""
+    return "loader" in row["params"]
 
 
 def is_kernel(row: Row) -> bool:
@@ -142,6 +148,27 @@ def update_table(rows: Sequence[Row]) -> str:
             ]
         )
     return markdown(UPDATE_HEAD, lines)
+
+
+def data_table(rows: Sequence[Row]) -> str:
+    """What delivers images, by the wall clock and by CPU time, each against the rival that is best by it."""
+    rows = list(filter(is_data, rows))
+    clocks = ("images_per_s", "images_per_cpu_s")
+    best: dict[tuple[str, str], float] = {}
+    for row in rows:
+        for clock in clocks:
+            if not row["ours"]:
+                best[row["name"], clock] = max(row[clock], best.get((row["name"], clock), 0.0))
+    lines = []
+    for row in rows:
+        files = row["params"].get("files")
+        made_up = "made-up " if row["params"].get("made_up") else ""
+        line = [row["name"] + (f", {files} {made_up}JPEGs" if files else ""), row["params"]["loader"]]
+        for clock in clocks:
+            rival = best.get((row["name"], clock))
+            line += [digits(row[clock]), f"{row[clock] / rival:.2f}" if rival else ""]
+        lines.append([*line, digits(row["median_ms"]), _spread(row)])
+    return markdown(DATA_HEAD, lines)
 
 
 def _images_per_s(rows: Sequence[Row], rung: str) -> float | None:

@@ -169,7 +169,8 @@ def load(path: Path, config: Config, fingerprint: str, device: torch.device) -> 
                 f"{field}: {now!r} given, but {path} was trained with {was!r}; start another --run.name to change it"
             )
     if state["data_fingerprint"] != fingerprint:
-        raise Refused(f"data.images: {config.data.images!r} holds other files or classes than {path} was trained on")
+        name, given = ("latents", config.data.latents) if config.data.latents else ("images", config.data.images)
+        raise Refused(f"data.{name}: {given!r} holds other files or classes than {path} was trained on")
     expected = public_weights.shapes(config.model)
     moments = set(expected) - {"pos_embed"}
     if config.align.method == "none":

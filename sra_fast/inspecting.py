@@ -1,6 +1,6 @@
 """`sra-fast inspect`: what a data set holds, whether its files are whole, and whether its numbers are fit to train on.
 
-A packed set (data/manifest.py), the public layout (data/latents.py), or a folder of class folders.
+A packed set (data/manifest.py), the public layout (data/public.py), or a folder of class folders.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from sra_fast.config import DataConfig, Refused, refuse_unless
 from sra_fast.data import folder
 from sra_fast.data.folder import ImageFolder
 from sra_fast.data.images import PillowDecoder, Undecodable, read_header
-from sra_fast.data.latents import Moments, PackedSet, PublicSet, header, is_public
+from sra_fast.data.latents import PackedSet, header
 from sra_fast.data.manifest import NAME, Manifest, Skipped, read_manifest
+from sra_fast.data.moments import Moments
+from sra_fast.data.public import PublicSet, is_public
 from sra_fast.hardware import Hardware
 from sra_fast.sampling.decoding import LatentSpace, image_maker
 from sra_fast.sampling.images import save_grid, to_uint8
@@ -182,14 +184,14 @@ def _public(root: Path, checksums: bool) -> tuple[Findings, Moments]:
     moments = PublicSet(root)
     found = Findings([], moments.classes, moments.labels)
     if checksums:
-        for row in _bar(range(len(moments.labels)), "reading", "file"):
+        for row in _bar(range(len(moments)), "reading", "file"):
             try:
                 moments.moments(row)
-            except Refused as error:
-                found.wrong[moments.file(row)] = str(error).removeprefix(f"data.latents: {moments.file(row)}: ")
+            except (OSError, ValueError) as error:
+                found.wrong[moments.file(row)] = getattr(error, "strerror", None) or str(error)
     found.facts += [
         ("public layout", str(moments.root)),
-        ("images", f"{len(moments.labels):,}, a file each"),
+        ("images", f"{len(moments):,}, a file each"),
         ("rows", f"{moments.shape} float32: means and deviations"),
         *_space("", moments.scale, moments.shift),
     ]
@@ -260,7 +262,7 @@ def _spread(size: int, count: int) -> np.ndarray:
 
 
 def _moments_lines(found: Findings, moments: Moments, options: InspectOptions, out: Path) -> list[tuple[str, str]]:
-    rows = [row for row in _spread(len(moments.labels), options.rows) if moments.file(row) not in found.wrong]
+    rows = [row for row in _spread(len(moments), options.rows) if moments.file(row) not in found.wrong]
     sums, good = _Sums(), []
     for row in _bar(rows, "statistics", "row"):
         try:

@@ -205,7 +205,7 @@ class Trainer:
                 minutes = (time.monotonic() - last_save) / 60
                 if self._due(settings.save_every_images) or minutes > settings.save_every_minutes:
                     save()
-                if self._due(settings.preview_every_images):
+                if self.progress.step < steps and self._due(settings.preview_every_images):  # the last is _finish's
                     with clock.aside():
                         self._preview()
             save()

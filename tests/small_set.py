@@ -107,6 +107,12 @@ def rows(out, kind="moments"):
     return np.concatenate(parts), np.concatenate(labels)
 
 
+def resident_kib():
+    """Memory that this process holds now."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1])
+
+
 def pixels(file, exif=False):
     return decode_with_pillow(file, DataConfig(resolution=SIDE, exif=exif))
 

@@ -28,6 +28,8 @@ def results(path, name, rows):
     for entry in made:
         if entry["name"] == "step":
             entry["images_per_s"] = 1e3 / entry["median_ms"]
+        if "loader" in entry["params"]:
+            entry |= {"ours": True, "images_per_s": 6.0, "images_per_cpu_s": 3.0}
     return write(path, name, made, HERE)
 
 
@@ -83,6 +85,8 @@ def test_failing_parts_are_named_and_the_others_go_on(planted, tmp_path):
     assert "ValueError: no such luck" in report["parts"][0]["stderr"][-1]
     assert "ValueError: no such luck" in text
     assert "raises failed: exit code 1" in text
+    assert "## Ops" in text
+    assert "## Data" not in text  # there is none
     # what the failed part had already written counts
     assert [entry["params"]["batch"] for entry in read(tmp_path / "out" / "step.json")["rows"]] == [32, 256]
     assert {"kernels.json", "report.json", "report.md", "step.json"} <= set(files)
@@ -172,6 +176,25 @@ def test_of_a_row_measured_twice_the_first_with_numbers_counts(tmp_path):
     assert "error" not in found
 
 
+def test_every_kind_of_rows_has_its_table(tmp_path):
+    ops = {"size": "xl", "batch": 32, "dtype": "bf16", "pass": "forward", "implementation": "fused"}
+    made = [
+        ("adaln", ops, 1.0),
+        ("optimizer", {"size": "xl", "parameters": 9, "way": "ours"}, 1.0),
+        ("latents", {"loader": "ours, packed", "batch": 8}, 4.0),
+        ("roof", {"what": "copy"}, 1.0),
+    ]
+    results(tmp_path / "staging" / "01-mixed", "mixed", made)
+    gather(tmp_path / "staging", tmp_path / "out", [], HERE)
+    text = (tmp_path / "out" / "report.md").read_text()
+    _, *parts = text.split("\n## ")
+    assert [part.partition("\n")[0] for part in parts] == ["Parts", "Ops", "Update", "Data", "Roofs"]
+    data = parts[3].splitlines()
+    assert "| images/s | x rival | images/CPU-s | x rival |" in data[2]
+    assert [cell.strip() for cell in data[4].split("|")[1:8]] == ["latents", "ours, packed", "6", "", "3", "", "4"]
+    assert len([line for line in data if line.startswith("|")]) == 3
+
+
 def test_without_matplotlib_it_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     results(tmp_path / "staging" / "01-bench_step", "step-xl-256-32", [("step", step(), 40.0)])
@@ -200,7 +223,7 @@ def test_the_plan_is_in_the_order_of_its_weight():
     xl = [f"SiT-XL/2, 256 tokens, batch {batch}" for batch in (32, 256)]
     between = [f"{name}: between" for name in xl]
     checks = ["correctness", "kernels", "memcheck", "racecheck", "initcheck"]
-    assert names[:13] == [*checks, "roofs", "ops", "update", *xl, *between, "profile"]
+    assert names[:14] == [*checks, "roofs", "ops", "update", *xl, *between, "profile", "data"]
     assert len(set(names)) == len(names)
     assert {f"SiT-{size}/2, 256 tokens, batch {n}" for size in "SBL" for n in (32, 256)} < set(names)
     assert {"SiT-XL/2, 1024 tokens, batch 32", "SiT-XL/2, 256 tokens, batch auto-check"} < set(names)
@@ -256,4 +279,5 @@ def test_the_report_small_on_a_cpu(tmp_path, monkeypatch, capfd, parts):
     text = (folder / "report.md").read_text()
     assert "SiT-S/2 of 3 blocks, 256 tokens, batch 1" in text
     assert "| gated_adaln " in text
+    assert ("\n## Data\n" in text) == (not parts)
     assert "report in" in capfd.readouterr().out

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_set import resident_kib
 from small_sets import pack, publish
 
 from sra_fast.config import Refused
 from sra_fast.data import latent_stream
 from sra_fast.data.latent_stream import LatentStream, load
-from sra_fast.data.latents import Rows, open_moments, split
+from sra_fast.data.latents import open_moments
+from sra_fast.data.moments import Rows, split
 from sra_fast.data.order import rows
 from sra_fast.kernels.philox import Draw, uniforms
 
@@ -145,11 +146,6 @@ def test_load_gives_rows_in_their_order(sets):
     x, labels = load(Rows(sets[31], np.array([7, 30, 0])), torch.device("cpu"))
     assert x[:, 0, 0, 0].tolist() == [7, 30, 0]
     assert labels.tolist() == [0, 0, 0]
-
-
-def resident_kib():
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1])
 
 
 def test_memory_stays_flat_over_thousands_of_batches(tmp_path):

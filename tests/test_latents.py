@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import resource
-import shutil
 import threading
 
 import numpy as np
 import pytest
 import torch
-from small_sets import ROW, SHARDS, change, pack, publish
+from small_sets import ROW, change, pack, publish
 
 from sra_fast.config import Refused
 from sra_fast.data import latents
-from sra_fast.data.latents import PackedSet, PublicSet, Rows, open_moments, split
+from sra_fast.data.latents import PackedSet, open_moments
 from sra_fast.kernels.perturb import clean_ref
-from sra_fast.kernels.philox import Draw, normals, uniforms
+from sra_fast.kernels.philox import Draw, normals
 
 KINDS = {
     "moments": {},
@@ -41,9 +39,6 @@ def refusal(call, *arguments):
 @pytest.fixture
 def packed(tmp_path):
     return pack(tmp_path / "set", flips=True)
-
-
-# Packed sets
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -205,125 +200,10 @@ def test_a_shard_that_shrinks_or_vanishes_while_it_is_read(packed):
     assert np.array_equal(moments.gather(rows[:38]).numpy(), packed.rows[:38])
 
 
-# The public layout
-
-
-@pytest.mark.parametrize("leading", [False, True])
-@pytest.mark.parametrize("below", ["", "vae-sd"])
-def test_the_public_layout_is_read_as_it_is(tmp_path, leading, below):
-    stored = publish(tmp_path, leading=leading)
-    moments = open_moments(tmp_path / below)
-    assert isinstance(moments, PublicSet)
-    order = np.random.default_rng(0).integers(0, 24, 60)
-    assert np.array_equal(moments.gather(order).numpy(), stored.rows[order])
-    assert np.array_equal(moments.labels, stored.labels)
-    facts = (moments.classes, moments.shape, moments.channels, moments.scale, moments.flips)
-    assert facts == (("0", "1", "2"), ROW, 4, 0.18215, False)
-    assert moments.file(13) == tmp_path / "vae-sd/00001/img-mean-std-00000013.npy"
-
-
-def test_the_public_fingerprint_is_of_names_and_labels(tmp_path):
-    publish(tmp_path / "a")
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    first = open_moments(tmp_path / "a").fingerprint
-    assert open_moments(tmp_path / "b/vae-sd").fingerprint == first
-    path = tmp_path / "b/vae-sd/dataset.json"
-    given = json.loads(path.read_text())
-    given["labels"][0][1] = 1
-    path.write_text(json.dumps(given))
-    assert open_moments(tmp_path / "b").fingerprint != first
-
-
 def test_a_packed_set_has_precedence(tmp_path):
     publish(tmp_path)
     pack(tmp_path)
     assert isinstance(open_moments(tmp_path), PackedSet)
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("{", "cannot be read"),
-        ("[]", "cannot be read"),
-        ('{"labels": null}', "cannot be read"),
-        ('{"labels": [["a.npy"]]}', "cannot be read"),
-        ('{"labels": []}', "at least one file"),
-        ('{"labels": [["a.npy", -1]]}', "label -1"),
-        ('{"labels": [["a.npy", 0.5]]}', "label of a.npy: 0.5 given"),
-        ('{"labels": [["a.npy", [1, 0]]]}', "label of a.npy: [1, 0] given"),
-        ('{"labels": [["a.npy", null]]}', "label of a.npy: None given"),
-        ('{"labels": [["a.npy", 1000000000000000]]}', "label of a.npy: 1000000000000000 given"),
-        ('{"labels": [["a.npy", 1], ["b.npy", 1]]}', "class 0 (0) has no images"),
-        ('{"labels": [["../a.npy", 0]]}', "file: '../a.npy' given"),
-        ('{"labels": [["/a.npy", 0]]}', "file: '/a.npy' given"),
-        ('{"labels": [["a.npy", 0]]}', "a.npy: cannot be read (No such file"),
-    ],
-)
-def test_a_dataset_json_that_cannot_serve_is_refused(tmp_path, content, said):
-    (tmp_path / "dataset.json").write_text(content)
-    message = refusal(open_moments, tmp_path)
-    assert str(tmp_path) in message
-    assert said in message
-
-
-def bad_files():
-    rng = np.random.default_rng(0)
-    return {
-        "another shape": rng.random((8, 5, 5)).astype(np.float32),
-        "odd channels": rng.random((7, 4, 4)).astype(np.float32),
-        "two of them": rng.random((2, *ROW)).astype(np.float32),
-        "not square": rng.random((8, 4, 5)).astype(np.float32),
-        "whole numbers": np.ones(ROW, np.int64),
-        "complex": np.ones(ROW, np.complex64),
-        "objects": np.array([None] * 3, dtype=object),
-    }
-
-
-@pytest.mark.parametrize("kind", [*bad_files(), "zip", "empty", "cut", "huge", "missing"])
-@pytest.mark.parametrize("row", [0, 13])
-def test_a_public_file_that_cannot_serve_is_named(tmp_path, kind, row):
-    publish(tmp_path)
-    path = tmp_path / f"vae-sd/{row // 10:05d}/img-mean-std-{row:08d}.npy"
-    whole = path.read_bytes()
-    path.unlink()
-    if kind in bad_files():
-        np.save(path, bad_files()[kind], allow_pickle=True)
-    elif kind == "zip":
-        with path.open("wb") as file:
-            np.savez(file, a=np.zeros(3))
-    elif kind != "missing":
-        huge = whole.replace(b"(8, 4, 4), }" + b" " * 10, b"(8, 40000, 40000), }  ")
-        path.write_bytes({"empty": b"", "cut": whole[:-1], "huge": huge}[kind])
-
-    def use():
-        open_moments(tmp_path).gather(np.arange(24))
-
-    if kind == "another shape" and row == 0:  # then the first is right and the others are not
-        path = path.with_name("img-mean-std-00000001.npy")
-    assert f"{path}: " in refusal(use)
-
-
-# Rows of a set
-
-
-def test_held_out_rows_are_a_function_of_the_row(packed, tmp_path):
-    train, held_out = split(open_moments(packed.root), 0.3)
-    assert sorted([*train.index, *held_out.index]) == list(range(80))
-    drawn = uniforms(0, torch.arange(80), Draw.HELD_OUT)[:, 0] < 0.3
-    assert held_out.index.tolist() == drawn.nonzero()[:, 0].tolist()
-    more = pack(tmp_path / "more", shards=(7, 30, 1, 42, 40))
-    assert set(held_out.index) == {row for row in split(open_moments(more.root), 0.3)[1].index if row < 80}
-    assert set(split(open_moments(packed.root), 0.1)[1].index) < set(held_out.index)
-    assert np.array_equal(held_out.labels, packed.labels[held_out.index])
-    assert (len(train), train.classes) == (80 - len(held_out), ("c0", "c1", "c2", "c3"))
-    few = held_out.take(np.array([2, 0]))
-    assert few.index.tolist() == held_out.index[[2, 0]].tolist()
-
-
-def test_a_split_leaves_rows_on_both_sides(tmp_path):
-    pack(tmp_path, shards=(2,), classes=1)
-    assert "data.held-out: 1e-09 given" in refusal(split, open_moments(tmp_path), 1e-9)
-    assert "data.held-out" in refusal(split, open_moments(tmp_path), 1 - 1e-9)
 
 
 def test_rows_need_no_memory_of_the_set(tmp_path):
@@ -353,10 +233,3 @@ def test_checksums_are_not_read_by_training(packed):
     before = packed.rows[7:37].view(np.uint16)
     after = open_moments(packed.root).gather(np.arange(7, 37)).numpy().view(np.uint16)
     assert (before != after).sum() == 1
-
-
-def test_rows_of_a_set_are_loaded_in_their_order(packed):
-    rows = Rows(open_moments(packed.root), np.array([40, 3, 79]))
-    assert np.array_equal(rows.moments.gather(rows.index).numpy(), packed.rows[[40, 3, 79]])
-    assert len(rows) == 3
-    assert sum(SHARDS) == 80

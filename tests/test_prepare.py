@@ -15,6 +15,7 @@ from small_set import (
     odd_files,
     pixels,
     refusal,
+    resident_kib,
     rows,
     words,
     write_set,
@@ -25,6 +26,7 @@ from test_cli import documentation, help_of, sections
 
 from sra_fast.config import PrepareConfig
 from sra_fast.data import encoding
+from sra_fast.data import prepare as prepare_module
 from sra_fast.data.archives import open_images
 from sra_fast.data.prepare import prepare
 from sra_fast.vae import open_vae
@@ -216,3 +218,22 @@ def test_ranks_of_a_launcher_begin_at_different_shards(images, tmp_path, monkeyp
     assert seen == [(32, 44), (0, 16), (16, 32)]
     monkeypatch.setenv("RANK", "first")
     assert "RANK: 'first' given; must be a number" in refusal(config(images, tmp_path / "other"))
+
+
+@pytest.mark.parametrize("reader", ["pillow", "dali"])
+def test_memory_stays_flat_over_many_shards(tmp_path, monkeypatch, reader):
+    """1,600 images in 100 shards; the first 40 settle what is kept."""
+    if reader == "dali":
+        pytest.importorskip("nvidia.dali")
+    resident, write_shard = [], prepare_module.write_shard
+
+    def watched(*arguments, **named):
+        resident.append(resident_kib())
+        return write_shard(*arguments, **named)
+
+    monkeypatch.setattr(prepare_module, "write_shard", watched)
+    vae = save_kl(tmp_path / "vae")
+    prepare(config(write_set(tmp_path / "images", 1600), tmp_path / "set", reader=reader, vae=str(vae), batch=16))
+    settled = resident[40:]
+    assert len(resident) == 100
+    assert np.mean(settled[-10:]) - np.mean(settled[:10]) < 1024  # KiB; the pixels of these alone are 2,250

@@ -1,21 +1,69 @@
-"""public.py: the public layout, converted."""
+"""public.py: the public layout, as it is and converted."""
 
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
-from small_set import (
-    config,
-    refusal,
-    rows,
-)
+from small_set import config, refusal, rows
+from small_sets import ROW, publish
 
 from sra_fast.config import Refused
+from sra_fast.data.latents import open_moments
 from sra_fast.data.prepare import prepare
+from sra_fast.data.public import PublicSet
 
-# The public layout
+# As it is
+
+
+@pytest.mark.parametrize("leading", [False, True])
+@pytest.mark.parametrize("below", ["", "vae-sd"])
+def test_the_public_layout_is_read_as_it_is(tmp_path, leading, below):
+    stored = publish(tmp_path, leading=leading)
+    moments = open_moments(tmp_path / below)
+    assert isinstance(moments, PublicSet)
+    order = np.random.default_rng(0).integers(0, 24, 60)
+    assert np.array_equal(moments.gather(order).numpy(), stored.rows[order])
+    assert np.array_equal(moments.labels, stored.labels)
+    facts = (moments.classes, moments.shape, moments.channels, moments.scale, moments.flips)
+    assert facts == (("0", "1", "2"), ROW, 4, 0.18215, False)
+    assert moments.file(13) == tmp_path / "vae-sd/00001/img-mean-std-00000013.npy"
+
+
+def test_the_public_fingerprint_is_of_names_and_labels(tmp_path):
+    publish(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    first = open_moments(tmp_path / "a").fingerprint
+    assert open_moments(tmp_path / "b/vae-sd").fingerprint == first
+    path = tmp_path / "b/vae-sd/dataset.json"
+    given = json.loads(path.read_text())
+    given["labels"][0][1] = 1
+    path.write_text(json.dumps(given))
+    assert open_moments(tmp_path / "b").fingerprint != first
+
+
+DATASETS = [
+    ("{", 'must be {"labels": [[file, label], ...]}; cannot be read'),
+    ("[]", "cannot be read"),
+    ('{"labels": null}', "cannot be read"),
+    ('{"labels": [["a.npy"]]}', "cannot be read"),
+    ('{"labels": []}', "at least one file"),
+    ('{"labels": [["a.npy", -1]]}', "label of a.npy: -1 given"),
+    ('{"labels": [["a.npy", 0.5]]}', "label of a.npy: 0.5 given"),
+    ('{"labels": [["a.npy", [1, 0]]]}', "label of a.npy: [1, 0] given"),
+    ('{"labels": [["a.npy", null]]}', "label of a.npy: None given"),
+    ('{"labels": [["a.npy", 1000000000000000]]}', "label of a.npy: 1000000000000000 given"),
+    ('{"labels": [["a.npy", 1], ["b.npy", 1]]}', "class 0 (0) has no images"),
+    ('{"labels": [["../a.npy", 0]]}', "file: '../a.npy' given"),
+    ('{"labels": [["/a.npy", 0]]}', "file: '/a.npy' given"),
+    ('{"labels": [["a.npy", 0], ["b.npy", 0], ["a.npy", 0]]}', "file: 'a.npy' given; must be named once"),
+    ('{"labels": [["a.npy", null], ["a.npy", 0]]}', "label of a.npy: None given"),
+    ('{"labels": [["a.npy", 0]]}', "a.npy: No such file"),
+]
+
+# Converted
 
 
 def write_public(root, count=10, side=4, lead=False):
@@ -81,10 +129,10 @@ def test_broken_public_files_are_named_and_left_out_without_moving_a_label(tmp_p
     reasons = {file.file[-5:-4]: file.reason for file in manifest.skipped}
     assert reasons.keys() == set("0234579")
     assert reasons["0"] == "No such file or directory"
-    assert reasons["3"] == "shape (8, 8, 8), not (8, 4, 4)"
+    assert reasons["3"] == "shape (8, 8, 8), not (8, 4, 4) as the first file"
     assert reasons["4"] == reasons["9"] == "not finite, or beyond float16"
     assert reasons["5"] == "a standard deviation below 0"
-    assert "pickle" in reasons["7"]
+    assert "no Python objects" in reasons["7"]
     with pytest.raises(Refused, match=r"00000000\.npy: undecodable \(No such file"):
         prepare(public(root, tmp_path / "strict", strict=True))
 
@@ -99,22 +147,66 @@ def write_all_broken(root):
     return root
 
 
-@pytest.mark.parametrize(
-    ("labels", "line"),
-    [
-        ("{}", 'must be {"labels": [[file, label], ...]}'),
-        ('{"labels": null}', 'must be {"labels"'),
-        ('{"labels": []}', "must name at least one file"),
-        ('{"labels": [["a.npy", 0], ["a.npy", 0]]}', "names a file twice"),
-        ('{"labels": [["a.npy", -1]]}', "has a label below 0"),
-        ('{"labels": [["a.npy", 1]]}', "class 0 of 2 has no file"),
-        ('{"labels": [["a.npy", "x"]]}', 'must be {"labels"'),
-        ('{"labels": [["a.npy", 0]]}', "none of 1 files can be read (the first: No such file"),
-        ("{", "not a readable JSON file"),
-    ],
-)
-def test_a_public_layout_that_is_none_is_refused(tmp_path, labels, line):
+@pytest.mark.parametrize(("content", "said"), DATASETS)
+def test_a_dataset_json_that_cannot_serve_is_refused(tmp_path, content, said):
     (tmp_path / "vae-sd").mkdir()
-    (tmp_path / "vae-sd" / "dataset.json").write_text(labels)
-    assert line in refusal(public(tmp_path, tmp_path / "set"))
+    (tmp_path / "vae-sd" / "dataset.json").write_text(content)
+    with pytest.raises(Refused) as caught:
+        open_moments(tmp_path)
+    message = str(caught.value)
+    assert message.startswith("data.latents: ")
+    assert str(tmp_path) in message
+    assert said in message
+    assert refusal(public(tmp_path, tmp_path / "set")) == message.replace("data.latents", "from-public", 1)
     assert not (tmp_path / "set").exists()
+
+
+def test_a_folder_without_the_layout_is_refused(tmp_path):
+    assert "must be a folder with vae-sd/dataset.json" in refusal(public(tmp_path, tmp_path / "set"))
+
+
+def test_conversion_does_not_change_which_image_is_which(tmp_path):
+    """Nor do the rows held out, or the order of training, which go by the row."""
+    write_public(tmp_path / "public")
+    prepare(public(tmp_path / "public", tmp_path / "set"))
+    before, after = open_moments(tmp_path / "public"), open_moments(tmp_path / "set")
+    every = np.arange(10)
+    assert np.array_equal(before.gather(every).numpy().astype(np.float16), after.gather(every).numpy())
+    assert np.array_equal(before.labels, after.labels)
+
+
+def bad_files():
+    rng = np.random.default_rng(0)
+    return {
+        "another shape": rng.random((8, 5, 5)).astype(np.float32),
+        "odd channels": rng.random((7, 4, 4)).astype(np.float32),
+        "two of them": rng.random((2, *ROW)).astype(np.float32),
+        "not square": rng.random((8, 4, 5)).astype(np.float32),
+        "whole numbers": np.ones(ROW, np.int64),
+        "complex": np.ones(ROW, np.complex64),
+        "objects": np.array([None] * 3, dtype=object),
+    }
+
+
+@pytest.mark.parametrize("kind", [*bad_files(), "zip", "empty", "cut", "huge", "missing"])
+@pytest.mark.parametrize("row", [0, 13])
+def test_a_public_file_that_cannot_serve_is_named(tmp_path, kind, row):
+    publish(tmp_path)
+    path = tmp_path / f"vae-sd/{row // 10:05d}/img-mean-std-{row:08d}.npy"
+    whole = path.read_bytes()
+    path.unlink()
+    if kind in bad_files():
+        np.save(path, bad_files()[kind], allow_pickle=True)
+    elif kind == "zip":
+        with path.open("wb") as file:
+            np.savez(file, a=np.zeros(3))
+    elif kind != "missing":
+        huge = whole.replace(b"(8, 4, 4), }" + b" " * 10, b"(8, 40000, 40000), }  ")
+        path.write_bytes({"empty": b"", "cut": whole[:-1], "huge": huge}[kind])
+
+    if kind == "another shape" and row == 0:  # then the first is right and the others are not
+        path = path.with_name("img-mean-std-00000001.npy")
+    with pytest.raises(Refused) as caught:
+        open_moments(tmp_path).gather(np.arange(24))
+    assert f"data.latents: {path}: cannot be read (" in str(caught.value)
+    assert "\n" not in str(caught.value)

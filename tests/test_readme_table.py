@@ -26,6 +26,9 @@ def results(tmp_path):
             made.append(row(title, params, Samples(ms=(ms,) * 8), stamp=mark, bytes=10**6, flops=10**9))
             if title == "step":
                 made[-1]["images_per_s"] = 1e3 * params["batch"] / ms
+            if loader := params.get("loader"):
+                speed = 1e3 * params["batch"] / ms
+                made[-1] |= {"ours": "ours" in loader, "images_per_s": speed, "images_per_cpu_s": speed / 2}
         return write(place / folder, name, made, mark)
 
     place = tmp_path / "benchmarks" / "results"
@@ -96,6 +99,26 @@ def test_ops_and_updates_have_their_tables(results):
     assert "| fused   | 100 " in adaln  # GB/s
     assert any(line.startswith("| ours ") for line in lines)
     assert sum(line.startswith("<sub>") for line in lines) == 2
+
+
+def test_what_delivers_data_has_its_table(results):
+    """Of each kind the newest file's, and where both are from."""
+    kinds = {"latents": "packed", "decode": "DALI"}
+    both = [(kind, {"loader": f"ours, {name}", "batch": 8}, 20.0) for kind, name in kinds.items()]
+    results("cpu-a", "data", [("step", step(), 100.0), *both, ("decode", {"loader": "rival", "batch": 8}, 40.0)])
+    assert "Updates:" not in section(results)
+    results("cpu-b", "data-jpegs", [("latents", {"loader": "ours, packed", "batch": 8}, 2.0)], "2026-02-01")
+    before, _, data = section(results).partition("\nData:\n")
+    assert "SiT-XL/2" in before
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in data.splitlines() if line.startswith("|")]
+    assert lines[0][:6] == ["data", "by", "images/s", "x rival", "images/CPU-s", "x rival"]
+    assert [line[:6] for line in lines[2:]] == [
+        ["latents", "ours, packed", "4000", "", "2000", ""],
+        ["decode", "ours, DALI", "400", "2.00", "200", "2.00"],
+        ["decode", "rival", "200", "1.00", "100", "1.00"],
+    ]
+    for name in ("cpu-a/data", "cpu-b/data-jpegs"):
+        assert data.count(f"raw samples in `benchmarks/results/{name}.json`") == 1
 
 
 def test_models_cut_short_for_a_quick_look_are_left_out(results):

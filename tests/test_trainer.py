@@ -26,7 +26,7 @@ from small_run import (
     write_images,
 )
 
-from sra_fast import checkpoint, cli
+from sra_fast import checkpoint, cli, trainer
 from sra_fast import step as step_module
 from sra_fast.config import ObjectiveConfig, Refused
 from sra_fast.data.folder import scan, split
@@ -90,12 +90,14 @@ def test_a_line_is_the_mean_of_its_steps(root):
         assert step["ema_decay"] == pytest.approx((1 + k) / (10 + k), rel=1e-6)
 
 
-def test_previews_and_checkpoints_come_when_their_number_is_passed(root):
+def test_previews_and_checkpoints_come_when_their_number_is_passed(root, monkeypatch):
+    made, save_grid = [], trainer.save_grid
+    monkeypatch.setattr(trainer, "save_grid", lambda path, *rest: (made.append(path.name), save_grid(path, *rest)))
     config = small(root, train__preview_every_images=20, train__save_every_images=32, train__keep_checkpoints=9)
     assert run(config)[0] == 0
     # Steps of 8: 20, 40, 60 and 80 are passed at 24, 40, 64 and 80.
     names = sorted(path.name for path in (root / "runs/a/samples").iterdir())
-    assert names == [f"{number:012d}.png" for number in (24, 40, 64, 80)]
+    assert names == made == [f"{number:012d}.png" for number in (24, 40, 64, 80)]
     assert [int(name) for name in checkpoints(root / "runs/a")] == [32, 64, 80]
     with Image.open(root / "runs/a/samples" / names[0]) as grid:
         assert grid.size == (4 * 33 - 1, 32)  # four samples, a column per class

@@ -23,7 +23,7 @@ from sra_fast.data.archives import ImageArchives
 from sra_fast.data.folder import ImageFolder
 from sra_fast.data.images import Undecodable, open_decoder
 from sra_fast.data.manifest import Skipped
-from sra_fast.data.public import DOWNSAMPLING, SCALE, PublicFiles
+from sra_fast.data.public import DOWNSAMPLING, PublicSet
 from sra_fast.data.shards import Part
 from sra_fast.hardware import Hardware
 from sra_fast.vae import Vae, open_vae
@@ -44,7 +44,7 @@ class Maker(ABC):
         facts: fields of the manifest.
     """
 
-    source: ImageFolder | ImageArchives | PublicFiles
+    source: ImageFolder | ImageArchives | PublicSet
     shape: tuple[int, int, int]
     dtype: np.dtype
     flips: bool
@@ -193,17 +193,17 @@ class FromImages(Maker):
 class FromPublic(Maker):
     """Of the public layout: the same numbers, rounded to float16."""
 
-    def __init__(self, config: PrepareConfig, source: PublicFiles) -> None:
+    def __init__(self, config: PrepareConfig, source: PublicSet) -> None:
         self.source, self.flips = source, False
         self.shape, self.dtype = source.shape, np.dtype(np.float16)
-        self.settings = {"from-public": source.fingerprint(), "rows-per-shard": config.rows_per_shard}
+        self.settings = {"from-public": source.fingerprint, "rows-per-shard": config.rows_per_shard}
         self.facts = {
             "classes": source.classes,
             "shape": self.shape,
             "dtype": self.dtype.name,
             "posterior": True,
-            "scale": SCALE,
-            "shift": 0.0,
+            "scale": source.scale,
+            "shift": source.shift,
             "vae": "",
             "crop": "adm center",
             "resolution": DOWNSAMPLING * self.shape[1],
@@ -217,7 +217,7 @@ class FromPublic(Maker):
             moments, kept, skipped = [], [], []
             for row in range(begin, min(begin + 64, last)):
                 try:
-                    moments.append(self.source.read(row))
+                    moments.append(_storable(self.source.moments(row)))
                     kept.append(row)
                 except OSError as error:
                     skipped.append(self._left_out(row, error))
@@ -225,6 +225,15 @@ class FromPublic(Maker):
                     skipped.append(Skipped(self.source.files[row], " ".join(str(error).split())))
             rows = np.stack(moments) if moments else np.empty((0, *self.shape))
             yield Part(rows.astype(self.dtype), None, self.source.labels[kept], tuple(skipped))
+
+
+def _storable(moments: np.ndarray) -> np.ndarray:
+    """The same (2C, h, h). Raises ValueError with what no moments can be, or float16 cannot hold."""
+    if not (np.abs(moments) <= np.finfo(np.float16).max).all():  # NaN too
+        raise ValueError("not finite, or beyond float16")
+    if moments[len(moments) // 2 :].min() < 0:
+        raise ValueError("a standard deviation below 0")
+    return moments
 
 
 def _ahead(function: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sra_fast.data.ahead import Batch, Stream
-from sra_fast.data.latents import Rows
+from sra_fast.data.moments import Rows
 from sra_fast.data.order import rows
 from sra_fast.kernels.philox import Draw, uniforms
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -26,7 +27,7 @@ from sra_fast.config import PrepareConfig, Refused, refuse_unless
 from sra_fast.data.archives import open_images
 from sra_fast.data.encoding import FromImages, FromPublic, Maker
 from sra_fast.data.manifest import NAME, Manifest, read_manifest
-from sra_fast.data.public import PublicFiles
+from sra_fast.data.public import PublicSet, is_public
 from sra_fast.data.shards import (
     LOCK,
     WHOLE,
@@ -103,12 +104,14 @@ def _refuse_place(out: Path, images: str) -> None:
 
 
 def _maker(config: PrepareConfig) -> Maker:
-    if config.from_public:
-        return FromPublic(config, PublicFiles(config.from_public))
     try:
-        return FromImages(config, open_images(config.images))
-    except Refused as error:  # folder.py and images.py speak of training's options
-        raise Refused(str(error).removeprefix("data.")) from error
+        if not config.from_public:
+            return FromImages(config, open_images(config.images))
+        public = Path(config.from_public)
+        refuse_unless(is_public(public), "from-public", str(public), "must be a folder with vae-sd/dataset.json")
+        return FromPublic(config, PublicSet(public))
+    except Refused as error:  # data/ speaks of training's options
+        raise Refused(re.sub("^data.latents", "from-public", str(error)).removeprefix("data.")) from error
 
 
 def _settle(out: Path, settings: dict[str, Any]) -> bool:

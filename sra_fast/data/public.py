@@ -1,98 +1,121 @@
-"""The public SiT-SRA layout, file by file, for conversion: one .npy an image, labels in one JSON file.
+"""The public SiT-SRA layout: one .npy an image, labels in one JSON file.
 
-<DIR>/vae-sd/dataset.json                       {"labels": [["00000/img-mean-std-00000000.npy", 0], ...]}
-<DIR>/vae-sd/00000/img-mean-std-00000000.npy    (8, 32, 32) or (1, 8, 32, 32) float32: means, standard deviations
+    <DIR>/vae-sd/dataset.json                       {"labels": [["00000/img-mean-std-00000000.npy", 0], ...]}
+    <DIR>/vae-sd/00000/img-mean-std-00000000.npy    (8, 32, 32) float32: 4 means, 4 standard deviations, unscaled
+
+It trains as it is, a file a row, or is converted to a packed set.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 from pathlib import Path
 
 import numpy as np
 
 from sra_fast.config import Refused, refuse_unless
-from sra_fast.metrics import read_json
+from sra_fast.data import npy
+from sra_fast.data.moments import Moments, refuse_classes
 
 SCALE = 0.18215  # of Stable Diffusion's VAE, which made them
 DOWNSAMPLING = 8
 
 
-class PublicFiles:
-    """Names and labels, sorted by name as the public reader sorts them. `row` below is a position in `files`.
+class PublicSet(Moments):
+    """A row a file, sorted by name as the public reader sorts them; see `Moments`.
 
     Attributes:
         root: the folder of dataset.json.
-        classes: "0", "1", ...
         files: paths below root.
-        labels: (len(files),) int64.
-        shape: (2C, h, h) of the first file that can be read; the others must have it too.
+        shape: of the first file that can be read; the others must have it too.
 
     Raises:
         Refused: if dataset.json cannot serve, or no file can be read.
     """
 
-    def __init__(self, given: str) -> None:
-        root = Path(given)
+    def __init__(self, root: Path) -> None:
         self.root = root / "vae-sd" if (root / "vae-sd").is_dir() else root
-        path = self.root / "dataset.json"
-        refuse_unless(path.is_file(), "from-public", given, "must be a folder with vae-sd/dataset.json")
-        try:
-            pairs = sorted((str(name), int(label)) for name, label in read_json(path)["labels"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise Refused(f'from-public: {path}: must be {{"labels": [[file, label], ...]}} ({error})') from error
-        refuse_unless(bool(pairs), "from-public", str(path), "must name at least one file")
-        self.files = tuple(name for name, _ in pairs)
-        self.labels = np.array([label for _, label in pairs], dtype=np.int64)
-        refuse_unless(len(set(self.files)) == len(pairs), "from-public", str(path), "names a file twice")
-        refuse_unless(self.labels.min() >= 0, "from-public", str(path), "has a label below 0")
-        rows = np.bincount(self.labels)
-        refuse_unless(bool(rows.all()), "from-public", str(path), f"class {rows.argmin()} of {len(rows)} has no file")
-        self.classes = tuple(str(label) for label in range(len(rows)))
+        self.files, self.labels = _read_labels(self.root / "dataset.json")
+        self.classes = tuple(str(label) for label in range(int(self.labels.max()) + 1))
+        refuse_classes(self.root, self.labels, self.classes)
+        self.dtype, self.posterior, self.scale, self.shift = np.dtype(np.float32), True, SCALE, 0.0
+        self.vae, self.flips = "", False
+        self._known, self._size = (b"", self.dtype), 0  # head and length of a file like the others
         self.shape = self._first_shape()
+        facts = json.dumps([self.shape, self.files, self.labels.tolist()])
+        self.fingerprint = f"public {hashlib.sha256(facts.encode()).hexdigest()}"
 
-    def __len__(self) -> int:
-        return len(self.files)
+    def read(self, rows: np.ndarray, flipped: np.ndarray, out: memoryview) -> None:
+        made = np.frombuffer(out, dtype=self.dtype).reshape(-1, *self.shape)
+        for place, row in enumerate(rows.tolist()):
+            try:
+                made[place] = self.moments(row)
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise Refused(f"data.latents: {self.file(row)}: cannot be read ({reason})") from error
 
-    def read(self, row: int) -> np.ndarray:
+    def file(self, row: int) -> Path:
+        return self.root / self.files[row]
+
+    def moments(self, row: int) -> np.ndarray:
         """(2C, h, h) float32.
 
         Raises:
             OSError: if the file cannot be read.
-            ValueError: if it is damaged, has another shape, or holds what no moments can be or float16 cannot hold.
+            ValueError: if it is damaged or has another shape.
         """
-        moments = self._load(row)
+        file = self.file(row).read_bytes()
+        known, dtype = self._known
+        if known and file.startswith(known) and len(file) == self._size:  # parsing a head takes longer than reading
+            return np.frombuffer(file, dtype, offset=len(known)).reshape(self.shape).astype(np.float32, copy=False)
+        moments, head = _parsed(file)
         if moments.shape != self.shape:
-            raise ValueError(f"shape {moments.shape}, not {self.shape}")
-        if not (np.abs(moments) <= np.finfo(np.float16).max).all():  # NaN too
-            raise ValueError("not finite, or beyond float16")
-        if moments[len(moments) // 2 :].min() < 0:
-            raise ValueError("a standard deviation below 0")
+            raise ValueError(f"shape {moments.shape}, not {self.shape} as the first file")
+        if not known:
+            self._known, self._size = (file[: head.begin], head.dtype), len(file)
         return moments
-
-    def fingerprint(self) -> str:
-        """SHA-256, in hex, of all names and labels, and the shape."""
-        return hashlib.sha256(repr((self.files, self.labels.tolist(), self.shape)).encode()).hexdigest()
-
-    def _load(self, row: int) -> np.ndarray:
-        file = (self.root / self.files[row]).read_bytes()
-        try:
-            moments = np.load(io.BytesIO(file), allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise ValueError("empty file" if not file else str(error)) from error
-        if not isinstance(moments, np.ndarray) or moments.dtype.kind != "f":
-            raise ValueError("no array of floating-point numbers")
-        moments = moments[0] if moments.ndim == 4 and len(moments) == 1 else moments
-        if moments.ndim != 3 or len(moments) % 2 or moments.shape[1] != moments.shape[2] or not moments.size:
-            raise ValueError(f"shape {moments.shape}, not (2C, h, h)")
-        return moments.astype(np.float32, copy=False)
 
     def _first_shape(self) -> tuple[int, int, int]:
         reason = ""
         for row in range(len(self)):
             try:
-                return self._load(row).shape
+                return _parsed(self.file(row).read_bytes())[0].shape
             except (OSError, ValueError) as error:
-                reason = reason or f"the first: {getattr(error, 'strerror', None) or error}"
-        raise Refused(f"from-public: {self.root}: none of {len(self)} files can be read ({reason})")
+                reason = reason or f"the first, {self.file(row)}: {getattr(error, 'strerror', None) or error}"
+        raise Refused(f"data.latents: {self.root}: none of {len(self)} files can be read ({reason})")
+
+
+def is_public(root: Path) -> bool:
+    """Whether a folder has the public layout."""
+    return any((folder / "dataset.json").is_file() for folder in (root, root / "vae-sd"))
+
+
+def _read_labels(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
+    """(files, labels (N,) int64) of dataset.json, sorted by name."""
+    try:
+        pairs = [(str(name), label) for name, label in json.loads(path.read_text())["labels"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        form = 'must be {"labels": [[file, label], ...]}'
+        raise Refused(f"data.latents: {path}: {form}; cannot be read ({' '.join(str(error).split())})") from error
+    refuse_unless(bool(pairs), "data.latents", str(path), "must name at least one file")
+    pairs.sort(key=lambda pair: pair[0])
+    for place, (name, label) in enumerate(pairs):  # of a million: no words before they are needed
+        if type(label) is not int or not 0 <= label < len(pairs):  # as every class has a file
+            raise Refused(f"data.latents: {path}: label of {name}: {label!r} given; must be the number of a class")
+        if name.startswith("/") or (".." in name and ".." in Path(name).parts):
+            raise Refused(f"data.latents: {path}: file: {name!r} given; must be the path of a file below")
+        if place and name == pairs[place - 1][0]:
+            raise Refused(f"data.latents: {path}: file: {name!r} given; must be named once")
+    return tuple(name for name, _ in pairs), np.array([label for _, label in pairs], dtype=np.int64)
+
+
+def _parsed(file: bytes) -> tuple[np.ndarray, npy.Header]:
+    """((2C, h, h) float32, head). A leading dimension of 1 is left out, as the public reader does."""
+    head = npy.read_header(io.BytesIO(file), len(file))
+    shape = head.shape[1:] if len(head.shape) == 4 and head.shape[0] == 1 else head.shape
+    if head.dtype.kind != "f" or len(shape) != 3 or shape[0] % 2 or shape[1] != shape[2] or 0 in shape:
+        raise ValueError(f"{head.dtype} {shape}, not means and deviations (2C, h, h)")
+    moments = np.frombuffer(file, head.dtype, offset=head.begin).reshape(shape)
+    return moments.astype(np.float32, copy=False), head

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from sra_fast.config import DIGITS_FOLDER, Config, DataConfig, refuse_unless
-from sra_fast.data import folder, latent_stream, latents, stream
+from sra_fast.data import folder, latent_stream, stream
 from sra_fast.data.ahead import Stream
 from sra_fast.data.digits import write_digits
 from sra_fast.data.folder import ImageFolder
 from sra_fast.data.images import Decoder, open_decoder
-from sra_fast.data.latents import Moments, Rows, open_moments
+from sra_fast.data.latents import open_moments
+from sra_fast.data.moments import Moments, Rows, split
 from sra_fast.kernels.perturb import Stored, clean_ref
 
 
@@ -167,6 +168,6 @@ def _open_images(data: DataConfig, device: torch.device) -> tuple[ImageSource, i
 def _open_latents(data: DataConfig, device: torch.device) -> tuple[LatentSource, int, int]:
     """(source, side, channels) of `data.latents`."""
     moments = open_moments(Path(data.latents))
-    train, held_out = latents.split(moments, data.held_out)
+    train, held_out = split(moments, data.held_out)
     source = LatentSource(train, held_out, moments.fingerprint, moments.stored(device), device)
     return source, moments.shape[1], moments.channels
