@@ -11,7 +11,7 @@ from small_run import small, write_images
 from small_sets import pack, publish
 
 from sra_fast.config import Refused
-from sra_fast.data.latents import split
+from sra_fast.data.moments import split
 from sra_fast.data.source import ImageSource, LatentSource, open_source
 
 CPU = torch.device("cpu")
