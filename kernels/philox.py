@@ -62,6 +62,9 @@ def philox(
         Four int64 tensors of the broadcast shape, each element in [0, 2^32).
     """
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    # Changes nothing, but keeps torch.compile from folding the first product into an arange: its vectorized C++ takes a
+    # step that fits into 32 bits for an int, and overflows at the third element (torch 2.13).
+    c0, c2 = c0 & _MASK, c2 & _MASK
     k0, k1 = key
     for round_index in range(_ROUNDS):
         if round_index:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TextIO
 
 import numpy as np
 import torch
@@ -21,21 +21,28 @@ from tqdm import tqdm
 
 from sra_fast.config import DataConfig, Refused, refuse_unless
 from sra_fast.data import folder
+from sra_fast.data.findings import FEW, Findings, Sheet, Statistics, Sums, printable
 from sra_fast.data.folder import ImageFolder
 from sra_fast.data.images import PillowDecoder, Undecodable, read_header
 from sra_fast.data.latents import PackedSet, header
-from sra_fast.data.manifest import NAME, Manifest, Skipped, read_manifest
+from sra_fast.data.manifest import NAME, Manifest, read_manifest
 from sra_fast.data.moments import Moments
 from sra_fast.data.public import PublicSet, is_public
 from sra_fast.hardware import Hardware
+from sra_fast.metrics import write_json
 from sra_fast.sampling.decoding import LatentSpace, image_maker
 from sra_fast.sampling.images import save_grid, to_uint8
 
-FEW = 16  # classes, channels and skipped files listed one by one
 PIECE = 1 << 22  # bytes read at a time
 USUAL = {True: (0.4, 2.5), False: (0.1, 2.5)}
 """Standard deviations of x, latents or not, outside of which something was forgotten. Stable Diffusion's channels have
 0.6 to 0.84, and 3.3 to 4.6 without its scale (Karras et al., EDM2, 2024); pixels about 0.5, and 60 without theirs."""
+ARCHIVES = "archives are not inspected: let `sra-fast prepare` make a set of them, and inspect that"
+SETTINGS = "prepare.json"  # what `sra-fast prepare` keeps beside a set, to make the same again
+ADVICE = (
+    "the `sra-fast prepare` command that made this set makes damaged files again; with --verify those with "
+    "flipped bits too"
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,8 @@ class InspectOptions:
     """A packed set, the public code's moments, or a folder of class folders."""
     out: str = ""
     """PNG of some images; empty = inspect-<name>.png beside the set."""
+    json: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """Write all that is found as one JSON object, for programs. A set that is refused leaves the file as it was."""
     checksums: bool = True
     """Read every file and compare its checksum; where there are none, look whether it is whole."""
     vae: str = ""
@@ -58,26 +67,6 @@ class InspectOptions:
     """Of the VAE; auto = the GPU where there is one."""
 
 
-@dataclass
-class Findings:
-    """What is known of a set.
-
-    Attributes:
-        facts: lines for people, each with its title.
-        classes, labels: see `Moments`; no labels where they cannot be read.
-        skipped: see `Manifest`.
-        wrong: files and what is wrong with them.
-        warnings: what may be meant as it is.
-    """
-
-    facts: list[tuple[str, str]]
-    classes: tuple[str, ...] = ()
-    labels: np.ndarray | None = None
-    skipped: tuple[Skipped, ...] = ()
-    wrong: dict[Path, str] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-
-
 def inspect(options: InspectOptions) -> int:
     """Print the findings. Returns the exit code: 1 if anything is wrong.
 
@@ -87,23 +76,32 @@ def inspect(options: InspectOptions) -> int:
     refuse_unless(options.rows > 0, "rows", options.rows, "must be positive")
     refuse_unless(options.images >= 0, "images", options.images, "must not be negative")
     root = Path(options.data)
+    refuse_unless(root.is_dir() or root.suffix != ".tar", "data", options.data, ARCHIVES)
     refuse_unless(root.is_dir(), "data", options.data, "must be a folder")
+    refuse_unless(not options.json or not Path(options.json).is_dir(), "json", options.json, "must be a file")
     out = Path(options.out) if options.out else root.resolve().parent / f"inspect-{root.resolve().name}.png"
     try:
         found, data = _open(root)(root, options.checksums)
     except Refused as error:  # data/ speaks of training's options
         raise Refused(re.sub("^data.(latents|images)", "data", str(error))) from error
-    lines = []
     if data:
-        lines = (_images_lines if isinstance(data, ImageFolder) else _moments_lines)(found, data, options, out)
-    for title, text in (*found.facts, *_class_lines(found), *_skipped_lines(found.skipped), *lines):
-        print(f"{title:<14}{text}".rstrip())
+        (_look_at_images if isinstance(data, ImageFolder) else _look_at_moments)(found, data, options, out)
+    for title, text in found.lines():
+        _say(f"{title:<14}{text}")
     for warning in found.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    for file, reason in sorted(found.wrong.items()):
-        print(f"wrong: {file}: {reason}", file=sys.stderr)
-    print(f"{'files':<14}{f'{len(found.wrong):,} wrong' if found.wrong else 'nothing wrong found'}")
-    return 1 if found.wrong else 0
+        _say(f"warning: {warning}", sys.stderr)
+    for file, reason in found.complaints():
+        _say(f"wrong: {file}: {reason}", sys.stderr)
+    _say(f"{'files':<14}{f'{len(found.wrong):,} wrong' if found.wrong else 'nothing wrong found'}")
+    if found.advice:
+        _say(found.advice, sys.stderr)
+    if options.json:
+        write_json(Path(options.json), found.as_json())
+    return found.exit_code
+
+
+def _say(line: str, stream: TextIO | None = None) -> None:
+    print(printable(line).rstrip(), file=stream)
 
 
 # What there is
@@ -114,32 +112,50 @@ def _open(root: Path) -> Callable[[Path, bool], tuple[Findings, Moments | ImageF
         return _packed
     if is_public(root):
         return _public
-    begun = (root / "prepare.json").exists() or any(root.glob("*.npy"))
-    return _packed if begun else _folder
+    if (root / SETTINGS).exists() or any(root.glob("*.npy")):
+        return _packed
+    # Beside class folders, archives are left out, as training does.
+    folders = any(entry.is_dir() and not entry.name.startswith(".") for entry in root.iterdir())
+    refuse_unless(folders or not any(root.glob("*.tar")), "data", str(root), ARCHIVES)
+    return _folder
 
 
 def _packed(root: Path, checksums: bool) -> tuple[Findings, Moments | None]:
     manifest = read_manifest(root)
-    found = Findings([], manifest.classes, skipped=manifest.skipped)
-    sizes = _check_shards(root, manifest, checksums, found.wrong)
-    pixels = manifest.dtype == "uint8"
-    kind = "pixels" if pixels else "means and deviations" if manifest.posterior else "latents"
-    side = manifest.resolution
-    found.facts += [
-        ("packed set", str(root)),
-        ("images", f"{manifest.count:,} of {side} x {side} pixels, crop {manifest.crop}"),
-        ("rows", f"{manifest.shape} {manifest.dtype}: {kind}{', and of mirrored images' if manifest.flips else ''}"),
-        ("shards", f"{len(manifest.shards):,}, {sum(sizes):,} bytes"),
-        *_space(manifest.vae, manifest.scale, manifest.shift),
-    ]
+    found = Findings(
+        "packed set",
+        root,
+        checksums,
+        manifest.count,
+        manifest.classes,
+        resolution=manifest.resolution,
+        crop=manifest.crop,
+        shards=len(manifest.shards),
+        skipped=manifest.skipped,
+        **_row(manifest),
+    )
+    found.bytes = sum(_check_shards(root, manifest, checksums, found.wrong))
+    if found.wrong and (root / SETTINGS).exists():  # without them, prepare takes the set for somebody else's
+        found.advice = ADVICE
     try:
         moments = PackedSet(root)
     except Refused as error:
         if not found.wrong:
             found.wrong[root / NAME] = str(error).removeprefix(f"data.latents: {root}: ")
         return found, None
-    found.labels = moments.labels
+    found.counts = _counts(moments)
     return found, moments
+
+
+def _row(rows: Manifest | Moments) -> dict[str, Any]:
+    """What a set says of its rows, by the names that `Findings` has for it."""
+    names = ("shape", "posterior", "flips", "scale", "shift", "vae")
+    return {"dtype": str(rows.dtype), **{name: getattr(rows, name) for name in names}}
+
+
+def _counts(data: Moments | ImageFolder) -> np.ndarray:
+    """(classes,) int64 images of each."""
+    return np.bincount(data.labels, minlength=len(data.classes))
 
 
 def _check_shards(root: Path, manifest: Manifest, checksums: bool, wrong: dict[Path, str]) -> list[int]:
@@ -182,25 +198,20 @@ def _sha256(path: Path, bar: tqdm) -> str:
 
 def _public(root: Path, checksums: bool) -> tuple[Findings, Moments]:
     moments = PublicSet(root)
-    found = Findings([], moments.classes, moments.labels)
+    counts = _counts(moments)
+    found = Findings("public layout", moments.root, checksums, len(moments), moments.classes, counts, **_row(moments))
     if checksums:
         for row in _bar(range(len(moments)), "reading", "file"):
             try:
                 moments.moments(row)
             except (OSError, ValueError) as error:
                 found.wrong[moments.file(row)] = getattr(error, "strerror", None) or str(error)
-    found.facts += [
-        ("public layout", str(moments.root)),
-        ("images", f"{len(moments):,}, a file each"),
-        ("rows", f"{moments.shape} float32: means and deviations"),
-        *_space("", moments.scale, moments.shift),
-    ]
     return found, moments
 
 
 def _folder(root: Path, checksums: bool) -> tuple[Findings, ImageFolder]:
     images = folder.scan(root)
-    found = Findings([], images.classes, images.labels)
+    found = Findings("image folder", root, checksums, len(images), images.classes, _counts(images))
     chosen = np.arange(len(images)) if checksums else _spread(len(images), FEW)
     sides, size = [], 0
     for row in _bar(chosen.tolist(), "reading", "file"):
@@ -210,47 +221,15 @@ def _folder(root: Path, checksums: bool) -> tuple[Findings, ImageFolder]:
             sides.append(min(read_header(file)[:2]))
         except (OSError, ValueError) as error:
             found.wrong[root / images.files[row]] = getattr(error, "strerror", None) or str(error)
-    read = f"{size:,} bytes" if checksums else f"{len(chosen)} of them read"
-    shorter = np.percentile(sides, (0, 50, 100)) if sides else (0, 0, 0)
-    found.facts += [
-        ("image folder", str(root)),
-        ("images", f"{len(images):,} JPEG and PNG files, {read}"),
-        ("shorter side", "{:.0f} smallest, {:.0f} median, {:.0f} largest".format(*shorter)),
-    ]
+    found.bytes = size if checksums else None
+    found.shorter_side = tuple(np.percentile(sides, (0, 50, 100)).tolist()) if sides else None
     return found, images
-
-
-def _space(vae: str, scale: object, shift: object) -> list[tuple[str, str]]:
-    return [("VAE", vae or "not named"), ("scale, shift", f"{scale}, {shift}: x = (z - shift) * scale")]
 
 
 def _bar(work: Sequence | int, what: str, unit: str) -> tqdm:
     """A progress bar over a sequence, or of a number of bytes."""
     options = {"desc": what, "unit": unit, "unit_scale": True, "disable": None, "leave": False}
     return tqdm(total=work, **options) if isinstance(work, int) else tqdm(work, **options)
-
-
-# Classes and skipped files
-
-
-def _class_lines(found: Findings) -> Iterator[tuple[str, str]]:
-    if found.labels is None:
-        return
-    counts, names = np.bincount(found.labels, minlength=len(found.classes)), found.classes
-    low, high = counts.argmin(), counts.argmax()
-    quantiles = "{:,.0f} {:,.0f} {:,.0f}".format(*np.percentile(counts, (10, 50, 90)))
-    ends = f"smallest {names[low]} with {counts[low]:,}, largest {names[high]} with {counts[high]:,}"
-    yield "classes", f"{len(names):,}: {ends}; 10%, half and 90% of them have up to {quantiles}"
-    if len(names) <= FEW:
-        for name, count in zip(names, counts.tolist(), strict=True):
-            yield "", f"{name[:20]:<20} {count:>9,} {'#' * -(-40 * count // int(counts.max()))}"
-
-
-def _skipped_lines(skipped: Sequence[Skipped]) -> Iterator[tuple[str, str]]:
-    if skipped:
-        yield "skipped", f"{len(skipped):,}"
-        for file in skipped[:10]:
-            yield "", f"{file.file}: {file.reason}"
 
 
 # Numbers
@@ -261,9 +240,9 @@ def _spread(size: int, count: int) -> np.ndarray:
     return np.unique(np.linspace(0, size - 1, min(size, count)).astype(np.int64))
 
 
-def _moments_lines(found: Findings, moments: Moments, options: InspectOptions, out: Path) -> list[tuple[str, str]]:
+def _look_at_moments(found: Findings, moments: Moments, options: InspectOptions, out: Path) -> None:
     rows = [row for row in _spread(len(moments), options.rows) if moments.file(row) not in found.wrong]
-    sums, good = _Sums(), []
+    sums, good = Sums(), []
     for row in _bar(rows, "statistics", "row"):
         try:
             values = moments.gather(np.array([row]))[0].double()
@@ -276,58 +255,30 @@ def _moments_lines(found: Findings, moments: Moments, options: InspectOptions, o
             continue
         sums.add(mean, deviation)
         good.append(row)
-    lines = []
     if good:
-        lines = [("statistics", f"of {len(good):,} rows"), *_table(sums, moments, found.warnings)]
-    return lines + (_sheet(moments, good, options, out) if options.images and good else [])
+        found.statistics = sums.statistics(moments)
+        _warn(found)
+    if good and options.images:
+        found.sheet = _sheet(moments, good, options, out)
 
 
-class _Sums:
-    """Of the values of each channel: means and deviations of a posterior, and their squares."""
-
-    def __init__(self) -> None:
-        self.count, self._sums = 0, torch.zeros(())
-
-    def add(self, mean: Tensor, deviation: Tensor) -> None:
-        """(C, h, w) float64 each, of one row."""
-        powers = (mean, mean**2, deviation, deviation**2)
-        self._sums = self._sums + torch.stack([power.mean((1, 2)) for power in powers])
-        self.count += 1
-
-    def figures(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(mean, variance) of the means, and the deviations' (mean, mean square), each (C,) float64."""
-        mean, square, deviation, variance = (self._sums / self.count).numpy()
-        return mean, (square - mean**2).clip(0), deviation, variance
-
-
-def _table(sums: _Sums, moments: Moments, warnings: list[str]) -> Iterator[tuple[str, str]]:
-    """The figures of each channel, and of x; what looks wrong with x goes to the warnings."""
-    mean, variance, deviation, within = sums.figures()
-    shift, scale = (np.broadcast_to(np.float64(factor), moments.channels) for factor in (moments.shift, moments.scale))
-    mean_x, std_x = (mean - shift) * scale, np.sqrt(variance + within) * np.abs(scale)  # of what the posteriors give
-    shown = {f"{'means' if moments.posterior else 'values'}: mean": mean, "std": np.sqrt(variance)}
-    if moments.posterior:
-        shown |= {"deviations: mean": deviation, " std": np.sqrt((within - deviation**2).clip(0))}
-    shown |= {"x: mean": mean_x, "  std": std_x}
-    widths = [max(9, len(name) + 2) for name in shown]
-    yield "", "channel" + "".join(f"{name.strip():>{width}}" for name, width in zip(shown, widths, strict=True))
-    for channel in range(min(moments.channels, FEW)):
-        cells = zip(shown.values(), widths, strict=True)
-        yield "", f"{channel:>7}" + "".join(f"{values[channel]:>{width}.4g}" for values, width in cells)
-    if moments.channels > FEW:
-        yield "", f"and {moments.channels - FEW} more; of x, std from {std_x.min():.4g} to {std_x.max():.4g}"
-    low, high = USUAL[moments.dtype != np.uint8]
-    odd = np.flatnonzero((std_x < low) | (std_x > high))
+def _warn(found: Findings) -> None:
+    """Of what looks wrong with x."""
+    mean, std = (np.array([channel[name] for channel in found.statistics.channels]) for name in ("x_mean", "x_std"))
+    low, high = USUAL[found.dtype != "uint8"]
+    odd = np.flatnonzero((std < low) | (std > high))
     if len(odd):
-        warnings.append(
-            f"x of channel {odd[0]} has a standard deviation of {std_x[odd[0]]:.4g}, far from 1: is the scale right?"
+        found.warnings.append(
+            f"x of channel {odd[0]} has a standard deviation of {std[odd[0]]:.4g}, far from 1: is the scale right?"
         )
-    far = np.flatnonzero(np.abs(mean_x) > high)
+    far = np.flatnonzero(np.abs(mean) > high)
     if len(far):
-        warnings.append(f"x of channel {far[0]} has a mean of {mean_x[far[0]]:.4g}, far from 0: is the shift right?")
+        found.warnings.append(
+            f"x of channel {far[0]} has a mean of {mean[far[0]]:.4g}, far from 0: is the shift right?"
+        )
 
 
-def _images_lines(found: Findings, images: ImageFolder, options: InspectOptions, out: Path) -> list[tuple[str, str]]:
+def _look_at_images(found: Findings, images: ImageFolder, options: InspectOptions, out: Path) -> None:
     decoder = PillowDecoder(DataConfig(resolution=64), torch.device("cpu"))
     rows = _spread(len(images), min(options.rows, 128))
     rows = [row for row in rows.tolist() if images.root / images.files[row] not in found.wrong]
@@ -344,17 +295,15 @@ def _images_lines(found: Findings, images: ImageFolder, options: InspectOptions,
 
     pixels = decoded(_bar(rows, "statistics", "img"))
     if not pixels:
-        return []
+        return
     x = torch.stack(pixels).double().transpose(0, 1).flatten(1)
-    figures = ", ".join(f"{mean:.4g} and {std:.4g}" for mean, std in zip(x.mean(1), x.std(1), strict=True))
-    lines = [
-        ("statistics", f"of {len(pixels):,} images at 64 x 64, in [-1, 1]: red, green, blue have mean and"),
-        ("", f"standard deviation {figures}"),
-    ]
+    figures = zip(x.mean(1).tolist(), x.std(1).tolist(), strict=True)
+    found.statistics = Statistics(len(pixels), [{"x_mean": mean, "x_std": std} for mean, std in figures])
     if not options.images:
-        return lines
+        return
     shown = decoded(_by_class(np.array(rows), images.labels, options.images).tolist())
-    return lines + _saved(out, to_uint8(torch.stack(shown)), "64 x 64") if shown else lines
+    if shown:
+        found.sheet = _saved(out, to_uint8(torch.stack(shown)), "64 x 64")
 
 
 # Images
@@ -366,7 +315,7 @@ def _by_class(rows: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
     return ordered[_spread(len(ordered), count)]
 
 
-def _sheet(moments: Moments, rows: list[int], options: InspectOptions, out: Path) -> list[tuple[str, str]]:
+def _sheet(moments: Moments, rows: list[int], options: InspectOptions, out: Path) -> Sheet:
     z = moments.gather(_by_class(np.array(rows), moments.labels, options.images)).float()
     z = z.chunk(2, dim=1)[0] if moments.posterior else z
     if moments.dtype == np.uint8:
@@ -381,9 +330,9 @@ def _sheet(moments: Moments, rows: list[int], options: InspectOptions, out: Path
     channels = z[:, :3] if z.shape[1] >= 3 else z[:, :1]
     low, high = (channels.transpose(0, 1).flatten(1).quantile(q, dim=1)[:, None, None] for q in (0.01, 0.99))
     stretched = (channels - low) / (high - low).clamp_min(1e-6) * 2 - 1
-    return [*_saved(out, to_uint8(stretched), f"no VAE: {channels.shape[1]} of the channels, stretched"), ("", missing)]
+    return _saved(out, to_uint8(stretched), f"no VAE: {channels.shape[1]} of the channels, stretched", missing)
 
 
-def _saved(out: Path, pixels: np.ndarray, caption: str) -> list[tuple[str, str]]:
+def _saved(out: Path, pixels: np.ndarray, shows: str, missing: str = "") -> Sheet:
     save_grid(out, pixels, int(np.ceil(np.sqrt(len(pixels)))))
-    return [("images in", f"{out} ({caption})")]
+    return Sheet(out, shows, missing)

@@ -306,9 +306,9 @@ class Trainer:
             make_images = self._image_maker
             samples = generate(predict, labels, indices, config=c.sample, model=c.model, path=c.objective.path)
             save_grid(path, to_uint8(make_images(samples)), grid_columns(c.sample.count, c.model.classes))
-        # Samples of a young network may overflow, and a VAE may be missing: no reason to end the training.
-        except Refused as error:
-            print(f"no preview: {error}", file=sys.stderr)
+        # Samples of a young network may overflow, a VAE may be missing or too large: no reason to end the training.
+        except (Refused, torch.OutOfMemoryError) as error:
+            print(f"no preview: {str(error).splitlines()[0]}", file=sys.stderr)
 
     # The end
 

@@ -86,6 +86,11 @@ class Vae:
         return x.to(self.device, self.dtype, memory_format=self._layout)
 
 
+def from_anywhere(name: str) -> str:
+    """The name by which a VAE is found from any working folder: a folder's whole path, or the hub id as it is."""
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+
 def open_vae(name: str, device: torch.device, dtype: torch.dtype) -> Vae:
     """A VAE, ready to run on a device.
 

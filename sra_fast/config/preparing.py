@@ -23,7 +23,8 @@ class PrepareConfig(Section):
     """Instead of images: the public SiT-SRA layout to convert, a folder with vae-sd/dataset.json. It says its own
     resolution."""
     vae: str = ""
-    """diffusers' AutoencoderKL or AutoencoderTiny: a folder, an id on the Hugging Face hub, or owner/name/subfolder."""
+    """diffusers' AutoencoderKL or AutoencoderTiny: a folder, an id on the Hugging Face hub, or owner/name/subfolder.
+    With from-public the one that made it, for scale, shift and previews; without, Stable Diffusion's scale is taken."""
     no_vae: bool = False
     """Pack pixels (uint8) instead of latents."""
     resolution: int = 256
@@ -36,6 +37,9 @@ class PrepareConfig(Section):
     """Images that a shard is made of."""
     strict: bool = False
     """Stop at the first undecodable image instead of naming it in the manifest and leaving it out."""
+    verify: bool = False
+    """Of a set that is complete, compare all checksums too, and make damaged files again; missing or truncated ones are
+    made again in any case."""
     exif: bool = False
     """Turn images as their EXIF orientation says (ADM does not)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -56,5 +60,5 @@ class PrepareConfig(Section):
         if self.images:
             self.need(self.no_vae == (self.vae == ""), "vae", "must be given unless no-vae is, and only then")
         else:
-            self.need(not self.vae and not self.no_vae, "vae", "must not be given with from-public, which is encoded")
+            self.need(not self.no_vae, "no_vae", "must not be given with from-public, which is encoded")
             self.need(not self.flips, "flips", "cannot be made from-public: they need the images")

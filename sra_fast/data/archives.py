@@ -15,14 +15,18 @@ import glob
 import hashlib
 import json
 import os
+import re
 import tarfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from sra_fast.config import Refused, refuse_unless
 from sra_fast.data.folder import EXTENSIONS, ImageFolder, scan
+
+MOST_CLASSES = 1 << 20  # what is counted by class must fit into memory, whatever a label says
 
 
 class ImageArchives:
@@ -95,7 +99,7 @@ def open_images(given: str) -> ImageFolder | ImageArchives:
     """A data set of class folders, or of archives.
 
     Args:
-        given: a folder of either, a glob of archives, or one archive.
+        given: a folder of either, one archive, or a pattern of archives: a glob, or numbers as train-{000..146}.tar.
 
     Raises:
         Refused: if there are no images, or they cannot serve.
@@ -110,11 +114,25 @@ def open_images(given: str) -> ImageFolder | ImageArchives:
             not folders, "images", given, f"holds .tar files and folders ({', '.join(folders[:1])}): must be either"
         )
     else:
-        archives = [Path(name) for name in glob.glob(given, recursive=True)]
-        refuse_unless(bool(archives), "images", given, "there is no such folder, and no file that fits it as a glob")
+        archives = []
+        for pattern in _numbered(given):
+            found = glob.glob(pattern, recursive=True)
+            refuse_unless(bool(found), "images", pattern, "there is no such folder, and no file that fits it as a glob")
+            archives += map(Path, found)
     for archive in archives:
         refuse_unless(archive.suffix == ".tar", "images", str(archive), "must be an uncompressed .tar, or a folder")
     return ImageArchives(sorted(archives))
+
+
+def _numbered(pattern: str) -> Iterator[str]:
+    """The patterns that one with {first..last} stands for, with as many digits as the first."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if not found:
+        yield pattern
+        return
+    first, last = found.groups()
+    for number in range(int(first), int(last) + 1):
+        yield from _numbered(f"{pattern[: found.start()]}{number:0{len(first)}}{pattern[found.end() :]}")
 
 
 def _samples(path: Path) -> list[tuple[str, int, int, int]]:
@@ -173,7 +191,12 @@ def _label(text: bytes, path: Path, member: str) -> int:
         label = int(text.decode("ascii"))
     except ValueError:
         label = -1
-    refuse_unless(label >= 0, "images", f"{path}: {member}", f"has the label {text[:40]!r}; must be a number from 0 on")
+    refuse_unless(
+        0 <= label < MOST_CLASSES,
+        "images",
+        f"{path}: {member}",
+        f"has the label {text[:40]!r}; must be a number from 0 to {MOST_CLASSES - 1:,}",
+    )
     return label
 
 

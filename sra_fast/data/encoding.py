@@ -23,10 +23,10 @@ from sra_fast.data.archives import ImageArchives
 from sra_fast.data.folder import ImageFolder
 from sra_fast.data.images import Undecodable, open_decoder
 from sra_fast.data.manifest import Skipped
-from sra_fast.data.public import DOWNSAMPLING, PublicSet
+from sra_fast.data.public import CHANNELS, DOWNSAMPLING, PublicSet
 from sra_fast.data.shards import Part
 from sra_fast.hardware import Hardware
-from sra_fast.vae import Vae, open_vae
+from sra_fast.vae import Vae, from_anywhere, open_vae
 
 T, U = TypeVar("T"), TypeVar("U")
 READ_AHEAD = 2  # batches: one to hand over at once and one to even out slow files
@@ -89,48 +89,52 @@ class FromImages(Maker):
         self._decoder = open_decoder(data, self._device)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._threads = torch.get_num_threads()
-        self.settings = {
-            "images": source.fingerprint(),
-            "vae": config.vae,
-            "resolution": side,
+        if vae := self._vae:
+            rows = (2 if vae.posterior else 1) * vae.channels
+            self.shape = (rows, side // vae.downsampling, side // vae.downsampling)
+            self.dtype = np.dtype(np.float16)
+            self._what = f"{vae.kind} {vae.name}: {vae.channels} channels, {hardware.precision} on {hardware.name}"
+        else:
+            self.shape, self.dtype = (3, side, side), np.dtype(np.uint8)
+            self._what = "pixels as they are"
+        self.settings = self._settings(config, hardware)
+        self.facts = self._facts(config)
+
+    def _settings(self, config: PrepareConfig, hardware: Hardware) -> dict[str, Any]:
+        settings = {
+            "images": self.source.fingerprint(),
+            "image-count": len(self.source),
+            "resolution": config.resolution,
             "exif": config.exif,
             "reader": self._decoder.name,
             "flips": config.flips,
             "rows-per-shard": config.rows_per_shard,
+            "no-vae": config.no_vae,
         }
+        if self._vae:
+            settings |= {"device": self._device.type, "precision": hardware.precision}
+            settings |= {"vae-weights": self._vae.fingerprint}
+        if self._vae and self._stream:
+            settings["batch"] = config.batch
+        return settings
+
+    def _facts(self, config: PrepareConfig) -> dict[str, Any]:
+        numbers = {"posterior": False, "scale": 1 / 127.5, "shift": 127.5}
         if vae := self._vae:
-            self.shape = (
-                (2 if vae.posterior else 1) * vae.channels,
-                side // vae.downsampling,
-                side // vae.downsampling,
-            )
-            self.dtype = np.dtype(np.float16)
-            self.settings |= {
-                "device": self._device.type,
-                "precision": hardware.precision,
-                "vae-weights": vae.fingerprint,
-            }
-            if self._stream:
-                self.settings["batch"] = config.batch
             numbers = {"posterior": vae.posterior, "scale": vae.scale, "shift": vae.shift}
-            self._what = f"{vae.kind} {vae.name}: {vae.channels} channels, {hardware.precision} on {hardware.name}"
-        else:
-            self.shape, self.dtype = (3, side, side), np.dtype(np.uint8)
-            numbers = {"posterior": False, "scale": 1 / 127.5, "shift": 127.5}
-            self._what = "pixels as they are"
-        self.facts = {
-            "classes": source.classes,
+        return {
+            "classes": self.source.classes,
             "shape": self.shape,
             "dtype": self.dtype.name,
-            "vae": config.vae,
+            "vae": from_anywhere(config.vae),
             "crop": "adm center" + (", turned as EXIF says" if config.exif else ""),
-            "resolution": side,
+            "resolution": config.resolution,
             **numbers,
         }
 
     def describe(self) -> str:
         images = f"{len(self.source):,} images, {len(self.source.classes):,} classes"
-        return f"{images}; decoded by {self._decoder.name}; {self._what}"
+        return f"{images}; decoded by {self._decoder.name}{self._decoder.note}; {self._what}"
 
     def parts(self, first: int, last: int) -> Iterator[Part]:
         batches = [range(begin, min(begin + self._batch, last)) for begin in range(first, last, self._batch)]
@@ -181,7 +185,9 @@ class FromImages(Maker):
             try:
                 moments = self._vae.encode(x)
             except torch.OutOfMemoryError as error:
-                raise Refused(f"batch: {self._batch} given; the VAE needs more memory than this GPU has") from error
+                raise Refused(
+                    f"batch: {self._batch} given; the VAE needs more memory than this GPU has: try half"
+                ) from error
         moments = moments.half().cpu()
         finite = moments.isfinite().flatten(1).all(1).tolist()
         if not all(finite):
@@ -197,16 +203,26 @@ class FromPublic(Maker):
         self.source, self.flips = source, False
         self.shape, self.dtype = source.shape, np.dtype(np.float16)
         self.settings = {"from-public": source.fingerprint, "rows-per-shard": config.rows_per_shard}
+        scale, shift, downsampling = source.scale, source.shift, DOWNSAMPLING
+        if config.vae:
+            vae = open_vae(config.vae, torch.device("cpu"), torch.float32)
+            scale, shift, downsampling = vae.scale, vae.shift, vae.downsampling
+            self.settings["vae-weights"] = vae.fingerprint
+            fits = vae.posterior and vae.channels == source.channels
+            refuse_unless(fits, "vae", config.vae, f"must be an AutoencoderKL of {source.channels} channels")
+        else:
+            needs = f"have {source.channels} channels and Stable Diffusion's VAE {CHANNELS}: --vae must name theirs"
+            refuse_unless(source.channels == CHANNELS, "from-public", config.from_public, needs)
         self.facts = {
             "classes": source.classes,
             "shape": self.shape,
             "dtype": self.dtype.name,
             "posterior": True,
-            "scale": source.scale,
-            "shift": source.shift,
-            "vae": "",
+            "scale": scale,
+            "shift": shift,
+            "vae": from_anywhere(config.vae),
             "crop": "adm center",
-            "resolution": DOWNSAMPLING * self.shape[1],
+            "resolution": downsampling * self.shape[1],
         }
 
     def describe(self) -> str:

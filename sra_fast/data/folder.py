@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ class ImageFolder:
     """Paths below root with forward slashes, sorted by code point."""
     labels: np.ndarray
     """(len(files),) int64."""
+    others: tuple[tuple[str, int], ...] = ()
+    """Kinds of files that are no images to us, the most common first, and how many there are."""
 
     def __len__(self) -> int:
         return len(self.files)
@@ -40,6 +43,11 @@ class ImageFolder:
         files = tuple(np.array(self.files, dtype=object)[rows])
         return replace(self, files=files, labels=self.labels[rows])
 
+    def ignored(self) -> str:
+        """A line on what is left out, or nothing."""
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.others[:5]) + (", ..." if self.others[5:] else "")
+        return f"{self.root}: not read, being no JPEG or PNG in a class folder: {kinds}" if kinds else ""
+
     def fingerprint(self) -> str:
         """SHA-256, in hex, of all names and labels (not of the pixels): equal for equal rows, wherever root lies."""
         digest = hashlib.sha256()
@@ -52,8 +60,8 @@ def scan(root: Path | str) -> ImageFolder:
     """Find the images of a data set.
 
     Classes are the folders directly under root. Extensions are compared without case; hidden files and folders are
-    left out, and a link to a folder is followed only where it is a class. No file is opened or asked for its status,
-    so that 1.28 million take seconds.
+    left out without a word, other files are counted, and a link to a folder is followed only where it is a class. No
+    file is opened or asked for its status, so that 1.28 million take seconds.
 
     Raises:
         Refused: if root is missing or not a folder, has no class folders, or one of them has no images, or cannot be
@@ -62,12 +70,13 @@ def scan(root: Path | str) -> ImageFolder:
     root = Path(root)
     refuse_unless(root.is_dir(), "data.images", str(root), "must be a folder of class folders")
     try:
-        classes = sorted(entry.name for entry in os.scandir(root) if _visible(entry) and entry.is_dir())
+        entries = [entry for entry in os.scandir(root) if _visible(entry)]
+        classes = sorted(entry.name for entry in entries if entry.is_dir())
         refuse_unless(bool(classes), "data.images", str(root), "must hold one folder per class")
-        found = []
+        found, others = [], Counter(_kind(entry) for entry in entries if not entry.is_dir())
         for label, name in enumerate(classes):
             before = len(found)
-            found.extend((file, label) for file in _files(os.path.join(root, name), name))
+            found.extend((file, label) for file in _files(os.path.join(root, name), name, others))
             refuse_unless(
                 len(found) > before,
                 "data.images",
@@ -78,23 +87,33 @@ def scan(root: Path | str) -> ImageFolder:
         raise Refused(f"data.images: {error.filename!r} given; cannot be listed: {error.strerror}") from error
     found.sort()
     labels = np.array([label for _, label in found], dtype=np.int64)
-    return ImageFolder(root, tuple(classes), tuple(file for file, _ in found), labels)
+    counted = tuple(sorted(others.items(), key=lambda other: (-other[1], other[0])))
+    return ImageFolder(root, tuple(classes), tuple(file for file, _ in found), labels, counted)
 
 
 def _visible(entry: os.DirEntry) -> bool:
     return not entry.name.startswith(".")
 
 
-def _files(path: str, name: str) -> Iterator[str]:
-    """Images in the folder `path`, as names that begin with `name`; in no particular order."""
+def _kind(entry: os.DirEntry) -> str:
+    """Of what is left out: ".gif" and the like."""
+    if entry.is_symlink() and entry.is_dir():
+        return "linked folders"
+    return os.path.splitext(entry.name)[1].lower() or "without extension"
+
+
+def _files(path: str, name: str, others: Counter[str]) -> Iterator[str]:
+    """Images in the folder `path`, as names that begin with `name`; in no particular order. The rest is counted."""
     with os.scandir(path) as entries:
         for entry in entries:
             if not _visible(entry):
                 continue
             if entry.is_dir(follow_symlinks=False):
-                yield from _files(entry.path, f"{name}/{entry.name}")
+                yield from _files(entry.path, f"{name}/{entry.name}", others)
             elif entry.name.lower().endswith(EXTENSIONS):
                 yield f"{name}/{entry.name}"
+            else:
+                others[_kind(entry)] += 1
 
 
 def split(folder: ImageFolder, held_out_share: float) -> tuple[ImageFolder, ImageFolder]:

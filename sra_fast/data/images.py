@@ -19,7 +19,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor
 from sra_fast.config import DataConfig, Refused
 from sra_fast.data.crop import adm_crop
 
-DALI_PACKAGE = "nvidia-dali-cuda130"
+DALI_PACKAGE = f"nvidia-dali-cuda{'120' if (torch.version.cuda or '').startswith('12') else '130'}"
 
 
 class Undecodable(Exception):
@@ -111,7 +111,9 @@ class Decoder(ABC):
     """Decodes batches of any size; threads that share one wait for each other."""
 
     name: str
-    """For logs: "dali cpu", "dali gpu" or "pillow"."""
+    """"dali cpu", "dali gpu" or "pillow"."""
+    note: str = ""
+    """What else there is to say of it, in parentheses."""
 
     def __init__(self, data: DataConfig, device: torch.device) -> None:
         self.data, self.device = data, device
@@ -205,15 +207,27 @@ def _explained(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
+def _refuse_trouble_of_the_device(error: RuntimeError) -> None:
+    """Pass on what is not the file's fault."""
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    text = str(error).lower()
+    if "out of memory" in text or "bad_alloc" in text:
+        raise Refused("data.reader: DALI needs more memory than there is; choose pillow, or smaller batches") from error
+    if "cuda" in text and "nvjpeg" not in text and "nvimgcodec" not in text:
+        raise error
+
+
 class DaliDecoder(Decoder):
     """Decodes with DALI: on the CPU, or on the GPU if that is where the pixels go."""
 
     def __init__(self, data: DataConfig, device: torch.device) -> None:
         super().__init__(data, device)
-        place = "gpu" if device.type == "cuda" else "cpu"
-        self.name = f"dali {place} (pillow where a side of {2 * data.resolution} or more is halved first)"
+        self.name = "dali gpu" if device.type == "cuda" else "dali cpu"
+        self.note = f" (pillow where a side of {2 * data.resolution} or more is halved first)"
         self._pillow = PillowDecoder(data, device)
-        self._pipeline, self._capacity = None, 0
+        self._pipelines: dict[bool, Any] = {}  # whether for one file: what runs it
+        self._capacity = 0
 
     def _fill(self, pixels: Tensor, files: list[bytes], headers: dict[int, Header]) -> dict[int, str]:
         unlike = {i: h for i, h in headers.items() if h.bits != 8 or min(h.width, h.height) >= 2 * self.data.resolution}
@@ -223,28 +237,38 @@ class DaliDecoder(Decoder):
     def _fill_with_dali(self, pixels: Tensor, files: list[bytes], indices: list[int]) -> dict[int, str]:
         if not indices:
             return {}
-        if self._pipeline is None or len(indices) > self._capacity:
-            self._capacity = max(self._capacity, len(indices))
-            self._pipeline = self._start(self._capacity)
+        if len(indices) > self._capacity:
+            self._capacity = len(indices)
+            self._pipelines.pop(False, None)
         try:
-            self._pipeline.feed_input("files", [np.frombuffer(files[index], np.uint8) for index in indices])
-            (decoded,) = self._pipeline.run()
-        except torch.OutOfMemoryError:
-            raise
+            decoded = self._run([files[index] for index in indices])
         except RuntimeError as error:
-            if "CUDA" in str(error) and "nvJPEG" not in str(error):  # the device's trouble is not the file's
-                raise
-            # One bad file fails a whole batch without being named, and DALI declares the pipeline dead: halve the
-            # batch until it is alone. (Asking Pillow instead would make a verdict depend on a file's neighbours: the
-            # two differ on some damaged files.)
-            self._pipeline = None
-            if len(indices) == 1:
-                return {indices[0]: self._explained(files[indices[0]], error)}
-            middle = len(indices) // 2
-            reasons = self._fill_with_dali(pixels, files, indices[:middle])
-            return reasons | self._fill_with_dali(pixels, files, indices[middle:])
-        self._take(decoded, pixels, indices)
-        return {}
+            _refuse_trouble_of_the_device(error)
+        else:
+            self._take(decoded, pixels, indices)
+            return {}
+        # One bad file fails a whole batch without being named, so each is decoded alone. (Asking Pillow instead would
+        # make a verdict depend on a file's neighbours: the two differ on some damaged files.)
+        reasons = {}
+        for index in indices:
+            try:
+                decoded = self._run([files[index]], alone=True)
+            except RuntimeError as error:
+                _refuse_trouble_of_the_device(error)
+                reasons[index] = self._explained(files[index], error)
+            else:
+                self._take(decoded, pixels, [index])
+        return reasons
+
+    def _run(self, files: list[bytes], alone: bool = False):
+        """What the pipeline makes of some files, or of one. After a failure DALI declares a pipeline dead."""
+        if alone not in self._pipelines:
+            self._pipelines[alone] = self._start(1 if alone else self._capacity)
+        pipeline = self._pipelines.pop(alone)
+        pipeline.feed_input("files", [np.frombuffer(file, np.uint8) for file in files])
+        (decoded,) = pipeline.run()
+        self._pipelines[alone] = pipeline
+        return decoded
 
     def _explained(self, file: bytes, error: RuntimeError) -> str:
         """Pillow's reason for a file that DALI refuses, being the clearer one, if it has one."""

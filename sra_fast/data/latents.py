@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from sra_fast.config import Refused
+from sra_fast.config import Refused, refuse_unless
 from sra_fast.data import npy
 from sra_fast.data.manifest import NAME, Shard, read_manifest
 from sra_fast.data.moments import Moments, refuse_classes
-from sra_fast.data.public import PublicSet, is_public
+from sra_fast.data.public import CHANNELS, PublicSet, is_public
 
 OPEN_FILES = 512  # shards kept open at a time
 
@@ -125,4 +125,9 @@ def open_moments(root: Path) -> Moments:
     Raises:
         Refused: if there is neither.
     """
-    return PublicSet(root) if is_public(root) and not (root / NAME).exists() else PackedSet(root)
+    if not is_public(root) or (root / NAME).exists():
+        return PackedSet(root)
+    public = PublicSet(root)
+    wanted = f"must be {CHANNELS}, Stable Diffusion's: `sra-fast prepare --from-public` takes others, with their --vae"
+    refuse_unless(public.channels == CHANNELS, f"data.latents: {root}: channels", public.channels, wanted)
+    return public

@@ -2,7 +2,8 @@
 
 Source images are taken in the order of their names, a shard from every `rows_per_shard` of them; what cannot be decoded
 is left out of its shard, so that no label and no other shard moves. Every process takes the next shard that nobody is
-making; when there is none left it waits for the others, and makes what a killed one has left.
+making; when there is none left it waits for the others, and makes what a killed one has left. Of a complete set it
+makes again what is damaged.
 
 The folder holds prepare.json, what the set is made of, from the first moment on, and manifest.json from the last. The
 bytes are the same whoever made which shard and whatever was killed in between; on a GPU, for the same batch.
@@ -20,12 +21,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from sra_fast.config import PrepareConfig, Refused, refuse_unless
 from sra_fast.data.archives import open_images
 from sra_fast.data.encoding import FromImages, FromPublic, Maker
+from sra_fast.data.folder import ImageFolder
 from sra_fast.data.manifest import NAME, Manifest, read_manifest
 from sra_fast.data.public import PublicSet, is_public
 from sra_fast.data.shards import (
@@ -35,7 +38,9 @@ from sra_fast.data.shards import (
     Part,
     Record,
     assemble,
+    find_damage,
     read_record,
+    remove_record,
     remove_records,
     write_shard,
     write_text,
@@ -58,43 +63,52 @@ def prepare(config: PrepareConfig) -> Manifest:
             first undecodable image; on a full disk. What is finished by then stays.
     """
     began = time.monotonic()
-    rank, world, local = _environment("RANK", 0), _environment("WORLD_SIZE", 1), _environment("LOCAL_RANK", 0)
+    rank, world = _environment(0, "RANK", "SLURM_PROCID"), _environment(1, "WORLD_SIZE", "SLURM_NTASKS")
     if torch.cuda.is_available() and config.device != "cpu":
-        torch.cuda.set_device(local % torch.cuda.device_count())
+        torch.cuda.set_device(_environment(0, "LOCAL_RANK", "SLURM_LOCALID") % torch.cuda.device_count())
     out = Path(config.out)
     _refuse_place(out, config.images)
     maker = _maker(config)
     shards = -(-len(maker.source) // config.rows_per_shard)
-    out.mkdir(parents=True, exist_ok=True)
-    claims, made = Claims(out), 0
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        claims = Claims(out)
+    except OSError as error:
+        raise Refused(f"out: {config.out!r} given; cannot be written ({error.strerror})") from error
     try:
         with claims.hold(WHOLE, wait=True):
             whole = _settle(out, maker.settings)
-            if whole:  # and whoever completed it may have been killed before they were gone
-                remove_records(out, shards)
-        if rank == 0:
-            print(f"{maker.describe()}; {shards} shards")
+            if rank == 0:
+                print(f"{maker.describe()}; {shards} shards")
+                if isinstance(maker.source, ImageFolder) and (ignored := maker.source.ignored()):
+                    print(f"images: {ignored}", file=sys.stderr)
+            if whole:
+                remove_records(out, shards)  # whoever completed it may have been killed before they were gone
+                made = _mend(out, maker, config)
         if not whole:
-            with _reproducible():
+            with _reproducible(), _bar(len(maker.source), rank) as bar:
                 order = [(rank * shards // world + place) % shards for place in range(shards)]
-                records, made = _make(out, maker, claims, order, config)
+                made = _make(out, maker, claims, order, config, bar)
             with claims.hold(WHOLE, wait=True):
                 if not (out / NAME).exists():
-                    assemble(out, [records[number] for number in range(shards)], **maker.facts)
+                    _complete(out, maker, shards)
                 remove_records(out, shards)
     finally:
         # Once there is a manifest the lock guards nothing; and a folder that was refused is left as it was.
         claims.close(remove=(out / NAME).exists() or not (out / SETTINGS).exists())
     manifest = read_manifest(out)
-    _report(out, manifest, made, time.monotonic() - began)
+    if rank == 0:
+        _report(out, manifest, made, time.monotonic() - began)
     return manifest
 
 
-def _environment(name: str, default: int) -> int:
-    """What a launcher, such as torchrun, says of this process."""
-    given = os.environ.get(name, str(default))
-    refuse_unless(given.isdecimal(), name, given, "must be a number")
-    return int(given)
+def _environment(default: int, *names: str) -> int:
+    """What a launcher says of this process: torchrun by the first name, Slurm by the second."""
+    for name in names:
+        if given := os.environ.get(name):
+            refuse_unless(given.isdecimal(), name, given, "must be a number")
+            return int(given)
+    return default
 
 
 def _refuse_place(out: Path, images: str) -> None:
@@ -131,49 +145,124 @@ def _settle(out: Path, settings: dict[str, Any]) -> bool:
     refuse_unless(isinstance(before, dict), "out", str(path), "must be an object")
     for name in [*now, *before]:
         if before.get(name) != now.get(name):
-            hashed = name in ("images", "from-public", "vae-weights")
-            given, was = ("others", "others") if hashed else (repr(now.get(name)), repr(before.get(name)))
-            raise Refused(
-                f"{name}: {given} given; the set in {out} was begun with {was}: go on so, or take another --out"
-            )
+            raise Refused(f"{_difference(name, before, now)}: go on as it was begun, or take another --out than {out}")
     return (out / NAME).exists()
 
 
-def _make(
-    out: Path, maker: Maker, claims: Claims, order: list[int], config: PrepareConfig
-) -> tuple[dict[int, Record], int]:
-    """({shard: record} of all shards, or of some if another process has completed the set meanwhile; images made
-    here)."""
-    count, size = len(maker.source), config.rows_per_shard
-    records = {number: record for number in order if (record := read_record(out, number))}
-    for record in records.values():
+def _difference(name: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+    """How the settings that a set was begun with differ from those of now."""
+    if name in ("images", "from-public"):
+        counts = [f"{settings['image-count']:,}" for settings in (before, now) if settings.get("image-count")]
+        counted = f", {counts[0]} images then, {counts[1]} now" if len(counts) == 2 else ""
+        return f"{name}: not the files that the set was begun with{counted}"
+    if name == "vae-weights" and name in before and name in now:
+        return "vae: not the one that the set was begun with"
+    return f"{name}: {now.get(name)!r} given; the set was begun with {before.get(name)!r}"
+
+
+def _make(out: Path, maker: Maker, claims: Claims, order: list[int], config: PrepareConfig, bar: tqdm) -> int:
+    """Make shards, in this order, until all are there, whoever made them. Returns how many images were encoded here."""
+    known: set[int] = set()
+    made = 0
+
+    def note(number: int, record: Record) -> None:
         _refuse_skipped(record, config.strict)
-    done, made = sum(min(size, count - number * size) for number in records), 0
-    with tqdm(total=count, initial=done, unit="img", disable=None) as bar:
-        # First what nobody is making, then what others are: a claim that becomes free without a record was theirs who
-        # died.
-        for wait in (False, True):
-            for number in order:
-                if number in records:
+        known.add(number)
+        bar.update(len(_images_of(number, maker, config)))
+
+    for number in order:
+        if record := read_record(out, number):
+            note(number, record)
+    bar.unpause()  # what was there before says nothing of how fast it goes
+    # First what nobody is making, then what others are: a claim that becomes free without a record was theirs who died.
+    for wait in (False, True):
+        for number in order:
+            if number in known:
+                continue
+            with claims.hold(number, wait) as mine:
+                if not mine:
                     continue
-                with claims.hold(number, wait) as mine:
-                    if not mine:
-                        continue
-                    first, last = number * size, min(count, (number + 1) * size)
-                    if record := read_record(out, number):
-                        _refuse_skipped(record, config.strict)
-                        bar.update(last - first)
-                    # In this order: records go when the manifest is there.
-                    elif (out / NAME).exists():
-                        return records, made
-                    else:
-                        parts = _watched(maker.parts(first, last), bar, config.strict)
-                        record = write_shard(
-                            out, number, parts, shape=maker.shape, dtype=maker.dtype, flips=maker.flips
-                        )
-                        made += last - first
-                    records[number] = record
-    return records, made
+                if record := read_record(out, number):
+                    note(number, record)
+                elif (out / NAME).exists():  # another process has completed the set meanwhile
+                    return made
+                else:
+                    made += _make_shard(out, maker, number, config, bar)
+                    known.add(number)
+    return made
+
+
+def _images_of(number: int, maker: Maker, config: PrepareConfig) -> range:
+    """The source images of a shard."""
+    size = config.rows_per_shard
+    return range(number * size, min(len(maker.source), (number + 1) * size))
+
+
+def _make_shard(out: Path, maker: Maker, number: int, config: PrepareConfig, bar: tqdm) -> int:
+    """Returns how many images it is made of."""
+    images = _images_of(number, maker, config)
+    parts = _watched(maker.parts(images.start, images.stop), bar, config.strict)
+    write_shard(out, number, parts, shape=maker.shape, dtype=maker.dtype, flips=maker.flips)
+    return len(images)
+
+
+def _complete(out: Path, maker: Maker, shards: int) -> None:
+    """Write the manifest of a set whose shards are all there.
+
+    Raises:
+        Refused: if a class has lost all its images. The shards that lack them are then made again by the next call.
+    """
+    records = [read_record(out, number) for number in range(shards)]
+    for number, record in enumerate(records):
+        if record is None:
+            raise Refused(f"out: {out}: shard {number} has vanished; run the same command again")
+    skipped = [(number, file) for number, record in enumerate(records) for file in record.skipped]
+    if skipped:
+        label_of = dict(zip(maker.source.files, maker.source.labels.tolist(), strict=True))
+        left = np.bincount(maker.source.labels, minlength=len(maker.source.classes))
+        np.subtract.at(left, [label_of[file.file] for _, file in skipped], 1)
+        lost = [(number, file) for number, file in skipped if not left[label_of[file.file]]]
+        if lost and left.any():
+            for number, _ in lost:
+                remove_record(out, number)
+            first = lost[0][1]
+            raise Refused(
+                f"images: no image of class {maker.source.classes[label_of[first.file]]!r} can be decoded, the first, "
+                f"{first.file}, because: {first.reason}; mend it and run the same command again"
+            )
+    assemble(out, records, **maker.facts)
+
+
+def _mend(out: Path, maker: Maker, config: PrepareConfig) -> int:
+    """Make the damaged shards of a complete set again. Returns how many images were encoded.
+
+    Raises:
+        Refused: if one does not become what the manifest says it was.
+    """
+    manifest = read_manifest(out)
+    damaged = {}
+    for shard in manifest.shards:
+        if damage := find_damage(out, shard, manifest.shape, np.dtype(manifest.dtype), config.verify):
+            damaged[int(Path(shard.file).stem.rpartition("-")[2])] = shard, damage
+    made = 0
+    with _reproducible(), _bar(sum(len(_images_of(number, maker, config)) for number in damaged), 0) as bar:
+        for number, (shard, damage) in damaged.items():
+            bar.write(f"{damage}; made again", file=sys.stderr)
+            made += _make_shard(out, maker, number, config, bar)
+            record = read_record(out, number)
+            remove_record(out, number)
+            if record is None or record.shard != shard:
+                raise Refused(
+                    f"out: {out / shard.file}: made again, but not what {NAME} says: the images or this machine's "
+                    f"arithmetic have changed; take another --out"
+                )
+    return made
+
+
+def _bar(images: int, rank: int) -> tqdm:
+    """Images/s and time left: live on a terminal, and every ten seconds in a log file."""
+    every = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(total=images, unit="img", mininterval=every, disable=rank > 0 or not images)
 
 
 def _watched(parts: Iterable[Part], bar: tqdm, strict: bool) -> Iterator[Part]:

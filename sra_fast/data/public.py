@@ -19,8 +19,8 @@ from sra_fast.config import Refused, refuse_unless
 from sra_fast.data import npy
 from sra_fast.data.moments import Moments, refuse_classes
 
-SCALE = 0.18215  # of Stable Diffusion's VAE, which made them
-DOWNSAMPLING = 8
+# Of Stable Diffusion's VAE, which made the published ones.
+CHANNELS, SCALE, DOWNSAMPLING = 4, 0.18215, 8
 
 
 class PublicSet(Moments):

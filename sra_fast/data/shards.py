@@ -24,6 +24,7 @@ import numpy as np
 
 from sra_fast.atomic import replacing
 from sra_fast.config import Refused
+from sra_fast.data import npy
 from sra_fast.data.manifest import NAME, Manifest, Shard, Skipped, read_manifest
 
 LOCK = ".prepare.lock"
@@ -164,10 +165,38 @@ def assemble(root: Path, records: Sequence[Record], **facts: object) -> Manifest
     return read_manifest(root)
 
 
+def remove_record(root: Path, number: int) -> None:
+    """Forget a shard: it is then made again."""
+    (root / _record_name(number)).unlink(missing_ok=True)
+
+
 def remove_records(root: Path, count: int) -> None:
     """Remove what was noted of `count` shards, once the manifest has it."""
     for number in range(count):
-        (root / _record_name(number)).unlink(missing_ok=True)
+        remove_record(root, number)
+
+
+def find_damage(root: Path, shard: Shard, shape: Sequence[int], dtype: np.dtype, checksums: bool) -> str:
+    """What is wrong with the files of a shard, in a line; empty if nothing is.
+
+    Args:
+        shape, dtype: of a row.
+        checksums: read them whole, too.
+    """
+    for name, sha256 in shard.files().items():
+        path = root / name
+        wanted = ((), np.dtype(np.int64)) if name == shard.labels else (tuple(shape), dtype)
+        try:
+            with path.open("rb") as file:
+                found = npy.read_header(file, os.fstat(file.fileno()).st_size)
+                file.seek(0)
+                if found[:2] != ((shard.rows, *wanted[0]), wanted[1]):
+                    return f"{path}: {found.dtype} {found.shape}, not what {NAME} says"
+                if checksums and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                    return f"{path}: its SHA-256 is not what {NAME} says"
+        except (OSError, ValueError) as error:
+            return f"{path}: {getattr(error, 'strerror', None) or error}"
+    return ""
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,6 +3,7 @@ on and what is held out, and says what the model must fit."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,7 +65,7 @@ class ImageSource:
 
     @property
     def reader(self) -> str:
-        return f"decoded by {self.decoder.name}"
+        return f"decoded by {self.decoder.name}{self.decoder.note}"
 
     def stream(self, config: Config, first_image: int, bad: Mapping[str, str]) -> Stream:
         return stream.ImageStream(
@@ -160,6 +161,8 @@ def _open_images(data: DataConfig, device: torch.device) -> tuple[ImageSource, i
     if root == Path(DIGITS_FOLDER):
         write_digits(root)
     found = folder.scan(root)
+    if ignored := found.ignored():
+        print(f"data.images: {ignored}", file=sys.stderr)
     train, held_out = folder.split(found, data.held_out)
     decoder = open_decoder(data, device)
     return ImageSource(train, held_out, found.fingerprint(), decoder), data.resolution, data.channels

@@ -26,18 +26,23 @@ class Inputs:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         batch, values = shape[0], torch.Size(shape).numel()
-        room = -(-values * dtype.itemsize // 4) * 4  # what follows is float32
-        sizes = [8 * batch, 8 * batch, room, 4, 4]
+        sizes = [8 * batch, 8 * batch, 4, 4, values * dtype.itemsize]
         self.bytes = torch.zeros(sum(sizes), dtype=torch.uint8, device=device, pin_memory=pinned)
-        labels, number, x, lr, weight = self.bytes.split(sizes)
+        labels, number, lr, weight, x = self.bytes.split(sizes)
         self.labels, self.number = labels.view(torch.int64), number.view(torch.int64)  # (B,)
-        self.x = x.view(dtype)[:values].view(shape)
         self.lr, self.weight = lr.view(torch.float32)[0], weight.view(torch.float32)[0]  # ()
+        self.x = x.view(dtype).view(shape)
+        self.head = self.bytes[: sum(sizes[:4])]  # all but x
 
     def fill(self, batch: Batch, lr: float, weight: float) -> None:
         """Take over a batch from any device, the learning rate and the alignment weight."""
-        for held, given in ((self.x, batch.x), (self.labels, batch.labels), (self.number, batch.number)):
-            held.copy_(given, non_blocking=True)
+        self.x.copy_(batch.x, non_blocking=True)
+        self.fill_head(batch, lr, weight)
+
+    def fill_head(self, batch: Batch, lr: float, weight: float) -> None:
+        """The same of all but x."""
+        self.labels.copy_(batch.labels, non_blocking=True)
+        self.number.copy_(batch.number, non_blocking=True)
         self.lr.fill_(lr)
         self.weight.fill_(weight)
 
@@ -67,8 +72,12 @@ class Prefetch:
         self._lanes.append(lane)
         lane.free.synchronize()
         with torch.cuda.stream(self._stream):
-            if batch.x.is_cuda or batch.x.is_pinned():  # no detour
+            if batch.x.is_cuda:
                 lane.there.fill(batch, lr, weight)
+            elif batch.x.is_pinned():  # no detour for x
+                lane.here.fill_head(batch, lr, weight)
+                lane.there.head.copy_(lane.here.head, non_blocking=True)
+                lane.there.x.copy_(batch.x, non_blocking=True)
             else:
                 lane.here.fill(batch, lr, weight)
                 lane.there.bytes.copy_(lane.here.bytes, non_blocking=True)
