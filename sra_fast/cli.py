@@ -36,14 +36,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SampleCommand:
-    """Generate images and write them as a PNG grid, one PNG each, and the .npz that the ADM evaluation suite reads."""
+    """Generate images and write them as a PNG grid, one PNG each, and the .npz that the ADM evaluation suite reads; or
+    the latents they are decoded from."""
 
     weights: str
     """A run, one of its checkpoints, a .safetensors or a public .pt file."""
     weights_key: Literal["ema", "model"] = "ema"
     """The EMA, or the raw weights."""
     out: str = "generated"
-    """Folder for grid.png, images/ and samples.npz."""
+    """Folder for grid.png, images/ and samples.npz, or latents.npz."""
     classes: tuple[int, ...] = ()
     """Classes to generate, in turn; empty = all."""
     grid: int = 100
@@ -52,6 +53,9 @@ class SampleCommand:
     """Write one PNG per image."""
     npz: bool = True
     """Write samples.npz: arr_0, uint8 (N, H, W, 3); one channel is repeated to three."""
+    latents: bool = False
+    """Write latents.npz instead: z, float32 (N, C, h, w), what the VAE decodes, and labels, int64 (N,). A run's weights
+    need no VAE for this. --grid, --images and --npz are then without effect."""
     path: Literal["", "linear", "cosine"] = ""
     """Interpolant a sit was trained with; empty = as the weights say, linear where they do not."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -149,14 +153,13 @@ def sample(arguments: Sequence[str]) -> int:
     default = SampleCommand(weights=tyro.MISSING, sample=run.sample if run else SampleConfig())
     command = _parse(SampleCommand, default, arguments, "sra-fast sample")
     refuse_unless(command.grid >= 0, "grid", command.grid, "must not be negative")
-    import numpy as np
     import torch
     from tqdm import tqdm
 
     from sra_fast.evaluation import network_of
     from sra_fast.sampling import balanced_labels, generate
-    from sra_fast.sampling.decoding import image_maker, space_of
-    from sra_fast.sampling.images import grid_columns, save_each, save_grid, save_npz, to_uint8
+    from sra_fast.sampling.decoding import image_maker, latent_maker, space_of
+    from sra_fast.sampling.images import ImageFiles, LatentsFile, grid_columns
 
     weights, network = _network(command.weights, command.weights_key, command.device)
     settings, model = command.sample, weights.config
@@ -171,24 +174,22 @@ def sample(arguments: Sequence[str]) -> int:
     if command.classes:
         labels = torch.tensor(command.classes)[labels]
     path = command.path or (weights.objective.path if weights.objective else "linear")
-    make_images = image_maker(space_of(Path(command.weights), command.vae, model.channels), device)
-    made = []
+    source = Path(command.weights), command.vae, model.channels
+    if command.latents:
+        made, make, files = "latents", latent_maker(*source), LatentsFile(out / "latents.npz", labels)
+    else:
+        made, make = "images", image_maker(space_of(*source), device)
+        columns = grid_columns(command.grid, len(command.classes) or model.classes)
+        files = ImageFiles(out, images=command.images, grid=command.grid, columns=columns, npz=command.npz)
     with tqdm(total=settings.count, unit="img", disable=None) as bar:
         for part in torch.arange(settings.count).split(settings.batch):
-            images = generate(
+            x = generate(
                 network_of(network), labels[part].to(device), part.to(device), config=settings, model=model, path=path
             )
-            made.append(to_uint8(make_images(images)))
-            if command.images:  # as they come: a long run that is stopped has not been for nothing
-                save_each(out / "images", made[-1], first=int(part[0]))
+            files.add(make(x))
             bar.update(len(part))
-    pixels = np.concatenate(made)
-    if command.grid:
-        columns = grid_columns(command.grid, len(command.classes) or model.classes)
-        save_grid(out / "grid.png", pixels[: command.grid], columns)
-    if command.npz:
-        save_npz(out / "samples.npz", pixels)
-    print(f"{settings.count} images in {out}")
+    files.finish()
+    print(f"{settings.count} {made} in {out}")
     return 0
 
 

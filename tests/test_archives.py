@@ -62,6 +62,20 @@ def test_archives_are_read_in_order_whatever_names_them(tmp_path, given):
     assert data.read(1) == b"image 1"
 
 
+@pytest.mark.parametrize("given", ["t-{08..11}.tar", "{t,s}-*.tar", "t-{08..09}.tar"])
+def test_numbers_in_braces_stand_for_archives(tmp_path, given):
+    for number in range(8, 12):
+        write_tar(tmp_path / f"t-{number:02d}.tar", samples([number % 2], first=number))
+    if given.startswith("{"):  # only numbers do
+        assert "no file that fits it as a glob" in refusal(tmp_path / given)
+        return
+    data = open_images(str(tmp_path / given))
+    assert data.files[:2] == ("t-08.tar/00008.jpg", "t-09.tar/00009.jpg")
+    assert len(data) == (4 if "11" in given else 2)
+    (tmp_path / "t-09.tar").unlink()
+    assert f"'{tmp_path}/t-09.tar' given; there is no such folder" in refusal(tmp_path / given)
+
+
 def test_one_archive_and_a_folder_of_classes(tmp_path):
     assert open_images(str(write_tar(tmp_path / "a.tar", samples([0])))).files == ("a.tar/00000.jpg",)
     (tmp_path / "classes" / "cat").mkdir(parents=True)
@@ -115,6 +129,8 @@ def test_members_of_all_sorts(tmp_path, kind):
         ({"1.jpg": b"", "1.cls": b"cat"}, "1.cls' given; has the label b'cat'; must be a number"),
         ({"1.jpg": b"", "1.cls": b""}, "has the label b''"),
         ({"1.jpg": b"", "1.cls": b"-1"}, "has the label b'-1'"),
+        ({"1.jpg": b"", "1.cls": b"4000000000"}, "has the label b'4000000000'; must be a number from 0 to 1,048,575"),
+        ({"1.jpg": b"", "1.cls": b"9" * 30}, "has the label"),
         ({"1.jpg": b"", "1.json": b'{"class": 1}'}, "the .json of 1.jpg' given; has the label b''"),
         ({"1.jpg": b"", "1.json": b"[1]"}, "has the label b''"),
         ({"1.jpg": b"", "1.json": b'{"label": true}'}, "has the label b'True'"),

@@ -11,7 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from small_run import arguments, checkpoints, metrics, run, small, write_images
 
+from sra_fast.config import Refused
 from sra_fast.model.public_weights import write_public
+from sra_fast.sampling.images import LatentsFile, to_uint8
 
 
 def files(root):
@@ -97,6 +99,33 @@ def test_chosen_classes_and_files(main, trained, tmp_path):
         assert grid.size == (32, 32)
 
 
+def test_weights_of_no_run_give_latents_as_they_are(main, trained, tmp_path):
+    """Beside the images of the same weights: without a VAE they are the samples themselves."""
+    exported = tmp_path / "w.safetensors"
+    assert main(["export", "--weights", trained, "--out", exported])[0] == 0
+    pixels = sampled(main, tmp_path / "pixels", exported, "--classes", "2", "1")
+    words = ["--sample.sampler", "sde", "--sample.steps", "4", "--sample.count", "6", "--sample.batch", "4"]
+    words += ["--classes", "2", "1", "--latents", "--out", tmp_path / "out"]
+    code, output, error = main(["sample", "--weights", exported, *words])
+    assert code == 0, error
+    assert f"6 latents in {tmp_path / 'out'}" in output
+    assert files(tmp_path / "out") == ["latents.npz"]
+    with np.load(tmp_path / "out/latents.npz") as file:
+        z, labels = file["z"], file["labels"]
+    assert (z.shape, z.dtype) == ((6, 1, 8, 8), np.float32)
+    assert (labels.dtype, labels.tolist()) == (np.int64, [2, 1] * 3)
+    made = to_uint8(torch.from_numpy(z)).astype(int)
+    assert np.abs(made - pixels[..., :1]).max() <= 1  # batches of another size change the last bits
+
+
+def test_latents_that_are_not_finite_are_refused(tmp_path):
+    file = LatentsFile(tmp_path / "latents.npz", torch.zeros(2, dtype=torch.int64))
+    file.add(torch.zeros(1, 4, 2, 2))
+    with pytest.raises(Refused, match="samples: 1 of 1 not finite given"):
+        file.add(torch.full((1, 4, 2, 2), torch.inf))
+    assert files(tmp_path) == []
+
+
 class Planted:
     """Its pickle creates a file when it is read."""
 
@@ -167,6 +196,7 @@ def test_a_file_that_holds_no_weights_is_refused(refused, tmp_path, kind):
         (["--sample.sampler", "ddpm"], "sample.sampler: 'ddpm' given"),
         (["--sample.guidance", "inf"], "finite"),
         (["--device", "cuda"], "device: 'cuda' given"),
+        (["--latents"], "latents: True given; but the run "),
     ],
 )
 def test_sample_refuses_in_one_line_and_writes_nothing(refused, trained, tmp_path, monkeypatch, words, expected):

@@ -12,7 +12,7 @@ from small_vae import save_kl
 
 from sra_fast.config import Refused
 from sra_fast.data.source import open_source
-from sra_fast.sampling.decoding import BATCH, LatentSpace, image_maker, latent_space, space_of
+from sra_fast.sampling.decoding import BATCH, LatentSpace, image_maker, latent_maker, latent_space, space_of
 
 CPU = torch.device("cpu")
 
@@ -68,8 +68,52 @@ def test_weights_of_no_run_take_the_vae_s_own_space(tmp_path, monkeypatch):
     assert space_of(weights, "a vae", 4) == LatentSpace("a vae", vae.scale, vae.shift)
     assert names == ["a vae"]
     assert space_of(weights, "", 3) is None
-    with pytest.raises(Refused, match=r"vae: '' given; must be named: these weights make 4 channels"):
+    with pytest.raises(Refused, match=r"vae: '' given; must be named: these weights make 4 channels.*--latents"):
         space_of(weights, "", 4)
+
+
+@pytest.mark.parametrize("make", [space_of, latent_maker])
+def test_weights_of_no_run_are_refused_with_a_vae_of_other_channels(tmp_path, monkeypatch, make):
+    stand_in(monkeypatch, channels=16)
+    with pytest.raises(Refused, match="vae: 'a vae' given; it decodes 16 channels; must decode 4"):
+        make(tmp_path / "ema.safetensors", "a vae", 4)
+
+
+def test_latents_of_a_run_are_unscaled_without_a_vae(tmp_path, monkeypatch):
+    _, names = stand_in(monkeypatch)
+    run = tmp_path / "runs/a"
+    checkpoint = run / "checkpoints/000000000080"
+    checkpoint.mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    LatentSpace("a vae", (1.0, 2.0, 4.0, 8.0), 0.5).write(run)
+    x = torch.randn(3, 4, 2, 2, dtype=torch.float64)
+    z = x.float() / torch.tensor([1.0, 2.0, 4.0, 8.0])[:, None, None] + 0.5
+    for weights in (run, checkpoint, checkpoint / "ema.safetensors", run / "exported.safetensors"):
+        for vae in ("", "another"):
+            found = latent_maker(weights, vae, 4)(x)
+            assert found.dtype == torch.float32
+            assert torch.equal(found, z)
+    assert names == []
+
+
+def test_latents_of_no_run_are_scaled_as_a_named_vae_says_or_not_at_all(tmp_path, monkeypatch):
+    vae, names = stand_in(monkeypatch)
+    x = torch.randn(3, 4, 2, 2)
+    assert torch.equal(latent_maker(tmp_path / "ema.safetensors", "", 4)(x), x)
+    assert names == []
+    z = latent_maker(tmp_path / "ema.safetensors", "a vae", 4)(x)
+    assert torch.equal(z, x / vae.scale + vae.shift)
+    assert (names, vae.given) == (["a vae"], [])
+
+
+def test_a_run_on_pixels_has_no_latents(tmp_path):
+    checkpoint = tmp_path / "runs/a/checkpoints/000000000080"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "runs/a/config.json").write_text("{}")
+    for weights in (tmp_path / "runs/a", checkpoint, checkpoint / "ema.safetensors"):
+        with pytest.raises(Refused) as caught:
+            latent_maker(weights, "", 3)
+        assert str(caught.value) == f"latents: True given; but the run {tmp_path / 'runs/a'} makes pixels"
 
 
 def test_samples_are_unscaled_and_decoded_in_small_batches(monkeypatch):
@@ -113,7 +157,7 @@ def test_a_vae_of_other_channels_is_one_line(monkeypatch):
 
 
 def test_no_vae_is_one_line_with_the_cure(tmp_path):
-    with pytest.raises(Refused, match=r"none is named by these latents; --data.vae or --vae"):
+    with pytest.raises(Refused, match=r"none is named by these latents; --data.vae or --vae .*sample --latents"):
         image_maker(LatentSpace("", 1.0, 0.0), CPU)
     pytest.importorskip("diffusers")
     with pytest.raises(Refused) as caught:

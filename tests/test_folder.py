@@ -41,7 +41,22 @@ def test_a_linked_class_is_followed_and_a_link_within_is_not(tmp_path):
     touch(tmp_path, "elsewhere/1.png", "data/a/2.png")
     (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "data" / "a" / "loop").symlink_to(tmp_path / "data")
-    assert scan(tmp_path / "data").files == ("a/2.png", "linked/1.png")
+    folder = scan(tmp_path / "data")
+    assert folder.files == ("a/2.png", "linked/1.png")
+    assert folder.others == (("linked folders", 1),)
+
+
+def test_what_is_left_out_is_counted_by_kind(tmp_path):
+    touch(tmp_path, "a/1.png")
+    assert (scan(tmp_path).others, scan(tmp_path).ignored()) == ((), "")
+    touch(tmp_path, "a/2.webp", "a/b/3.WEBP", "a/4.gif", "a/readme", "loose.jpg", ".hidden.gif", "a/.5.gif", ".c/6.gif")
+    folder = scan(tmp_path)
+    assert folder.others == ((".webp", 2), (".gif", 1), (".jpg", 1), ("without extension", 1))
+    line = folder.ignored()
+    assert line.startswith(f"{tmp_path}: not read, being no JPEG or PNG in a class folder: 2 .webp, 1 .gif, 1 .jpg, 1 ")
+    touch(tmp_path, *(f"a/x.{kind}" for kind in ("bmp", "tif", "txt")))
+    assert scan(tmp_path).ignored().endswith(", ...")
+    assert folder.take(np.array([0])).others == folder.others
 
 
 def test_refuses_what_is_no_data_set(tmp_path):

@@ -232,6 +232,18 @@ def test_a_batch_from_the_device_arrives_too() -> None:
         assert torch.equal(prefetch.fixed.number.cpu(), batch(k).number)
 
 
+def test_a_pinned_batch_arrives_without_a_detour() -> None:
+    prefetch = Prefetch((8, 4, 8, 8), GPU)
+    for k in range(50):
+        given = batch(k)
+        prefetch(given._replace(x=given.x.pin_memory()), 1e-3 * k, 0.5)
+        fixed = prefetch.fixed
+        assert torch.equal(fixed.x.cpu(), given.x)
+        assert torch.equal(fixed.number.cpu(), given.number)
+        assert torch.equal(fixed.labels.cpu(), given.labels)
+        assert float(fixed.lr) == pytest.approx(1e-3 * k)
+
+
 def test_a_step_that_cannot_be_captured_goes_on_and_says_why(config, awake, monkeypatch) -> None:
     said: list[str] = []
     before = torch.cuda.current_stream()

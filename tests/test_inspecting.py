@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
@@ -11,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from small_run import write_images
+from small_run import strict_json, write_images
 from small_sets import change, pack, publish, stand_in
+
+from sra_fast import cli
 
 
 @pytest.fixture
@@ -115,14 +118,102 @@ def test_pixels_as_prepare_writes_them_are_no_warning(inspect, tmp_path):
     assert sorted(held[image] for image in shown) == [0, 1, 2, 3]  # spread over the classes
 
 
-def test_few_classes_have_bars_and_many_have_quantiles(inspect, tmp_path):
+def test_classes_have_bars_and_many_classes_those_of_their_sizes(inspect, tmp_path):
     pack(tmp_path / "few", classes=3)
     output = inspect(tmp_path / "few")[1]
     assert re.search(r"\n\s+c0 +27 #{40}\n\s+c1 +27 #{40}\n\s+c2 +26 #{39}\n", output)
     pack(tmp_path / "many", classes=30)
     output = inspect(tmp_path / "many")[1]
-    assert "30: smallest c20 with 2, largest c0 with 3; 10%, half and 90% of them have up to 2 3 3" in output
-    assert "#" not in output
+    assert "30: 10%, half and 90% of them have up to 2 3 3\n" in output
+    assert re.search(r"\n\s+2 images +10 #{20}\n\s+3 images +20 #{40}\n", output)
+    assert re.search(r"\nsmallest +c20 with 2, c21 with 2, c22 with 2, c23 with 2, c24 with 2\n", output)
+    assert re.search(r"\nlargest +c0 with 3, c1 with 3, c2 with 3, c3 with 3, c4 with 3\n", output)
+
+
+def test_json_holds_what_is_printed(inspect, tmp_path):
+    facts = {"shift": [0.0, 4.0, 0.0, 0.0], "vae": "mine", "skipped": [{"file": "c0/a.jpg", "reason": "cut short"}]}
+    stored = pack(tmp_path / "set", classes=30, **facts)
+    code, output, _, warnings = inspect(stored.root, "--json", tmp_path / "made/found.json")
+    given = strict_json((tmp_path / "made/found.json").read_text())
+    assert code == given["exit_code"] == 0
+    assert given["classes"] == [{"name": f"c{n}", "images": 3 if n < 20 else 2} for n in range(30)]
+    size = sum(path.stat().st_size for path in stored.root.glob("*.npy"))
+    for name, value in {
+        "kind": "packed set",
+        "data": str(stored.root),
+        "checksums": True,
+        "images": 80,
+        "shards": 4,
+        "bytes": size,
+        "resolution": 32,
+        "crop": "adm",
+        "shape": [8, 4, 4],
+        "dtype": "float16",
+        "posterior": True,
+        "flips": False,
+        "scale": 0.9,
+        **facts,
+        "wrong": [],
+        "advice": "",
+        "shorter_side": None,
+    }.items():
+        assert given[name] == value, name
+    assert [f"warning: {text}" for text in given["warnings"]] == warnings != []
+    assert given["sheet"]["file"] == str(tmp_path / "sheet.png")
+    assert given["sheet"]["missing"] in output
+    assert given["statistics"]["rows"] == 80
+    for channel, numbers in enumerate(given["statistics"]["channels"]):
+        assert list(numbers) == ["mean", "std", "deviation_mean", "deviation_std", "x_mean", "x_std"]
+        assert figures(output, channel) == [float(f"{number:.4g}") for number in numbers.values()]
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_json_of_damage_and_of_other_kinds_of_sets(inspect, refused, tmp_path):
+    def found(data, *words):
+        code, _, wrong, _ = inspect(data, "--json", tmp_path / "found.json", *words)
+        given = strict_json((tmp_path / "found.json").read_text())
+        assert given["exit_code"] == code == bool(given["wrong"])
+        assert [f"wrong: {file['file']}: {file['reason']}" for file in given["wrong"]] == wrong
+        return given
+
+    stored = pack(tmp_path / "set")
+    (stored.root / "moments-00002.npy").unlink()
+    given = found(stored.root)
+    assert [Path(file["file"]).name for file in given["wrong"]] == ["moments-00002.npy"]
+    assert given["classes"][0] == {"name": "c0", "images": None}  # the set cannot be opened
+    assert (given["statistics"], given["sheet"]) == (None, None)
+    publish(tmp_path / "public")
+    given = found(tmp_path / "public")
+    assert (given["kind"], given["dtype"], given["shape"]) == ("public layout", "float32", [8, 4, 4])
+    assert [kind["images"] for kind in given["classes"]] == [8, 8, 8]
+    images = write_images(tmp_path / "data", count=20)
+    (images / "c0/000.png").write_bytes(b"")
+    given = found(images, "--images", "0")
+    assert (given["kind"], given["images"], given["shape"], given["sheet"]) == ("image folder", 20, None, None)
+    assert given["shorter_side"] == [8, 8, 8]
+    assert given["statistics"]["rows"] == 19
+    assert [list(channel) for channel in given["statistics"]["channels"]] == [["x_mean", "x_std"]] * 3
+    assert found(images, "--images", "0", "--no-checksums")["bytes"] is None
+    assert "json: '" in refused(["inspect", images, "--json", tmp_path])
+
+
+def test_names_that_are_not_utf_8_are_escaped(tmp_path, monkeypatch):
+    root = write_images(tmp_path / "data", count=4)
+    (root / "c1").rename(root / os.fsdecode(b"caf\xe9"))
+    broken = root / "c2" / os.fsdecode(b"\xff.png")
+    broken.write_bytes(b"")
+    root = root.rename(tmp_path / os.fsdecode(b"d\xe4ta"))
+    streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict", write_through=True) for _ in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", streams[0])
+        patch.setattr(sys, "stderr", streams[1])
+        assert cli.main(["inspect", str(root), "--json", str(tmp_path / "found.json")]) == 1
+    output, error = (stream.buffer.getvalue().decode() for stream in streams)
+    assert re.search(r"\n +caf\\udce9 {11,} 1 #+\n", output)  # as wide as other names
+    assert f"wrong: {tmp_path}/d\\udce4ta/c2/\\udcff.png: " in error
+    text = (tmp_path / "found.json").read_text()
+    assert [kind["name"] for kind in strict_json(text)["classes"]] == ["c0", "c2", "c3", "caf\\udce9"]
+    strict_json(text)["wrong"][0]["file"].encode()  # no half of a surrogate pair
 
 
 @pytest.mark.parametrize("name", ["moments-00001.npy", "moments_flip-00003.npy", "labels-00000.npy"])
@@ -268,6 +359,34 @@ def test_what_is_no_set_is_refused(refused, tmp_path):
     assert "rows: 0 given" in refused(["inspect", tmp_path / "set", "--rows", "0"])
     assert "images: -1 given" in refused(["inspect", tmp_path / "set", "--images", "-1"])
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_archives_are_refused_in_words(inspect, refused, tmp_path):
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    (tars / "train-000.tar").write_bytes(bytes(10240))
+    for given in (tars, tars / "train-000.tar", tars / "train-{000..003}.tar"):
+        assert "archives are not inspected: let `sra-fast prepare`" in refused(["inspect", given])
+    write_images(tars, count=8)  # class folders beside them are what training reads
+    assert inspect(tars)[0] == 0
+
+
+def test_how_to_mend_a_packed_set_is_said_once(main, packed, tmp_path):
+    def said():
+        lines = main(["inspect", packed.root, "--images", "0", "--json", tmp_path / "found.json"])[2].splitlines()
+        told = [line for line in lines if "sra-fast prepare" in line]
+        assert told in ([], lines[-1:])
+        assert strict_json((tmp_path / "found.json").read_text())["advice"] == "".join(told)
+        return told
+
+    (packed.root / "prepare.json").write_text("{}")
+    assert said() == []
+    flip(packed.root / "moments-00001.npy")
+    os.truncate(packed.root / "moments-00000.npy", 300)
+    assert "makes damaged files again" in said()[0]
+    assert "--verify" in said()[0]
+    (packed.root / "prepare.json").unlink()  # prepare would refuse the folder
+    assert said() == []
 
 
 def test_a_pipe_gets_no_progress_bars(packed, tmp_path):

@@ -3,6 +3,8 @@ command says and refuses."""
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -216,8 +218,40 @@ def test_ranks_of_a_launcher_begin_at_different_shards(images, tmp_path, monkeyp
     monkeypatch.setenv("WORLD_SIZE", "3")
     prepare(config(images, tmp_path / "set"))
     assert seen == [(32, 44), (0, 16), (16, 32)]
+    monkeypatch.setenv("RANK", "")
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_NTASKS", "3")
+    seen.clear()
+    prepare(config(images, tmp_path / "slurm"))
+    assert seen == [(16, 32), (32, 44), (0, 16)]
     monkeypatch.setenv("RANK", "first")
     assert "RANK: 'first' given; must be a number" in refusal(config(images, tmp_path / "other"))
+
+
+def test_only_the_first_rank_speaks(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    prepare(config(images, tmp_path / "set"))
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "img/s" not in said.err
+    assert said.err.count("undecodable") == 4  # but of bad files, whoever finds them
+
+
+def test_a_log_file_is_told_the_rate_and_what_is_ignored(images, tmp_path, capsys):
+    (images / "c0" / "animation.gif").touch()
+    prepare(config(images, tmp_path / "set"))
+    said = capsys.readouterr().err
+    assert re.search(r"44/44 \[.*img/s\]", said)
+    assert f"images: {images}: not read, being no JPEG or PNG in a class folder: 1 .gif\n" in said
+
+
+def test_a_vae_is_found_from_any_folder_and_by_any_name(images, kl, tmp_path, monkeypatch):
+    monkeypatch.chdir(kl.parent)
+    assert prepare(config(images, tmp_path / "set", vae=kl.name)).vae == str(kl.resolve())
+    prepare(config(images, tmp_path / "set", vae=f"./{kl.name}"))
+    monkeypatch.chdir(tmp_path)
+    prepare(config(images, tmp_path / "set", vae=str(kl)))
 
 
 @pytest.mark.parametrize("reader", ["pillow", "dali"])

@@ -8,6 +8,7 @@ from small_set import (
     Killed,
     config,
     content,
+    jpeg,
     kill,
     refusal,
     write_set,
@@ -29,9 +30,9 @@ from sra_fast.vae import Vae
         ({"rows_per_shard": 8}, "rows-per-shard: 8 given; .* begun with 16"),
         ({"flips": True}, "flips: True given; .* begun with False"),
         ({"exif": True}, "exif: True given"),
-        ({"vae": "KL"}, "vae: '.*' given; .* begun with ''"),
-        ({"reader": "dali"}, "reader: 'dali cpu .* given; .* begun with 'pillow'"),
-        ({"images": "other"}, "images: others given"),
+        ({"vae": "KL"}, "no-vae: False given; .* begun with True"),
+        ({"reader": "dali"}, "reader: 'dali cpu' given; .* begun with 'pillow'; go on with that, or take another"),
+        ({"images": "other"}, "images: others given than the set in .* was begun with: 44 images then, 3 now; "),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -51,7 +52,7 @@ def test_going_on_with_other_weights_in_the_same_folder_is_refused(images, tmp_p
     vae = save_kl(tmp_path / "vae")
     prepare(config(images, tmp_path / "set", vae=str(vae)))
     save_kl(vae, seed=5)
-    assert "vae-weights: others given" in refusal(config(images, tmp_path / "set", vae=str(vae)))
+    assert "vae: another one given than the set in " in refusal(config(images, tmp_path / "set", vae=str(vae)))
     save_kl(vae)
     assert "precision: 'bf16' given; " in refusal(config(images, tmp_path / "set", vae=str(vae), precision="bf16"))
     prepare(config(images, tmp_path / "set", vae=str(vae)))
@@ -87,8 +88,7 @@ def prepare_part(images, out):
         ),
         (["--out", "o", "--images", "i"], "vae: '' given; must be given unless no-vae is"),
         (["--out", "o", "--images", "i", "--vae", "v", "--no-vae"], "vae: 'v' given; must be given unless no-vae is"),
-        (["--out", "o", "--from-public", "p", "--vae", "v"], "vae: 'v' given; must not be given with from-public"),
-        (["--out", "o", "--from-public", "p", "--no-vae"], "vae: '' given; must not be given with from-public"),
+        (["--out", "o", "--from-public", "p", "--no-vae"], "no-vae: True given; must not be given with from-public"),
         (["--out", "o", "--from-public", "p", "--flips"], "flips: True given; cannot be made from-public"),
         (["--out", "o", "--from-public", "p"], "from-public: 'p' given; must be a folder with vae-sd/dataset.json"),
         (["--out", "o", "--images", "i", "--no-vae"], "images: 'i' given; there is no such folder, and no file"),
@@ -128,12 +128,18 @@ def test_a_folder_with_something_else_is_refused_and_left_alone(images, tmp_path
     assert content(tmp_path / "set") == {name: b"mine"}
     (tmp_path / "file").touch()
     assert "must be a folder" in refusal(config(images, tmp_path / "file"))
+    assert refusal(config(images, tmp_path / "file" / "set")).startswith(
+        f"out: '{tmp_path}/file/set' given; cannot be "
+    )
 
 
 def test_nothing_decodable_and_a_class_without_images_are_refused(tmp_path):
     root = write_set(tmp_path / "images", 3)
     (root / "c2" / "002.jpg").write_bytes(b"")
-    assert "no image of class 'c2' can be read" in refusal(config(root, tmp_path / "one"))
+    line = "no image of class 'c2' can be decoded, the first, c2/002.jpg, because: empty file; mend it and run the same"
+    assert line in refusal(config(root, tmp_path / "one"))
+    (root / "c2" / "002.jpg").write_bytes(jpeg(0))
+    assert prepare(config(root, tmp_path / "one")).count == 3
     for path in root.rglob("*.jpg"):
         path.write_bytes(b"")
     line = refusal(config(root, tmp_path / "two"))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from small_set import config, refusal, rows
 from small_sets import ROW, publish
+from small_vae import save_kl
 
 from sra_fast.config import Refused
 from sra_fast.data.latents import open_moments
@@ -117,7 +118,7 @@ def test_broken_public_files_are_named_and_left_out_without_moving_a_label(tmp_p
     whole = rows_of(prepare(public(root, tmp_path / "whole")), tmp_path / "whole")
     broken_public(root)
     (root / "vae-sd" / "00001" / "img-mean-std-00000005.npy").touch()
-    with pytest.raises(Refused, match=r"no image of class '0' can be read|shape"):
+    with pytest.raises(Refused, match="no image of class '0' can be decoded"):
         prepare(public(write_all_broken(tmp_path / "none"), tmp_path / "none-set"))
     # Rows 6 and 8 are whole, of classes 0 and 2; one of class 1 must be there too.
     moments = np.ones((8, 8, 8), np.float32)
@@ -163,6 +164,24 @@ def test_a_dataset_json_that_cannot_serve_is_refused(tmp_path, content, said):
 
 def test_a_folder_without_the_layout_is_refused(tmp_path):
     assert "must be a folder with vae-sd/dataset.json" in refusal(public(tmp_path, tmp_path / "set"))
+
+
+def test_moments_of_another_vae_need_its_name(tmp_path):
+    vae = save_kl(tmp_path / "vae", channels=2, scaling_factor=0.5, shift_factor=0.25)
+    publish(tmp_path / "public", shape=(4, 4, 4))
+    with pytest.raises(Refused, match=r"data\.latents: .*: channels: 2 given; must be 4, Stable Diffusion's: .*--vae"):
+        open_moments(tmp_path / "public")
+    assert "have 2 channels and Stable Diffusion's VAE 4: --vae must name theirs" in refusal(
+        public(tmp_path / "public", tmp_path / "set")
+    )
+    other = save_kl(tmp_path / "other", channels=3)
+    line = refusal(public(tmp_path / "public", tmp_path / "set", vae=str(other)))
+    assert line == f"vae: {str(other)!r} given; must be an AutoencoderKL of 2 channels"
+    assert not (tmp_path / "set").exists()
+    manifest = prepare(public(tmp_path / "public", tmp_path / "set", vae=str(vae)))
+    assert (manifest.scale, manifest.shift, manifest.vae, manifest.resolution) == (0.5, 0.25, str(vae), 16)
+    assert open_moments(tmp_path / "set").scale == 0.5
+    assert "vae" in refusal(public(tmp_path / "public", tmp_path / "set", vae=str(save_kl(vae, channels=2))))
 
 
 def test_conversion_does_not_change_which_image_is_which(tmp_path):

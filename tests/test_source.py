@@ -109,3 +109,11 @@ def test_the_stream_is_that_of_the_run(tmp_path):
         (found,) = np.flatnonzero((stored.rows == row).all((1, 2, 3)))
         assert stored.labels[found] == label
         assert found in source.train.index
+
+
+def test_what_is_no_image_of_a_class_is_said(tmp_path, capsys):
+    write_images(tmp_path / "data")
+    (tmp_path / "data" / "loose.webp").touch()
+    open_source(small(tmp_path), CPU)
+    line = f"data.images: {tmp_path / 'data'}: not read, being no JPEG or PNG in a class folder: 1 .webp\n"
+    assert capsys.readouterr().err.endswith(line)

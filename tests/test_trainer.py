@@ -378,12 +378,21 @@ def test_paths_are_relative_to_where_the_command_runs(root, monkeypatch):
     assert (root / "runs/a/summary.json").is_file()
 
 
-def test_a_preview_that_cannot_be_drawn_does_not_end_the_run(tmp_path, monkeypatch, capfd):
+def nothing_finite(*_, **__):
+    return torch.full((4, 1, 8, 8), torch.nan)
+
+
+def no_memory(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+
+@pytest.mark.parametrize(("generate", "said"), [(nothing_finite, "no preview: "), (no_memory, "no preview: CUDA out")])
+def test_a_preview_that_cannot_be_drawn_does_not_end_the_run(tmp_path, monkeypatch, capfd, generate, said):
     write_images(tmp_path / "data")
-    monkeypatch.setattr("sra_fast.trainer.generate", lambda *_, **__: torch.full((4, 1, 8, 8), torch.nan))
+    monkeypatch.setattr("sra_fast.trainer.generate", generate)
     code, rows = run(small(tmp_path))
     assert (code, len(rows)) == (0, 10)
-    assert "no preview: " in capfd.readouterr().err
+    assert said in capfd.readouterr().err
 
 
 def test_the_saved_configuration_is_strict_json_with_every_field(stopped):

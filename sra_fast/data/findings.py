@@ -144,7 +144,8 @@ class Findings:
 
 
 def printable(text: str) -> str:
-    r"""The same, with the bytes of a file name that are not UTF-8 as \udcff: no stream takes them as Python has them."""
+    r"""The same, with bytes of a file name that are not UTF-8 as \udcff: a strict stream refuses what Python has for
+    them."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -168,11 +169,12 @@ def class_lines(names: Sequence[str], counts: np.ndarray) -> Iterator[tuple[str,
     """
     quantiles = "{:,.0f} {:,.0f} {:,.0f}".format(*np.percentile(counts, (10, 50, 90)))
     spread = f"10%, half and 90% of them have up to {quantiles}"
-    order = np.argsort(counts, kind="stable").tolist()
-    ends = [f"{names[label]} with {counts[label]:,}" for label in order]
-    largest = [f"{names[label]} with {counts[label]:,}" for label in np.argsort(-counts, kind="stable")[:ENDS].tolist()]
+    smallest, largest = (
+        [f"{names[label]} with {counts[label]:,}" for label in np.argsort(key, kind="stable")[:ENDS].tolist()]
+        for key in (counts, -counts)
+    )
     if len(names) <= FEW:
-        yield "classes", f"{len(names):,}: smallest {ends[0]}, largest {largest[0]}; {spread}"
+        yield "classes", f"{len(names):,}: smallest {smallest[0]}, largest {largest[0]}; {spread}"
         for name, count in zip(names, counts.tolist(), strict=True):
             yield "", f"{printable(name)[:20]:<20} {count:>9,} {_bar(count, int(counts.max()))}"
         return
@@ -182,7 +184,7 @@ def class_lines(names: Sequence[str], counts: np.ndarray) -> Iterator[tuple[str,
     width, most = max(map(len, texts)), max(count for *_, count in bins)
     for text, (*_, count) in zip(texts, bins, strict=True):
         yield "", f"{text:>{width}} {count:>9,} {_bar(count, most)}"
-    yield "smallest", ", ".join(ends[:ENDS])
+    yield "smallest", ", ".join(smallest)
     yield "largest", ", ".join(largest)
 
 

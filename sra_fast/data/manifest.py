@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 
 from sra_fast.config import Refused, refuse_unless
+from sra_fast.vae import Factor
 
 NAME = "manifest.json"
 FORMAT_VERSION = 1
 DTYPES = ("float16", "float32", "uint8")
-Factor = float | tuple[float, ...]  # one for all channels, or one for each
 _LARGEST = 3.4e38  # of float32, as which factors are applied; NaN is not below it
 
 

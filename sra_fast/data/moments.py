@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from sra_fast.config import Refused, refuse_unless
-from sra_fast.data.manifest import Factor
 from sra_fast.kernels.perturb import Stored
 from sra_fast.kernels.philox import Draw, uniforms
+from sra_fast.vae import Factor
 
 
 class Moments(ABC):

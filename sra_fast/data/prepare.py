@@ -145,19 +145,20 @@ def _settle(out: Path, settings: dict[str, Any]) -> bool:
     refuse_unless(isinstance(before, dict), "out", str(path), "must be an object")
     for name in [*now, *before]:
         if before.get(name) != now.get(name):
-            raise Refused(f"{_difference(name, before, now)}: go on as it was begun, or take another --out than {out}")
+            raise Refused(f"{_difference(name, before, now, out)}; go on with that, or take another --out")
     return (out / NAME).exists()
 
 
-def _difference(name: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+def _difference(name: str, before: dict[str, Any], now: dict[str, Any], out: Path) -> str:
     """How the settings that a set was begun with differ from those of now."""
+    begun = f"the set in {out} was begun with"
     if name in ("images", "from-public"):
-        counts = [f"{settings['image-count']:,}" for settings in (before, now) if settings.get("image-count")]
-        counted = f", {counts[0]} images then, {counts[1]} now" if len(counts) == 2 else ""
-        return f"{name}: not the files that the set was begun with{counted}"
+        counts = [settings.get("image-count", 0) for settings in (before, now)]
+        counted = f": {counts[0]:,} images then, {counts[1]:,} now" if all(counts) else ""
+        return f"{name}: others given than {begun}{counted}"
     if name == "vae-weights" and name in before and name in now:
-        return "vae: not the one that the set was begun with"
-    return f"{name}: {now.get(name)!r} given; the set was begun with {before.get(name)!r}"
+        return f"vae: another one given than {begun}"
+    return f"{name}: {now.get(name)!r} given; {begun} {before.get(name)!r}"
 
 
 def _make(out: Path, maker: Maker, claims: Claims, order: list[int], config: PrepareConfig, bar: tqdm) -> int:

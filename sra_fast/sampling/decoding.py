@@ -1,4 +1,4 @@
-"""From samples to images: as they are, or through the VAE of a latent space."""
+"""From samples to images: as they are, or through the VAE of a latent space; or to the latents that it would decode."""
 
 from __future__ import annotations
 
@@ -32,6 +32,14 @@ class LatentSpace:
     def write(self, run: Path) -> None:
         """Beside a run's configuration, for those who sample from it where the data are not."""
         write_json(run / NAME, asdict(self))
+
+    def unscaled(self, x: Tensor) -> Tensor:
+        """z (N, C, h, w) float32 of samples x (N, C, h, w), on their device."""
+        scale, shift = (
+            torch.from_numpy(np.atleast_1d(np.float32(factor))).to(x.device)[:, None, None]
+            for factor in (self.scale, self.shift)
+        )
+        return x.float() / scale + shift
 
     @classmethod
     def of_run(cls, run: Path) -> LatentSpace | None:
@@ -67,17 +75,49 @@ def space_of(weights: Path, vae: str, channels: int) -> LatentSpace | None:
         channels: of a sample.
 
     Raises:
-        Refused: if they can be no pixels and nothing says what they are.
+        Refused: if they can be no pixels and nothing says what they are, or the VAE that says it does not fit them.
     """
-    weights = weights.absolute()
-    for folder in (weights, *list(weights.parents)[:3]):  # runs/<name>/checkpoints/<images>/ema.safetensors
+    for folder in _around(weights):
         if space := LatentSpace.of_run(folder):
             return replace(space, vae=vae or space.vae)
     if vae:
-        named = open_vae(vae, torch.device("cpu"), torch.float32)
-        return LatentSpace(vae, named.scale, named.shift)
-    refuse_unless(channels in (1, 3), "vae", vae, f"must be named: these weights make {channels} channels, not pixels")
+        return _space_of_vae(vae, channels)
+    wanted = f"must be named: these weights make {channels} channels, not pixels; --latents needs none"
+    refuse_unless(channels in (1, 3), "vae", vae, wanted)
     return None
+
+
+def latent_maker(weights: Path, vae: str, channels: int) -> Callable[[Tensor], Tensor]:
+    """What makes latents z (N, C, h, w) float32, as a VAE decodes them, of samples (N, C, h, w); samples as they are if
+    nothing says how they were scaled. Of a run's weights no VAE is opened.
+
+    Args: as `space_of`.
+
+    Raises:
+        Refused: if the weights are of a run on pixels, or the VAE does not fit them.
+    """
+    for folder in _around(weights):
+        if space := LatentSpace.of_run(folder):
+            return space.unscaled
+        run_on_pixels = (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
+        refuse_unless(not run_on_pixels, "latents", True, f"but the run {folder} makes pixels")
+    return _space_of_vae(vae, channels).unscaled if vae else Tensor.float
+
+
+def _around(weights: Path) -> list[Path]:
+    """Where a run's folder may be: runs/<name>/checkpoints/<images>/ema.safetensors are its weights, or less of it."""
+    weights = weights.absolute()
+    return [weights, *list(weights.parents)[:3]]
+
+
+def _space_of_vae(name: str, channels: int) -> LatentSpace:
+    vae = open_vae(name, torch.device("cpu"), torch.float32)
+    _refuse_channels(name, vae.channels, channels)
+    return LatentSpace(name, vae.scale, vae.shift)
+
+
+def _refuse_channels(vae: str, decoded: int, channels: int) -> None:
+    refuse_unless(decoded == channels, "vae", vae, f"it decodes {decoded} channels; must decode {channels}")
 
 
 def image_maker(space: LatentSpace | None, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -89,17 +129,15 @@ def image_maker(space: LatentSpace | None, device: torch.device) -> Callable[[Te
     if space is None:
         return lambda x: x
     if not space.vae:
-        raise Refused("vae: none is named by these latents; --data.vae or --vae names one, a folder or a hub id")
+        raise Refused(
+            "vae: none is named by these latents; --data.vae or --vae names one, a folder or a hub id, and "
+            "`sra-fast sample --latents` needs none"
+        )
     vae = open_vae(space.vae, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    scale, shift = (
-        torch.from_numpy(np.atleast_1d(np.float32(factor))).to(device)[:, None, None]
-        for factor in (space.scale, space.shift)
-    )
 
     @torch.no_grad()
     def make(x: Tensor) -> Tensor:
-        if x.shape[1] != vae.channels:
-            raise Refused(f"vae: {space.vae!r} given; it decodes {vae.channels} channels; must decode {x.shape[1]}")
-        return torch.cat([vae.decode(part / scale + shift) for part in x.float().split(BATCH)])
+        _refuse_channels(space.vae, vae.channels, x.shape[1])
+        return torch.cat([vae.decode(z) for z in space.unscaled(x).split(BATCH)])
 
     return make

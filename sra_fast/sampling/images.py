@@ -1,4 +1,5 @@
-"""Pixels from samples, and the files they go to: a grid or single PNGs to look at, an npz for the ADM evaluation suite.
+"""Pixels from samples, and the files they go to: a grid or single PNGs to look at, an npz for the ADM evaluation suite;
+or an npz of latents.
 
 Every file is written under a temporary name beside its own and renamed, so that a reader never finds half of one.
 """
@@ -29,8 +30,7 @@ def to_uint8(x: Tensor) -> np.ndarray:
     Raises:
         Refused: when a value is not finite.
     """
-    bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
-    refuse_unless(bad == 0, "samples", f"{bad} of {len(x)} not finite", "every value must be finite")
+    _check_finite(x)
     levels = ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
@@ -74,6 +74,52 @@ def save_npz(path: str | Path, pixels: np.ndarray) -> None:
     _check(pixels)
     with replacing(Path(path)) as partial, partial.open("wb") as file:
         np.savez(file, np.broadcast_to(pixels, (*pixels.shape[:3], 3)))
+
+
+class ImageFiles:
+    """All images that a command makes, in `out`: images/ as they come, grid.png and samples.npz at the end."""
+
+    def __init__(self, out: Path, *, images: bool, grid: int, columns: int, npz: bool) -> None:
+        """`images`, `npz`: whether to write images/ and samples.npz; `grid`: images in the grid, 0 = no grid."""
+        self._out, self._images, self._grid, self._columns, self._npz = out, images, grid, columns, npz
+        self._made: list[np.ndarray] = []
+
+    def add(self, x: Tensor) -> None:
+        """The next images, as `to_uint8` takes them."""
+        pixels = to_uint8(x)
+        if self._images:  # as they come: a long run that is stopped has not been for nothing
+            save_each(self._out / "images", pixels, first=sum(map(len, self._made)))
+        self._made.append(pixels)
+
+    def finish(self) -> None:
+        pixels = np.concatenate(self._made)
+        if self._grid:
+            save_grid(self._out / "grid.png", pixels[: self._grid], self._columns)
+        if self._npz:
+            save_npz(self._out / "samples.npz", pixels)
+
+
+class LatentsFile:
+    """All latents that a command makes, in one npz: `z` (N, C, h, w) float32 and `labels` (N,) int64."""
+
+    def __init__(self, path: Path, labels: Tensor) -> None:
+        """`labels` (N,) int64 are those of all latents to come."""
+        self._path, self._labels = path, labels
+        self._made: list[np.ndarray] = []
+
+    def add(self, z: Tensor) -> None:
+        """The next latents (B, C, h, w) float32. Raises Refused when a value is not finite."""
+        _check_finite(z)
+        self._made.append(z.cpu().numpy())
+
+    def finish(self) -> None:
+        with replacing(self._path) as partial, partial.open("wb") as file:
+            np.savez(file, z=np.concatenate(self._made), labels=self._labels.cpu().numpy())
+
+
+def _check_finite(x: Tensor) -> None:
+    bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
+    refuse_unless(bad == 0, "samples", f"{bad} of {len(x)} not finite", "every value must be finite")
 
 
 def _check(pixels: np.ndarray) -> None:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from sra_fast.data.ahead import Batch
 
+ALIGNMENT = 256  # bytes, of x as of a tensor of its own: compiled code reads vectors, and copies what is not aligned
+
 
 class Inputs:
     """One step's inputs side by side in one run of bytes, so that one copy moves them all.
@@ -26,13 +28,15 @@ class Inputs:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         batch, values = shape[0], torch.Size(shape).numel()
-        sizes = [8 * batch, 8 * batch, 4, 4, values * dtype.itemsize]
+        head = [8 * batch, 8 * batch, 4, 4]
+        room = -sum(head) % ALIGNMENT
+        sizes = [*head, room, values * dtype.itemsize]
         self.bytes = torch.zeros(sum(sizes), dtype=torch.uint8, device=device, pin_memory=pinned)
-        labels, number, lr, weight, x = self.bytes.split(sizes)
+        labels, number, lr, weight, _, x = self.bytes.split(sizes)
         self.labels, self.number = labels.view(torch.int64), number.view(torch.int64)  # (B,)
         self.lr, self.weight = lr.view(torch.float32)[0], weight.view(torch.float32)[0]  # ()
         self.x = x.view(dtype).view(shape)
-        self.head = self.bytes[: sum(sizes[:4])]  # all but x
+        self.head = self.bytes[: sum(head)]  # all but x
 
     def fill(self, batch: Batch, lr: float, weight: float) -> None:
         """Take over a batch from any device, the learning rate and the alignment weight."""

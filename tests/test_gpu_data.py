@@ -1,0 +1,322 @@
+"""What only a GPU can show of the data: DALI's pixels there, a VAE's moments and images, rows that a graph copies by
+itself, streams that share a device."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from small_run import run, small
+from small_set import SIDE, Killed, config, content, rows, write_set
+from small_sets import pack
+from small_vae import save_kl, save_tiny
+from test_images import damaged, encoded, files
+from torch import Tensor
+
+from sra_fast.config import Config, DataConfig
+from sra_fast.data import prepare as prepare_module
+from sra_fast.data.ahead import Batch
+from sra_fast.data.folder import scan
+from sra_fast.data.images import Decoder, Undecodable, open_decoder
+from sra_fast.data.latent_stream import LatentStream, load
+from sra_fast.data.latents import open_moments
+from sra_fast.data.moments import Moments, split
+from sra_fast.data.prepare import prepare
+from sra_fast.data.stream import ImageStream
+from sra_fast.step.runner import StepRunner
+from sra_fast.vae import Vae, open_vae
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts: prepare is deterministic
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+READERS = ["pillow", "dali"]
+
+
+def decoder(reader: str, device: torch.device = GPU, **fields: object) -> Decoder:
+    if reader == "dali":
+        pytest.importorskip("nvidia.dali")
+    return open_decoder(DataConfig(reader=reader, **fields), device)
+
+
+def off(one: Tensor, other: Tensor) -> Tensor:
+    """(B,) mean differences of images, in levels of 255."""
+    return 127.5 * (one.cpu() - other.cpu()).abs().flatten(1).mean(1)
+
+
+def gap(one: Tensor, other: Tensor) -> float:
+    """Relative, in the norm."""
+    return float((one.cpu().double() - other.cpu().double()).norm() / other.cpu().double().norm())
+
+
+# Levels in an image's mean: what a decoder may be off to be measured at all (benchmarks/image_decoders.py). CMYK is
+# printed ink: how much light it leaves is each library's own rule.
+MOST_OFF, OF_INK, OF_ALL = 1.0, 3.0, 0.5
+
+
+@pytest.mark.parametrize(
+    ("channels", "exif", "resolution"), [(3, False, 128), (3, True, 128), (1, False, 128), (1, True, 256)]
+)
+def test_dali_on_the_gpu_has_the_pixels_of_pillow(channels, exif, resolution):
+    cases, fields = files(), {"channels": channels, "exif": exif, "resolution": resolution}
+    ours = decoder("dali", **fields).decode(list(cases.values()))
+    truth = decoder("pillow", CPU, **fields).decode(list(cases.values()))
+    assert (ours.shape, ours.dtype, ours.device.type) == (truth.shape, torch.float32, GPU.type)
+    assert -1 <= float(ours.min()) <= float(ours.max()) <= 1
+    mean = dict(zip(cases, off(ours, truth).tolist(), strict=True))
+    bound = dict.fromkeys(cases, MOST_OFF) | {"cmyk jpeg": OF_INK}
+    assert {case: m for case, m in mean.items() if m > bound[case]} == {}
+    assert sum(mean.values()) / len(mean) < OF_ALL
+    # Left to Pillow, and to the device as integers.
+    for case in ("larger still, halved", "16-bit grey png", "16-bit rgb png", "black and white png"):
+        assert mean[case] == 0, case
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pillow_for_the_gpu_has_its_pixels_in_every_bit(channels):
+    cases, fields = list(files().values()), {"channels": channels, "resolution": 32, "exif": True}
+    ours, truth = (decoder("pillow", device, **fields).decode(cases) for device in (GPU, CPU))
+    assert ours.device.type == GPU.type
+    assert torch.equal(ours.cpu(), truth)
+
+
+def test_digits_pass_through_dali_on_the_gpu_unchanged():
+    """At the size wanted there is nothing to resize, and nothing to round."""
+    cases = [encoded(np.arange(i, i + 64, dtype=np.uint8).reshape(8, 8), "PNG") for i in range(0, 192, 3)]
+    ours, truth = (decoder(*how, resolution=8).decode(cases) for how in (("dali", GPU), ("pillow", CPU)))
+    assert torch.equal(ours.cpu(), truth)
+
+
+def test_dali_takes_batches_of_changing_sizes():
+    """Which of two engines decodes a JPEG follows from its place in the batch, and they may round differently: equal in
+    every bit are equal batches."""
+    cases, ours = list(files().values()), decoder("dali", resolution=128)
+    whole = ours.decode(cases)
+    for part in (slice(0, 3), slice(5, 6), slice(0, 12), slice(9, 18)):
+        assert float(off(ours.decode(cases[part]), whole[part]).max()) <= MOST_OFF, part
+    many = ours.decode(cases[::-1] + cases)  # a larger pipeline
+    assert float(off(many, torch.cat([whole.flip(0), whole])).max()) <= MOST_OFF
+    assert ours.decode([]).shape == (0, 3, 128, 128)
+    assert torch.equal(ours.decode(cases), decoder("dali", resolution=128).decode(cases))
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_every_bad_file_is_named_and_the_decoder_goes_on(reader):
+    ours, good, bad = decoder(reader, resolution=128), list(files().values()), damaged()
+    expected, mixed, places = ours.decode(good), list(good), {}
+    for offset, (case, file) in enumerate(bad.items()):
+        places[2 * offset + 1] = case
+        mixed.insert(2 * offset + 1, file)
+    with pytest.raises(Undecodable) as caught:
+        ours.decode(mixed)
+    assert {index: places.get(index) for index in caught.value.reasons} == places
+    assert all(reason and "\n" not in reason and "0x" not in reason for reason in caught.value.reasons.values())
+    assert torch.equal(ours.decode(good), expected)
+    for case, file in bad.items():
+        with pytest.raises(Undecodable) as caught:
+            ours.decode([file])
+        assert list(caught.value.reasons) == [0], case
+    # What a stream does: once more without those that were named.
+    assert torch.equal(ours.decode([file for index, file in enumerate(mixed) if index not in places]), expected)
+
+
+# Relative, in the norm. cuDNN rounds what it multiplies in fp32 to TF32's 11 bits by PyTorch's default; bf16 has 8:
+# the same networks in bf16 on a CPU are off by 0.009 in moments and 0.022 in images, and by an eighth of it in TF32.
+OF_MOMENTS, OF_IMAGES = {"fp32": 0.005, "bf16": 0.03}, {"fp32": 0.01, "bf16": 0.08}
+both = pytest.mark.parametrize("precision", ["fp32", "bf16"])
+
+
+def on_gpu(images, out, vae, **changes: object):
+    return config(images, out, vae=str(vae), flips=True, device=GPU.type, **changes)
+
+
+@pytest.fixture(scope="module")
+def vaes(tmp_path_factory) -> dict:
+    root = tmp_path_factory.mktemp("vaes")
+    return {"AutoencoderKL": save_kl(root / "kl"), "AutoencoderTiny": save_tiny(root / "tiny")}
+
+
+@both
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny"])
+def test_moments_made_on_the_gpu_are_near_those_made_on_the_cpu(images, vaes, tmp_path, kind, precision):
+    manifest = prepare(on_gpu(images, tmp_path / "gpu", vaes[kind], precision=precision))
+    truth = prepare(config(images, tmp_path / "cpu", vae=str(vaes[kind]), flips=True, precision="fp32"))
+    assert (manifest.count, manifest.skipped, manifest.shape) == (truth.count, truth.skipped, truth.shape)
+    for which in ("moments", "flips"):
+        (ours, labels), (theirs, same) = (rows(tmp_path / name, which) for name in ("gpu", "cpu"))
+        assert labels.tolist() == same.tolist()
+        parts = (torch.from_numpy(x).split(4, 1) for x in (ours, theirs))
+        for one, other in zip(*parts, strict=True):  # means, and deviations where there are some
+            assert one.isfinite().all()
+            assert gap(one, other) < OF_MOMENTS[precision], which
+
+
+@both
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny"])
+def test_moments_decode_to_what_they_do_on_the_cpu(vaes, kind, precision):
+    x = decoder("pillow", resolution=32).decode(list(files().values()))
+    ours, theirs = (open_vae(str(vaes[kind]), *how) for how in ((GPU, DTYPES[precision]), (CPU, torch.float32)))
+    moments, truth = ours.encode(x), theirs.encode(x)
+    assert (moments.shape, moments.dtype, moments.device.type) == (truth.shape, torch.float32, GPU.type)
+    assert gap(moments, truth) < OF_MOMENTS[precision]
+    z = truth[:, :4]
+    images = ours.decode(z)
+    assert (images.shape, images.dtype, images.device.type) == ((len(x), 3, 32, 32), torch.float32, GPU.type)
+    assert images.isfinite().all()
+    assert gap(images, theirs.decode(z)) < OF_IMAGES[precision]
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def undisturbed(request, images, kl, tmp_path_factory):
+    """(precision, what is in the set): three shards of four batches each, the last smaller."""
+    out = tmp_path_factory.mktemp("undisturbed") / "set"
+    prepare(on_gpu(images, out, kl, precision=request.param))
+    return request.param, content(out)
+
+
+@pytest.mark.parametrize(("rank", "then"), [(0, 0), (0, 1), (1, 0)])
+def test_interrupted_after_a_shard_it_goes_on_to_the_same_bytes(
+    images, kl, undisturbed, tmp_path, monkeypatch, rank, then
+):
+    """One process after the other, as one of two of a launcher; they begin at different shards."""
+    (precision, expected), made, write_shard = undisturbed, [], prepare_module.write_shard
+
+    def killed_at_the_second(out, number, *more, **named):
+        if made:
+            raise Killed
+        made.append(number)
+        return write_shard(out, number, *more, **named)
+
+    given = on_gpu(images, tmp_path / "set", kl, precision=precision)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with monkeypatch.context() as patch:
+        patch.setenv("RANK", str(rank))
+        patch.setattr(prepare_module, "write_shard", killed_at_the_second)
+        with pytest.raises(Killed):
+            prepare(given)
+    assert made == [rank]  # of three, the second begins at 3 // 2
+    monkeypatch.setenv("RANK", str(then))
+    prepare(given)
+    assert content(tmp_path / "set") == expected
+
+
+def test_pinned_rows_are_the_rows_also_when_they_arrive(tmp_path):
+    chosen = split(open_moments(pack(tmp_path, flips=True).root), 0.2)[0]
+    settings = {"seed": 3, "batch": 9, "first_image": 0}
+    with LatentStream(chosen, **settings, pinned=True) as pinned, LatentStream(chosen, **settings) as plain:
+        there, here = [], []
+        for _ in range(50):
+            one, other = next(pinned), next(plain)
+            assert (one.x.is_pinned(), other.x.is_pinned()) == (True, False)
+            assert all(map(torch.equal, one, other))
+            there.append(one.x.to(GPU, non_blocking=True))  # the stream reads on meanwhile
+            here.append(other.x)
+    assert torch.equal(torch.cat(there).cpu(), torch.cat(here))
+    x, labels = load(chosen, GPU)
+    assert x.device.type == labels.device.type == GPU.type
+    assert torch.equal(x.cpu(), load(chosen, CPU)[0])
+
+
+def on_rows(root, **changes: object) -> Config:
+    """A small run on the set in root/set."""
+    fields = {"train__device": GPU.type, "train__precision": "bf16", "model__hidden": 64, "data__images": ""}
+    return small(root, data__latents=str(root / "set"), **fields, **changes)
+
+
+def watched(config: Config, **stop: int) -> tuple[int, list[dict], list[Batch], set[bool]]:
+    """(exit code, metrics of each step, its batch, whether batches are pinned) of a training."""
+    batches, pinned, step = [], set(), StepRunner.__call__
+
+    def noted(self, batch: Batch, *more: float) -> None:
+        batches.append(Batch(*(tensor.clone() for tensor in batch)))
+        pinned.add(batch.x.is_pinned())
+        step(self, batch, *more)
+
+    torch.compiler.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepRunner, "__call__", noted)
+        return *run(config, **stop), batches, pinned
+
+
+def test_a_graph_on_pinned_rows_learns_as_eager_steps_on_others_and_resumes(images, kl, tmp_path, monkeypatch, capsys):
+    """From prepare on the GPU to the end of a run; to the tolerance of tests/test_gpu_step.py for bf16."""
+    prepare(on_gpu(images, tmp_path / "set", kl, precision="bf16"))
+    graph = on_rows(tmp_path, run__name="graph", train__execution="graph")
+    code, first, before, pinned = watched(graph, stop_after=6)  # three to warm up, a capture, replays
+    assert (code, len(first), pinned) == (143, 6, {True})
+    code, last, after, pinned = watched(graph)
+    assert (code, len(last), pinned) == (0, 4, {True})
+    assert "no CUDA graph" not in capsys.readouterr().err
+    gather = Moments.gather
+    monkeypatch.setattr(Moments, "gather", lambda self, index, flipped=None, pinned=False: gather(self, index, flipped))
+    code, eager, plain, pinned = watched(on_rows(tmp_path, run__name="eager", train__execution="eager"))
+    assert (code, len(eager), pinned) == (0, 10, {False})
+    for ours, theirs in zip(before + after, plain, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+    for k, (ours, theirs) in enumerate(zip(first + last, eager, strict=True)):
+        for name in ("loss", "velocity_loss", "alignment_loss"):
+            assert ours[name] == pytest.approx(theirs[name], rel=0.05, abs=0.05), (k, name)
+
+
+def test_previews_of_latents_are_decoded_on_the_gpu(kl, tmp_path, monkeypatch):
+    pack(tmp_path / "set", vae=str(kl))
+    decode, given = Vae.decode, []
+
+    def noted(self, z: Tensor) -> Tensor:
+        images = decode(self, z)
+        given.append((self.device.type, self.dtype, z, images))
+        return images
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Vae, "decode", noted)
+        settings = {"train__execution": "eager", "train__images": 16, "train__preview_every_images": 8}
+        assert run(on_rows(tmp_path, **settings))[0] == 0
+    shown = sorted((tmp_path / "runs/a/samples").iterdir())
+    assert [path.name for path in shown] == ["000000000008.png", "000000000016.png"]
+    vae = open_vae(str(kl), CPU, torch.float32)
+    for device, dtype, z, images in given:
+        assert (device, dtype, images.device.type) == (GPU.type, torch.bfloat16, GPU.type)
+        assert gap(images, vae.decode(z)) < OF_IMAGES["bf16"]
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_streams_of_one_seed_give_the_same_batches_whatever_was_read_before(images, reader):
+    """Both at once; one begins later, with a decoder that has seen other files and damage."""
+    folder, settings = scan(images), {"seed": 5, "batch": 8, "max_bad_share": 0.5}
+    fresh, used = (decoder(reader, resolution=SIDE) for _ in range(2))
+    used.decode(list(files().values()))
+    with pytest.raises(Undecodable):
+        used.decode(list(damaged().values()))
+    with (
+        ImageStream(folder, fresh, first_image=0, **settings) as whole,
+        ImageStream(folder, used, first_image=32, **settings) as later,
+    ):
+        for _ in range(4):
+            next(whole)
+        for k in range(20):
+            one, other = next(whole), next(later)
+            assert {tensor.device.type for tensor in one} == {GPU.type}
+            assert all(map(torch.equal, one, other)), k
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_memory_of_the_device_stays_flat_over_200_batches(tmp_path, reader):
+    """Of PyTorch, and of the whole device, as DALI has memory of its own; the first 100 settle what is kept."""
+    folder, ours = scan(write_set(tmp_path, 96)), decoder(reader, resolution=64)
+    peaks, used = [], []
+    with ImageStream(folder, ours, seed=0, batch=64, first_image=0) as stream:
+        for number in range(1, 201):
+            x = next(stream).x
+            if number % 50 == 0:
+                peaks.append(torch.cuda.max_memory_allocated())
+                torch.cuda.reset_peak_memory_stats()
+                free, total = torch.cuda.mem_get_info()
+                used.append(total - free)
+    assert max(peaks[2:]) <= peaks[1] + 4 * x.nbytes  # as many wait to be handed over, or fewer
+    assert used[-1] - used[1] < 32 * 2**20  # the bytes of the pixels of these alone are 75 MiB
