@@ -21,10 +21,10 @@ from benchmarks.record import Row, digits, read
 from benchmarks.timing import Samples
 from sra_fast.config import Refused
 
-GOALS = {  # of the best of ours over the best rival
-    ("latents", "images_per_cpu_s"): 20.0,
-    ("decode", "images_per_cpu_s"): 1.0,
-    ("decode on a GPU", "images_per_s"): 1.5,
+GOALS = {  # of the best of ours whose name has this in it, over the best rival
+    ("latents", "images_per_cpu_s"): ("", 20.0),
+    ("decode", "images_per_cpu_s"): ("DALI", 1.0),
+    ("decode on a GPU", "images_per_s"): ("DALI", 1.5),
 }
 GOAL_OVER_STEP = 2.0  # of the best of ours over the fastest measured step, by the wall clock
 
@@ -125,9 +125,12 @@ def report(made: Sequence[Row], step: Row | None = None) -> str:
     rivals = [row for row in made if not row["ours"]]
     lines = [name, "", tables.data_table(made), ""]
     for clock in ("images_per_cpu_s", "images_per_s") if rivals else ():
-        best = max(mine, key=lambda row: row[clock])
+        whose, goal = GOALS.get((name, clock), ("", None))
+        judged = [row for row in mine if whose in row["params"]["loader"]] or mine
+        best = max(judged, key=lambda row: row[clock])
         ratio = best[clock] / max(row[clock] for row in rivals)
-        lines.append(_held(f"{clock}: {best['params']['loader']} {ratio:.2f} x the best rival", ratio, (name, clock)))
+        line = f"{clock}: {best['params']['loader']} {ratio:.2f} x the best rival"
+        lines.append(f"{line}; goal {goal:g}: {'reached' if ratio >= goal else 'missed'}" if goal else line)
     if step:
         best = max(mine, key=lambda row: row["images_per_s"])
         ratio, family = best["images_per_s"] / step["images_per_s"], tables.families([step])
@@ -138,9 +141,3 @@ def report(made: Sequence[Row], step: Row | None = None) -> str:
             f"goal {GOAL_OVER_STEP:g}: {reached}"
         )
     return "\n".join(lines) + "\n"
-
-
-def _held(line: str, ratio: float, key: tuple[str, str]) -> str:
-    """The line, with the goal if there is one."""
-    goal = GOALS.get(key)
-    return f"{line}; goal {goal:g}: {'reached' if ratio >= goal else 'missed'}" if goal else line

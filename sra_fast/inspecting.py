@@ -223,6 +223,7 @@ def _folder(root: Path, checksums: bool) -> tuple[Findings, ImageFolder]:
             found.wrong[root / images.files[row]] = getattr(error, "strerror", None) or str(error)
     found.bytes = size if checksums else None
     found.shorter_side = tuple(np.percentile(sides, (0, 50, 100)).tolist()) if sides else None
+    found.warnings += filter(None, [images.ignored()])
     return found, images
 
 

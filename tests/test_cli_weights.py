@@ -121,9 +121,18 @@ def test_weights_of_no_run_give_latents_as_they_are(main, trained, tmp_path):
 def test_latents_that_are_not_finite_are_refused(tmp_path):
     file = LatentsFile(tmp_path / "latents.npz", torch.zeros(2, dtype=torch.int64))
     file.add(torch.zeros(1, 4, 2, 2))
-    with pytest.raises(Refused, match="samples: 1 of 1 not finite given"):
+    with pytest.raises(Refused, match="samples: '1 of 1 not finite' given"):
         file.add(torch.full((1, 4, 2, 2), torch.inf))
     assert files(tmp_path) == []
+
+
+def test_single_images_are_numbered_through_all_batches(main, trained, tmp_path):
+    pixels = sampled(main, tmp_path / "out", trained, "--sample.batch", "4", "--grid", "5")
+    names = [f"{i:06d}.png" for i in range(6)]
+    assert files(tmp_path / "out/images") == names
+    for name, image in zip(names, pixels, strict=True):
+        with Image.open(tmp_path / "out/images" / name) as file:
+            assert (np.asarray(file)[..., None] == image).all()
 
 
 class Planted:

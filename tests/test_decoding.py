@@ -29,6 +29,14 @@ def test_the_space_is_the_set_s_and_the_vae_may_be_another(tmp_path):
     assert space(tmp_path, **latents, data__vae="mine").vae == "mine"
 
 
+def test_a_folder_is_found_again_from_elsewhere(tmp_path, monkeypatch):
+    pack(tmp_path / "set")
+    (tmp_path / "vae").mkdir()
+    monkeypatch.chdir(tmp_path)
+    latents = {"data__images": "", "data__latents": "set"}
+    assert space(tmp_path, **latents, data__vae="vae").vae == str((tmp_path / "vae").resolve())
+
+
 def test_pixels_have_no_space(tmp_path):
     pack(tmp_path / "set", dtype="uint8", shape=(1, 8, 8))
     assert space(tmp_path, data__images="", data__latents=str(tmp_path / "set")) is None

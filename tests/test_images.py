@@ -139,8 +139,10 @@ def test_dali_agrees_with_pillow(channels, exif, resolution):
     ours = levels(reader("dali", **fields).decode(list(cases.values())))
     truth = levels(reader("pillow", **fields).decode(list(cases.values())))
     mean = (ours - truth).abs().flatten(1).mean(1)
-    # Their JPEG decoders round differently: 0.2 levels. Grey from colours, unless a JPEG stores it, too: 0.5 levels.
+    # Grey from colours, unless a JPEG stores it, is rounded differently: 0.5 levels. CMYK is converted by each itself.
     bound = 0.6 if channels == 1 else 0.25
+    if channels == 3:
+        assert [case for case, m in zip(cases, mean.tolist(), strict=True) if m] in ([], ["cmyk jpeg"])
     assert {case: m for case, m in zip(cases, mean.tolist(), strict=True) if m > bound} == {}
     # Halved images and those of other than 8 bits are equal in every bit, being decoded by the same code.
     for case in ("larger still, halved", "16-bit grey png", "16-bit rgb png", "black and white png"):

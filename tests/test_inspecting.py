@@ -340,7 +340,10 @@ def test_a_folder_of_images(inspect, tmp_path):
     files[1].write_bytes(b"")
     files[4].write_bytes(files[4].read_bytes()[:40])
     flip(files[7], 45)  # only decoding finds it
-    code, output, wrong, _ = inspect(root)
+    (root / "loose.gif").touch()
+    code, output, wrong, warnings = inspect(root)
+    assert len(warnings) == 1
+    assert "1 .gif" in warnings[0]
     assert code == 1
     assert [line.split(": ")[1] for line in wrong] == [str(files[n]) for n in (1, 4, 7)]
     assert "of 17 images" in output

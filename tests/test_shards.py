@@ -33,6 +33,7 @@ from sra_fast.data import encoding, shards
 from sra_fast.data.archives import open_images
 from sra_fast.data.manifest import Skipped
 from sra_fast.data.prepare import prepare
+from sra_fast.data.shards import Part, assemble, write_shard
 from sra_fast.vae import Vae
 
 # The same bytes
@@ -198,7 +199,7 @@ def test_two_processes_at_once_make_the_same_bytes_and_share_the_work(
 ):
     out = tmp_path / "set"
     given = same_pixels(images, out) if kind == "pixels" else same(images, kl, out)
-    both = [start(given) for _ in range(2)]
+    both = [start(given, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
     said = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert content(out) == (undisturbed_pixels if kind == "pixels" else undisturbed)
@@ -370,3 +371,16 @@ def test_a_shards_rows_must_be_what_they_are_said_to_be(tmp_path):
     with pytest.raises(ValueError, match="float32"):
         shards.write_shard(tmp_path, 0, [part], shape=(3,), dtype=np.dtype(np.float16), flips=False)
     assert content(tmp_path) == {}
+
+
+FACTS = {"classes": ("a", "b"), "shape": (1, 2, 2), "dtype": "float16", "posterior": False, "scale": 1.0, "shift": 0.0}
+FACTS |= {"vae": "", "crop": "", "resolution": 16}
+
+
+def test_labels_without_a_class_are_refused(tmp_path):
+    for label in (-1, 2):
+        rows = Part(np.zeros((2, 1, 2, 2), np.float16), None, np.array([0, label]), ())
+        record = write_shard(tmp_path, 0, [rows], shape=(1, 2, 2), dtype=np.dtype(np.float16), flips=False)
+        with pytest.raises(Refused, match=r"labels-00000.npy: labels must be in \[0, 2\), as there are classes"):
+            assemble(tmp_path, [record], **FACTS)
+    assert not (tmp_path / "manifest.json").exists()

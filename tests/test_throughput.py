@@ -171,6 +171,16 @@ def test_the_goal_is_of_our_best_over_the_best_rival(name, clock, goal):
     assert f"{clock}: ours, a {0.96 * goal:.2f} x the best rival; goal {goal}: missed" in lines
 
 
+@pytest.mark.parametrize(
+    ("name", "clock", "goal"), [("decode", "images_per_cpu_s", 1), ("decode on a GPU", "images_per_s", 1.5)]
+)
+def test_dali_s_goal_is_dali_s_to_reach(name, clock, goal):
+    speeds = {"ours, Pillow, 1 threads": 900, "ours, DALI, 1 threads": 90, "Pillow, DataLoader": 100}
+    made = [row(loader, speed, speed, name) for loader, speed in speeds.items()]
+    line = f"{clock}: ours, DALI, 1 threads 0.90 x the best rival; goal {goal}: missed"
+    assert line in report(made).splitlines()
+
+
 def test_what_has_no_rival_has_no_ratio():
     text = report([row("ours", 3, 4, "encode")])
     assert text.startswith("encode\n\n| data ")

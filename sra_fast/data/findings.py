@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sra_fast.data.manifest import Factor, Skipped
+from sra_fast.data.manifest import Skipped
 from sra_fast.data.moments import Moments
+from sra_fast.vae import Factor
 
 FEW = 16  # classes, channels and files listed one by one
 BINS, ENDS = 8, 5  # of many classes: bars of their sizes; smallest and largest ones named

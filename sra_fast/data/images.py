@@ -1,8 +1,8 @@
 """Files in, pixels out: JPEG and PNG decoding with the ADM center crop (crop.py), by DALI or by Pillow.
 
-On a CPU both decode, and PyTorch resizes: in a quarter of the time of either's own filter. Their pixels differ by 0.2
-grey levels (of 255) in an image's mean, up to 0.6 where they turn colours to grey. On a GPU DALI resizes too, with its
-antialiased cubic filter, which differs by 0.2 levels.
+On a CPU either decodes and PyTorch resizes: in a quarter of the time of either's own filter. Their pixels are the same;
+where they turn colours to grey they differ by up to 0.6 grey levels (of 255) in an image's mean. On a GPU DALI resizes
+too, with its antialiased cubic filter, which differs by 0.2 levels.
 
 DALI leaves to Pillow the images to be halved, being too large to hold a batch of them, and on a GPU for lack of a box
 filter (plain cubic differs by up to 28 levels there); and PNGs of other than 8 bits, for their conversion.
@@ -211,7 +211,8 @@ def _refuse_trouble_of_the_device(error: RuntimeError) -> None:
     """Pass on what is not the file's fault."""
     if isinstance(error, torch.OutOfMemoryError):
         raise error
-    text = str(error).lower()
+    # What is before that quotes the pipeline, with paths of this machine.
+    text = (str(error).partition("encountered:")[2] or str(error)).lower()
     if "out of memory" in text or "bad_alloc" in text:
         raise Refused("data.reader: DALI needs more memory than there is; choose pillow, or smaller batches") from error
     if "cuda" in text and "nvjpeg" not in text and "nvimgcodec" not in text:
@@ -287,7 +288,9 @@ class DaliDecoder(Decoder):
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
         cut = torch.empty((len(indices), *pixels.shape[1:]), dtype=torch.uint8, device=self.device)
-        feed_ndarray(decoded.as_tensor(), cut, cuda_stream=torch.cuda.current_stream(self.device))
+        stream = torch.cuda.current_stream(self.device)
+        feed_ndarray(decoded.as_tensor(), cut, cuda_stream=stream)
+        stream.synchronize()  # the pipeline's next run writes where `decoded` is
         _place(pixels, indices, cut)
 
     def _start(self, capacity: int):
@@ -310,6 +313,10 @@ class DaliDecoder(Decoder):
                 device="mixed" if on_gpu else "cpu",
                 output_type=types.GRAY if self.data.channels == 1 else types.RGB,
                 adjust_orientation=self.data.exif,
+                # On a GPU: chroma interpolated, as Pillow does it (repeated, it is off by 2 levels), and no file for
+                # the JPEG engine, to which DALI gives a share of each batch: pixels would depend on the place in it.
+                jpeg_fancy_upsampling=True,
+                hw_decoder_load=0.0,
             )
             if on_gpu:
                 # Whole-pixel sizes and a crop that rounds down, as in the ADM crop: with DALI's defaults the mean

@@ -97,8 +97,7 @@ def prepare(config: PrepareConfig) -> Manifest:
         # Once there is a manifest the lock guards nothing; and a folder that was refused is left as it was.
         claims.close(remove=(out / NAME).exists() or not (out / SETTINGS).exists())
     manifest = read_manifest(out)
-    if rank == 0:
-        _report(out, manifest, made, time.monotonic() - began)
+    _report(out, manifest, made, time.monotonic() - began, rank)
     return manifest
 
 
@@ -285,17 +284,23 @@ def _refuse_skipped(record: Record, strict: bool) -> None:
 
 @contextmanager
 def _reproducible() -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
+    """Deterministic, and fp32 is fp32: on a GPU cuDNN would round what it multiplies to TF32's 11 bits."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.allow_tf32
     set_deterministic(True)
+    torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
-        set_deterministic(before)
+        set_deterministic(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
-def _report(out: Path, manifest: Manifest, made: int, seconds: float) -> None:
-    size = sum((out / name).stat().st_size for shard in manifest.shards for name in shard.files())
+def _report(out: Path, manifest: Manifest, made: int, seconds: float, rank: int) -> None:
     rate = f", {made / seconds:,.1f} images/s here" if made else ", complete before"
+    if rank > 0:
+        print(f"rank {rank}: {made:,} images{rate}")
+        return
+    size = sum((out / name).stat().st_size for shard in manifest.shards for name in shard.files())
     print(
         f"{manifest.count:,} images of {manifest.shape} {manifest.dtype} in {len(manifest.shards)} shards, "
         f"{len(manifest.skipped):,} skipped, {seconds:.1f} s{rate}, {size:,} bytes: {out}"

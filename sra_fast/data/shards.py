@@ -158,7 +158,10 @@ def assemble(root: Path, records: Sequence[Record], **facts: object) -> Manifest
         raise Refused(f"out: {root}: none of {len(skipped)} images can be read{first}")
     counts = np.zeros(len(manifest.classes), np.int64)
     for shard in shards:
-        counts += np.bincount(np.load(root / shard.labels), minlength=len(counts))
+        labels = np.load(root / shard.labels)
+        if labels.min() < 0 or labels.max() >= len(counts):
+            raise Refused(f"out: {root / shard.labels}: labels must be in [0, {len(counts)}), as there are classes")
+        counts += np.bincount(labels, minlength=len(counts))
     if not counts.all():
         raise Refused(f"out: {root}: no image of class {manifest.classes[counts.argmin()]!r} can be read")
     write_text(root / NAME, json.dumps(asdict(manifest), indent=1) + "\n")

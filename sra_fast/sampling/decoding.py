@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from sra_fast.config import Config, Refused, refuse_unless
-from sra_fast.data.manifest import Factor
 from sra_fast.data.source import LatentSource, Source
 from sra_fast.metrics import read_json, write_json
-from sra_fast.vae import open_vae
+from sra_fast.vae import Factor, from_anywhere, open_vae
 
 NAME = "latents.json"
 BATCH = 16  # images decoded at a time: a VAE's activations are large
@@ -63,7 +62,7 @@ def latent_space(config: Config, source: Source) -> LatentSpace | None:
     """The space that a run on this source samples from; None: pixels."""
     if not isinstance(source, LatentSource) or source.holds_pixels:
         return None
-    return LatentSpace(config.data.vae or source.moments.vae, source.moments.scale, source.moments.shift)
+    return LatentSpace(from_anywhere(config.data.vae) or source.moments.vae, source.moments.scale, source.moments.shift)
 
 
 def space_of(weights: Path, vae: str, channels: int) -> LatentSpace | None:
