@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 
 import pytest
-from small_set import config, content, jpeg, refusal, rows, write_set
+from small_set import Killed, config, content, jpeg, kill, refusal, rows, write_set
 
+from sra_fast.data import prepare as prepare_module
 from sra_fast.data.prepare import prepare
 
 SHARD = "moments-00001.npy"
@@ -118,3 +119,15 @@ def test_a_class_that_was_lost_costs_only_the_shards_that_lack_it(tmp_path, caps
     manifest = prepare(config(root, tmp_path / "set"))
     assert (manifest.count, len(manifest.skipped)) == (59, 1)
     assert sorted(set(rows(tmp_path / "set")[1].tolist())) == [0, 1, 2]
+
+
+def test_what_was_made_before_does_not_count_for_the_rate(images, tmp_path, monkeypatch):
+    given, bars, bar = config(images, tmp_path / "set"), [], prepare_module.tqdm
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "assemble", kill)
+        with pytest.raises(Killed):
+            prepare(given)
+    (tmp_path / "set" / "shard-00001.json").unlink()
+    monkeypatch.setattr(prepare_module, "tqdm", lambda **fields: bars.append(fields) or bar(**fields))
+    prepare(given)
+    assert [(one["total"], one["initial"]) for one in bars] == [(40, 24)]

@@ -36,7 +36,6 @@ from sra_fast.data.shards import (
     WHOLE,
     Claims,
     Part,
-    Record,
     assemble,
     find_damage,
     read_record,
@@ -86,9 +85,9 @@ def prepare(config: PrepareConfig) -> Manifest:
                 remove_records(out, shards)  # whoever completed it may have been killed before they were gone
                 made = _mend(out, maker, config)
         if not whole:
-            with _reproducible(), _bar(len(maker.source), rank) as bar:
+            with _reproducible():
                 order = [(rank * shards // world + place) % shards for place in range(shards)]
-                made = _make(out, maker, claims, order, config, bar)
+                made = _make(out, maker, claims, order, config, rank)
             with claims.hold(WHOLE, wait=True):
                 if not (out / NAME).exists():
                     _complete(out, maker, shards)
@@ -160,36 +159,37 @@ def _difference(name: str, before: dict[str, Any], now: dict[str, Any], out: Pat
     return f"{name}: {now.get(name)!r} given; {begun} {before.get(name)!r}"
 
 
-def _make(out: Path, maker: Maker, claims: Claims, order: list[int], config: PrepareConfig, bar: tqdm) -> int:
+def _make(out: Path, maker: Maker, claims: Claims, order: list[int], config: PrepareConfig, rank: int) -> int:
     """Make shards, in this order, until all are there, whoever made them. Returns how many images were encoded here."""
-    known: set[int] = set()
-    made = 0
-
-    def note(number: int, record: Record) -> None:
-        _refuse_skipped(record, config.strict)
-        known.add(number)
-        bar.update(len(_images_of(number, maker, config)))
-
-    for number in order:
-        if record := read_record(out, number):
-            note(number, record)
-    bar.unpause()  # what was there before says nothing of how fast it goes
-    # First what nobody is making, then what others are: a claim that becomes free without a record was theirs who died.
-    for wait in (False, True):
-        for number in order:
-            if number in known:
-                continue
-            with claims.hold(number, wait) as mine:
-                if not mine:
+    known = {number for number in order if _is_made(out, number, config.strict)}
+    made, before = 0, sum(len(_images_of(number, maker, config)) for number in known)
+    with _bar(len(maker.source), rank, before) as bar:
+        # First what nobody is making, then what others are: a claim that becomes free without a record was theirs who
+        # died.
+        for wait in (False, True):
+            for number in order:
+                if number in known:
                     continue
-                if record := read_record(out, number):
-                    note(number, record)
-                elif (out / NAME).exists():  # another process has completed the set meanwhile
-                    return made
-                else:
-                    made += _make_shard(out, maker, number, config, bar)
+                with claims.hold(number, wait) as mine:
+                    if not mine:
+                        continue
+                    if _is_made(out, number, config.strict):
+                        bar.update(len(_images_of(number, maker, config)))
+                    elif (out / NAME).exists():  # another process has completed the set meanwhile
+                        return made
+                    else:
+                        made += _make_shard(out, maker, number, config, bar)
                     known.add(number)
     return made
+
+
+def _is_made(out: Path, number: int, strict: bool) -> bool:
+    """Whether a shard is there. Raises Refused if it is one that `strict` forbids."""
+    record = read_record(out, number)
+    if strict and record and record.skipped:
+        file = record.skipped[0]
+        raise Refused(f"images: {file.file}: undecodable ({file.reason}) and left out before; strict allows none")
+    return record is not None
 
 
 def _images_of(number: int, maker: Maker, config: PrepareConfig) -> range:
@@ -245,7 +245,7 @@ def _mend(out: Path, maker: Maker, config: PrepareConfig) -> int:
         if damage := find_damage(out, shard, manifest.shape, np.dtype(manifest.dtype), config.verify):
             damaged[int(Path(shard.file).stem.rpartition("-")[2])] = shard, damage
     made = 0
-    with _reproducible(), _bar(sum(len(_images_of(number, maker, config)) for number in damaged), 0) as bar:
+    with _reproducible(), _bar(sum(len(_images_of(number, maker, config)) for number in damaged)) as bar:
         for number, (shard, damage) in damaged.items():
             bar.write(f"{damage}; made again", file=sys.stderr)
             made += _make_shard(out, maker, number, config, bar)
@@ -259,10 +259,10 @@ def _mend(out: Path, maker: Maker, config: PrepareConfig) -> int:
     return made
 
 
-def _bar(images: int, rank: int) -> tqdm:
+def _bar(images: int, rank: int = 0, before: int = 0) -> tqdm:
     """Images/s and time left: live on a terminal, and every ten seconds in a log file."""
     every = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(total=images, unit="img", mininterval=every, disable=rank > 0 or not images)
+    return tqdm(total=images, initial=before, unit="img", mininterval=every, disable=rank > 0 or not images)
 
 
 def _watched(parts: Iterable[Part], bar: tqdm, strict: bool) -> Iterator[Part]:
@@ -274,12 +274,6 @@ def _watched(parts: Iterable[Part], bar: tqdm, strict: bool) -> Iterator[Part]:
             bar.write(f"{file.file}: undecodable ({file.reason}); left out", file=sys.stderr)
         yield part
         bar.update(len(part.labels) + len(part.skipped))
-
-
-def _refuse_skipped(record: Record, strict: bool) -> None:
-    if strict and record.skipped:
-        file = record.skipped[0]
-        raise Refused(f"images: {file.file}: undecodable ({file.reason}) and left out before; strict allows none")
 
 
 @contextmanager
