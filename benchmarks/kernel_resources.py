@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,7 @@ from unittest.mock import patch
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from benchmarks.machine_code import ARCHITECTURES, Launch, compiled, recorded, resources
 from benchmarks.record import markdown
@@ -133,7 +135,14 @@ def measure(every: Sequence[tuple[str, Launch]], architectures: Sequence[int] = 
         described, launch, capability = job
         return described, resources(compiled(launch, capability)).json()
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    parse, parsing = JITFunction.parse, threading.Lock()
+
+    def parse_alone(kernel: JITFunction) -> Any:
+        """CPython's `ast.parse` counts its depth for all threads together (python/cpython#106905)."""
+        with parsing:
+            return parse(kernel)
+
+    with patch.object(JITFunction, "parse", parse_alone), ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(pool.map(one, jobs))
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
 import triton.language as tl
+from triton.runtime.jit import JITFunction
 
 from benchmarks import kernel_resources, machine_code
 from benchmarks.machine_code import ARCHITECTURES, compiled, recorded, resources
@@ -141,3 +145,22 @@ def test_every_kernel_is_as_on_record() -> None:
     assert len({described for described, _ in every}) == len(every) >= 160
     found = kernel_resources.measure(every)
     assert kernel_resources.complaints(found, read_json(kernel_resources.RECORD)) == []
+
+
+def test_kernels_are_parsed_one_at_a_time(monkeypatch):
+    """CPython's parser is not safe in threads."""
+    inside, most = [], []
+
+    def parse(kernel):
+        inside.append(kernel)
+        most.append(len(inside))
+        time.sleep(0.005)
+        inside.remove(kernel)
+
+    monkeypatch.setattr(JITFunction, "parse", parse)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(kernel_resources, "compiled", lambda launch, capability: JITFunction.parse(launch))
+    monkeypatch.setattr(kernel_resources, "resources", lambda _: SimpleNamespace(json=dict))
+    found = kernel_resources.measure([(str(number), number) for number in range(8)])
+    assert (len(found), len(most), max(most)) == (24, 24, 1)
+    assert JITFunction.parse is parse
