@@ -78,7 +78,7 @@ def _product(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
     """(high, low) word of a 32 x 32 bit product. The multiplier is taken less 2^32, and the word added to the high half
     in return: the product itself would overflow int64's sign, which compiled C++ may take for something that never
     happens."""
-    less = word * (multiplier - (1 << 32))  # in (-2^62, 0], as both multipliers are above 2^31
+    less = word * (multiplier - (1 << 32))  # in (-2^62, 0], as both multipliers are above 3 * 2^30
     return (less >> 32) + word, less & _MASK
 
 

@@ -55,7 +55,7 @@ class SampleCommand:
     """Write samples.npz: arr_0, uint8 (N, H, W, 3); one channel is repeated to three."""
     latents: bool = False
     """Write latents.npz instead: z, float32 (N, C, h, w), what the VAE decodes, and labels, int64 (N,). A run's weights
-    need no VAE for this. --grid, --images and --npz are then without effect."""
+    need no VAE for this, others --vae. --grid, --images and --npz are then without effect."""
     path: Literal["", "linear", "cosine"] = ""
     """Interpolant a sit was trained with; empty = as the weights say, linear where they do not."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

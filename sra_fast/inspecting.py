@@ -25,7 +25,7 @@ from sra_fast.data.findings import FEW, Findings, Sheet, Statistics, Sums, print
 from sra_fast.data.folder import ImageFolder
 from sra_fast.data.images import PillowDecoder, Undecodable, read_header
 from sra_fast.data.latents import PackedSet, header
-from sra_fast.data.manifest import NAME, Manifest, read_manifest
+from sra_fast.data.manifest import NAME, SETTINGS, Manifest, read_manifest
 from sra_fast.data.moments import Moments
 from sra_fast.data.public import PublicSet, is_public
 from sra_fast.hardware import Hardware
@@ -38,7 +38,6 @@ USUAL = {True: (0.4, 2.5), False: (0.1, 2.5)}
 """Standard deviations of x, latents or not, outside of which something was forgotten. Stable Diffusion's channels have
 0.6 to 0.84, and 3.3 to 4.6 without its scale (Karras et al., EDM2, 2024); pixels about 0.5, and 60 without theirs."""
 ARCHIVES = "archives are not inspected: let `sra-fast prepare` make a set of them, and inspect that"
-SETTINGS = "prepare.json"  # what `sra-fast prepare` keeps beside a set, to make the same again
 ADVICE = (
     "the `sra-fast prepare` command that made this set makes damaged files again; with --verify those with "
     "flipped bits too"

@@ -308,7 +308,7 @@ class Trainer:
             save_grid(path, to_uint8(make_images(samples)), grid_columns(c.sample.count, c.model.classes))
         # Samples of a young network may overflow, a VAE may be missing or too large: no reason to end the training.
         except (Refused, torch.OutOfMemoryError) as error:
-            print(f"no preview: {str(error).splitlines()[0]}", file=sys.stderr)
+            print(f"no preview: {(str(error) or 'out of memory').splitlines()[0]}", file=sys.stderr)
 
     # The end
 

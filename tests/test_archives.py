@@ -72,6 +72,7 @@ def test_numbers_in_braces_stand_for_archives(tmp_path, given):
     data = open_images(str(tmp_path / given))
     assert data.files[:2] == ("t-08.tar/00008.jpg", "t-09.tar/00009.jpg")
     assert len(data) == (4 if "11" in given else 2)
+    assert "must count upwards in its braces" in refusal(tmp_path / "t-{11..08}.tar")
     (tmp_path / "t-09.tar").unlink()
     assert f"'{tmp_path}/t-09.tar' given; there is no such folder" in refusal(tmp_path / given)
 

@@ -13,7 +13,7 @@ from small_run import arguments, checkpoints, metrics, run, small, write_images
 
 from sra_fast.config import Refused
 from sra_fast.model.public_weights import write_public
-from sra_fast.sampling.images import LatentsFile, to_uint8
+from sra_fast.sampling.images import LatentsFile
 
 
 def files(root):
@@ -99,23 +99,13 @@ def test_chosen_classes_and_files(main, trained, tmp_path):
         assert grid.size == (32, 32)
 
 
-def test_weights_of_no_run_give_latents_as_they_are(main, trained, tmp_path):
-    """Beside the images of the same weights: without a VAE they are the samples themselves."""
+def test_weights_of_no_run_do_not_say_what_their_latents_are(main, trained, tmp_path):
     exported = tmp_path / "w.safetensors"
     assert main(["export", "--weights", trained, "--out", exported])[0] == 0
-    pixels = sampled(main, tmp_path / "pixels", exported, "--classes", "2", "1")
-    words = ["--sample.sampler", "sde", "--sample.steps", "4", "--sample.count", "6", "--sample.batch", "4"]
-    words += ["--classes", "2", "1", "--latents", "--out", tmp_path / "out"]
-    code, output, error = main(["sample", "--weights", exported, *words])
-    assert code == 0, error
-    assert f"6 latents in {tmp_path / 'out'}" in output
-    assert files(tmp_path / "out") == ["latents.npz"]
-    with np.load(tmp_path / "out/latents.npz") as file:
-        z, labels = file["z"], file["labels"]
-    assert (z.shape, z.dtype) == ((6, 1, 8, 8), np.float32)
-    assert (labels.dtype, labels.tolist()) == (np.int64, [2, 1] * 3)
-    made = to_uint8(torch.from_numpy(z)).astype(int)
-    assert np.abs(made - pixels[..., :1]).max() <= 1  # batches of another size change the last bits
+    code, _, error = main(["sample", "--weights", exported, "--latents", "--out", tmp_path / "out"])
+    assert code == 1
+    assert "latents: True given; needs a run, or --vae for its scale and shift" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_latents_that_are_not_finite_are_refused(tmp_path):

@@ -64,6 +64,13 @@ def test_it_is_pillows_within_rounding(width, height, resolution, channels):
     assert off.mean() < 0.02
 
 
+@pytest.mark.parametrize("shape", [(2, 1001, 3), (1001, 2, 1)])
+def test_what_would_take_gigabytes_is_refused(shape):
+    with pytest.raises(ValueError, match="a side is over 500 times the other"):
+        adm_crop(np.zeros(shape, np.uint8), 256)
+    assert adm_crop(np.zeros((2, 1000, 3), np.uint8), 4).shape == (3, 4, 4)
+
+
 def test_an_image_of_the_right_size_is_as_before():
     array = picture(64, 64)
     assert (adm_crop(array, 64) == array.transpose(2, 0, 1)).all()

@@ -239,6 +239,16 @@ def test_every_bad_file_is_named_and_the_decoder_goes_on(name):
 
 
 @both
+def test_a_thread_of_an_image_is_named_and_costs_no_other(name):
+    thin, whole = (encoded(np.full(shape, 9, np.uint8), "PNG") for shape in ((1, 600), (20, 20)))
+    decoder = reader(name, resolution=16)
+    with pytest.raises(Undecodable) as caught:
+        decoder.decode([whole, thin, whole])
+    assert caught.value.reasons == {1: "600 x 1 pixels: a side is over 500 times the other"}
+    assert (decoder.decode([whole]) == 9 / 127.5 - 1).all()
+
+
+@both
 def test_odd_but_whole_files_decode(name):
     jpeg, png = encoded(picture(40, 40), "JPEG"), encoded(picture(40, 40), "PNG")
     thumbnail = b"\xff\xe1" + struct.pack(">H", len(jpeg) + 2) + jpeg

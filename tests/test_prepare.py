@@ -227,6 +227,9 @@ def test_ranks_of_a_launcher_begin_at_different_shards(images, tmp_path, monkeyp
     assert seen == [(16, 32), (32, 44), (0, 16)]
     monkeypatch.setenv("RANK", "first")
     assert "RANK: 'first' given; must be a number" in refusal(config(images, tmp_path / "other"))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "0")
+    assert "WORLD_SIZE: '0' given; must be a number, 1 or more" in refusal(config(images, tmp_path / "other"))
 
 
 def test_other_ranks_than_the_first_say_little(images, tmp_path, monkeypatch, capsys):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
+import time
 
 import pytest
 from small_set import Killed, config, content, jpeg, kill, refusal, rows, write_set
+from test_shards import start
 
 from sra_fast.data import prepare as prepare_module
 from sra_fast.data.prepare import prepare
@@ -77,30 +80,106 @@ def test_a_flipped_byte_is_found_if_asked_for(images, tmp_path, capsys):
     assert "complete before" in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_a_shard_that_has_become_another_is_said_to_be(images, tmp_path):
+def test_a_shard_that_would_become_another_takes_no_place(images, tmp_path):
     prepare(config(images, tmp_path / "set"))
     (images / "c1" / "019.jpg").write_bytes(jpeg(7))
-    (tmp_path / "set" / SHARD).unlink()
-    line = refusal(config(images, tmp_path / "set"))
-    assert f"{SHARD}: made again, but not what manifest.json says" in line
-    assert not list((tmp_path / "set").glob("shard-*"))
-
-
-def test_mending_survives_being_killed(images, tmp_path, monkeypatch):
-    prepare(config(images, tmp_path / "set"))
+    (tmp_path / "set" / "labels-00001.npy").unlink()  # its moments are as they were
     before = content(tmp_path / "set")
-    for number in (0, 2):
-        (tmp_path / "set" / f"moments-{number:05d}.npy").unlink()
+    for _ in range(2):
+        line = refusal(config(images, tmp_path / "set"))
+        assert f"{SHARD}: made again, but not what manifest.json says" in line
+        assert content(tmp_path / "set") == before
 
-    def killed(*_):
-        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr("sra_fast.data.prepare.remove_record", killed)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(config(images, tmp_path / "set"))
+def test_only_damaged_files_are_replaced(images, tmp_path):
     prepare(config(images, tmp_path / "set"))
+    moments = (tmp_path / "set" / SHARD).stat()
+    (tmp_path / "set" / "labels-00001.npy").unlink()
+    prepare(config(images, tmp_path / "set"))
+    assert (tmp_path / "set" / SHARD).stat() == moments
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("moments-00001.npy", "moments-00009.npy"),
+        ("moments-00001.npy", "foo.npy"),
+        ('"dtype": "uint8"', '"dtype": "float16"'),
+        ('"dtype"', '"type"'),
+        ("{", ""),
+    ],
+)
+def test_a_damaged_manifest_is_refused_and_nothing_is_touched(images, tmp_path, old, new):
+    prepare(config(images, tmp_path / "set"))
+    path = tmp_path / "set" / "manifest.json"
+    path.write_text(path.read_text().replace(old, new))
+    (tmp_path / "set" / "moments-00002.npy").unlink()
+    before = content(tmp_path / "set")
+    assert f"{path}" in refusal(config(images, tmp_path / "set"))
     assert content(tmp_path / "set") == before
+
+
+def test_strict_refuses_a_complete_set_that_lacks_images(tmp_path):
+    root = write_set(tmp_path / "images", 40, extra={"0bad.jpg": b""})
+    prepare(config(root, tmp_path / "set"))
+    assert "c1/0bad.jpg: undecodable (empty file) and left out before" in refusal(
+        config(root, tmp_path / "set", strict=True)
+    )
+
+
+def damaged(images, out):
+    """(a set without two of its files, as it was)."""
+    prepare(config(images, out))
+    before = content(out)
+    for name in ("moments-00000.npy", "moments-00002.npy"):
+        (out / name).unlink()
+    return config(images, out), before
+
+
+@pytest.mark.parametrize("place", ["sra_fast.data.prepare.shutil.rmtree", "sra_fast.data.shards._sync"])
+def test_mending_survives_being_killed(images, tmp_path, monkeypatch, place):
+    given, before = damaged(images, tmp_path / "set")
+    with monkeypatch.context() as patch:
+        patch.setattr(place, kill)
+        with pytest.raises(Killed):
+            prepare(given)
+    prepare(given)
+    assert content(tmp_path / "set") == before
+    assert not (tmp_path / "set" / ".mending").exists()
+
+
+def test_mending_survives_kill_9(images, tmp_path):
+    given, before = damaged(images, tmp_path / "set")
+    mended, moments = 0, random.Random(0)
+    for _ in range(4):
+        process = start(given)
+        while process.poll() is None and not (tmp_path / "set" / ".mending").exists():
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.02))
+        process.kill()
+        process.wait()
+        there = {path.name: path.read_bytes() for path in (tmp_path / "set").glob("*.npy")}
+        mended += there.items() <= before.items()
+    assert mended == 4  # nothing but what was there before
+    prepare(given)
+    assert content(tmp_path / "set") == before
+
+
+def test_two_processes_mend_one_after_the_other(images, tmp_path):
+    given, before = damaged(images, tmp_path / "set")
+    both = [start(given) for _ in range(2)]
+    said = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert content(tmp_path / "set") == before
+    assert sorted("complete before" in output for output, _ in said) == [False, True]
+
+
+def test_other_ranks_leave_mending_to_the_first(images, tmp_path, monkeypatch):
+    given, _ = damaged(images, tmp_path / "set")
+    without = content(tmp_path / "set")
+    monkeypatch.setenv("RANK", "1")
+    prepare(given)
+    assert content(tmp_path / "set") == without
 
 
 def test_a_class_that_was_lost_costs_only_the_shards_that_lack_it(tmp_path, capsys):

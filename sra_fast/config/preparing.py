@@ -38,8 +38,8 @@ class PrepareConfig(Section):
     strict: bool = False
     """Stop at the first undecodable image instead of naming it in the manifest and leaving it out."""
     verify: bool = False
-    """Of a set that is complete, compare all checksums too, and make damaged files again; missing or truncated ones are
-    made again in any case."""
+    """Of a set that is complete already, compare all checksums too, and make damaged files again; missing or truncated
+    ones are made again in any case."""
     exif: bool = False
     """Turn images as their EXIF orientation says (ADM does not)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -131,6 +131,7 @@ def _numbered(pattern: str) -> Iterator[str]:
         yield pattern
         return
     first, last = found.groups()
+    refuse_unless(int(first) <= int(last), "images", pattern, "must count upwards in its braces")
     for number in range(int(first), int(last) + 1):
         yield from _numbered(f"{pattern[: found.start()]}{number:0{len(first)}}{pattern[found.end() :]}")
 

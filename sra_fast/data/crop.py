@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+MOST_THIN = 500
+
 
 def adm_crop(pixels: np.ndarray, resolution: int) -> np.ndarray:
     """The ADM center crop (above) of an image.
@@ -24,7 +26,12 @@ def adm_crop(pixels: np.ndarray, resolution: int) -> np.ndarray:
 
     Returns:
         (C, R, R) uint8.
+
+    Raises:
+        ValueError: if it is so thin that resizing it would take gigabytes.
     """
+    if max(pixels.shape[:2]) > MOST_THIN * min(pixels.shape[:2]):
+        raise ValueError(f"{pixels.shape[1]} x {pixels.shape[0]} pixels: a side is over {MOST_THIN} times the other")
     if min(pixels.shape[:2]) >= 2 * resolution:
         pixels = _halved(pixels, resolution)
     height, width = pixels.shape[:2]

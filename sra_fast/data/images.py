@@ -152,15 +152,18 @@ class Decoder(ABC):
         """Decode the files whose index is in `headers` into pixels (B, C, R, R), float32 in [-1, 1] on the host, else
         uint8; return what failed, by index."""
 
-    def _fill_rows(self, pixels: Tensor, indices: list[int], decode: Callable[[int], np.ndarray | None]) -> None:
-        """pixels[indices[k]] = decode(k), which is (C, R, R) uint8, or None to leave it. By all threads: each takes
-        every so-many-th, as handing over single ones takes longer than to decode small images."""
+    def _fill_rows(self, pixels: Tensor, indices: list[int], decode: Callable[[int], np.ndarray]) -> dict[int, str]:
+        """pixels[indices[k]] = decode(k), which is (C, R, R) uint8; returns what failed, by index. By all threads: each
+        takes every so-many-th, as handing over single ones takes longer than to decode small images."""
         host = pixels.numpy() if self._on_host else np.empty((len(indices), *pixels.shape[1:]), np.uint8)
+        reasons: dict[int, str] = {}
 
         def share(first: int) -> None:
             for place in range(first, len(indices), self.threads):
-                decoded = decode(place)
-                if decoded is None:
+                try:
+                    decoded = decode(place)
+                except Exception as error:  # Damaged files make Pillow raise nearly anything; the reason is reported.
+                    reasons[indices[place]] = _explained(error)
                     continue
                 if self._on_host:
                     row = host[indices[place]]
@@ -172,6 +175,7 @@ class Decoder(ABC):
         list(self._pool.map(share, range(min(self.threads, len(indices)))))
         if not self._on_host:
             _place(pixels, indices, torch.from_numpy(host))
+        return reasons
 
 
 class PillowDecoder(Decoder):
@@ -184,16 +188,8 @@ class PillowDecoder(Decoder):
         Image.preinit()  # Here once, rather than in every thread at the same time.
 
     def _fill(self, pixels: Tensor, files: list[bytes], headers: dict[int, Header]) -> dict[int, str]:
-        indices, reasons = list(headers), {}
-
-        def decode(place: int) -> np.ndarray | None:
-            try:
-                return decode_with_pillow(files[indices[place]], self.data)
-            except Exception as error:  # Damaged files make Pillow raise nearly anything; the reason is reported.
-                reasons[indices[place]] = _explained(error)
-
-        self._fill_rows(pixels, indices, decode)
-        return reasons
+        indices = list(headers)
+        return self._fill_rows(pixels, indices, lambda place: decode_with_pillow(files[indices[place]], self.data))
 
 
 def _place(pixels: Tensor, indices: list[int], decoded: Tensor) -> None:
@@ -246,8 +242,7 @@ class DaliDecoder(Decoder):
         except RuntimeError as error:
             _refuse_trouble_of_the_device(error)
         else:
-            self._take(decoded, pixels, indices)
-            return {}
+            return self._take(decoded, pixels, indices)
         # One bad file fails a whole batch without being named, so each is decoded alone. (Asking Pillow instead would
         # make a verdict depend on a file's neighbours: the two differ on some damaged files.)
         reasons = {}
@@ -258,7 +253,7 @@ class DaliDecoder(Decoder):
                 _refuse_trouble_of_the_device(error)
                 reasons[index] = self._explained(files[index], error)
             else:
-                self._take(decoded, pixels, [index])
+                reasons |= self._take(decoded, pixels, [index])
         return reasons
 
     def _run(self, files: list[bytes], alone: bool = False):
@@ -280,11 +275,12 @@ class DaliDecoder(Decoder):
         lines = (str(error).partition("encountered:")[2] or str(error)).splitlines()
         return "DALI: " + next((line.strip() for line in lines if line.strip()), type(error).__name__)
 
-    def _take(self, decoded, pixels: Tensor, indices: list[int]) -> None:
-        """pixels[indices] from what the pipeline returned: whole images on a CPU, resized and cut ones on a GPU."""
+    def _take(self, decoded, pixels: Tensor, indices: list[int]) -> dict[int, str]:
+        """pixels[indices] from what the pipeline returned: whole images on a CPU, resized and cut ones on a GPU. What
+        failed, by index."""
+        side = self.data.resolution
         if self._on_host:
-            self._fill_rows(pixels, indices, lambda place: adm_crop(np.asarray(decoded[place]), self.data.resolution))
-            return
+            return self._fill_rows(pixels, indices, lambda place: adm_crop(np.asarray(decoded[place]), side))
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
         cut = torch.empty((len(indices), *pixels.shape[1:]), dtype=torch.uint8, device=self.device)
@@ -292,6 +288,7 @@ class DaliDecoder(Decoder):
         feed_ndarray(decoded.as_tensor(), cut, cuda_stream=stream)
         stream.synchronize()  # the pipeline's next run writes where `decoded` is
         _place(pixels, indices, cut)
+        return {}
 
     def _start(self, capacity: int):
         try:

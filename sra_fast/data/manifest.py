@@ -23,6 +23,7 @@ from sra_fast.config import Refused, refuse_unless
 from sra_fast.vae import Factor
 
 NAME = "manifest.json"
+SETTINGS = "prepare.json"  # what `sra-fast prepare` keeps beside a set, to go on with it or make it again
 FORMAT_VERSION = 1
 DTYPES = ("float16", "float32", "uint8")
 _LARGEST = 3.4e38  # of float32, as which factors are applied; NaN is not below it
@@ -112,7 +113,7 @@ def read_manifest(root: Path) -> Manifest:
     try:
         given = json.loads(path.read_text())
     except FileNotFoundError:
-        begun = (root / "prepare.json").exists() or any(root.glob("*.npy"))
+        begun = (root / SETTINGS).exists() or any(root.glob("*.npy"))
         unfinished = " (it is unfinished: run the same `sra-fast prepare` again)" if begun else ""
         raise Refused(f"data.latents: {str(root)!r} given; has no {NAME}{unfinished}") from None
     except (OSError, ValueError, RecursionError) as error:

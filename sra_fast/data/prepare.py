@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -29,13 +30,14 @@ from sra_fast.config import PrepareConfig, Refused, refuse_unless
 from sra_fast.data.archives import open_images
 from sra_fast.data.encoding import FromImages, FromPublic, Maker
 from sra_fast.data.folder import ImageFolder
-from sra_fast.data.manifest import NAME, Manifest, read_manifest
+from sra_fast.data.manifest import NAME, SETTINGS, Manifest, Skipped, read_manifest
 from sra_fast.data.public import PublicSet, is_public
 from sra_fast.data.shards import (
     LOCK,
     WHOLE,
     Claims,
     Part,
+    Record,
     assemble,
     find_damage,
     read_record,
@@ -47,7 +49,7 @@ from sra_fast.data.shards import (
 from sra_fast.hardware import set_deterministic
 from sra_fast.metrics import read_json
 
-SETTINGS = "prepare.json"
+MENDING = ".mending"
 SETTINGS_VERSION = 1
 
 
@@ -62,7 +64,7 @@ def prepare(config: PrepareConfig) -> Manifest:
             first undecodable image; on a full disk. What is finished by then stays.
     """
     began = time.monotonic()
-    rank, world = _environment(0, "RANK", "SLURM_PROCID"), _environment(1, "WORLD_SIZE", "SLURM_NTASKS")
+    rank, world = _environment(0, "RANK", "SLURM_PROCID"), _environment(1, "WORLD_SIZE", "SLURM_NTASKS", least=1)
     if torch.cuda.is_available() and config.device != "cpu":
         torch.cuda.set_device(_environment(0, "LOCAL_RANK", "SLURM_LOCALID") % torch.cuda.device_count())
     out = Path(config.out)
@@ -82,8 +84,8 @@ def prepare(config: PrepareConfig) -> Manifest:
                 if isinstance(maker.source, ImageFolder) and (ignored := maker.source.ignored()):
                     print(f"images: {ignored}", file=sys.stderr)
             if whole:
+                made = _mend(out, maker, shards, config) if rank == 0 else 0
                 remove_records(out, shards)  # whoever completed it may have been killed before they were gone
-                made = _mend(out, maker, config)
         if not whole:
             with _reproducible():
                 order = [(rank * shards // world + place) % shards for place in range(shards)]
@@ -100,11 +102,11 @@ def prepare(config: PrepareConfig) -> Manifest:
     return manifest
 
 
-def _environment(default: int, *names: str) -> int:
+def _environment(default: int, *names: str, least: int = 0) -> int:
     """What a launcher says of this process: torchrun by the first name, Slurm by the second."""
     for name in names:
         if given := os.environ.get(name):
-            refuse_unless(given.isdecimal(), name, given, "must be a number")
+            refuse_unless(given.isdecimal() and int(given) >= least, name, given, f"must be a number, {least} or more")
             return int(given)
     return default
 
@@ -154,7 +156,7 @@ def _difference(name: str, before: dict[str, Any], now: dict[str, Any], out: Pat
         counts = [settings.get("image-count", 0) for settings in (before, now)]
         counted = f": {counts[0]:,} images then, {counts[1]:,} now" if all(counts) else ""
         return f"{name}: others given than {begun}{counted}"
-    if name == "vae-weights" and name in before and name in now:
+    if name == "vae-weights":
         return f"vae: another one given than {begun}"
     return f"{name}: {now.get(name)!r} given; {begun} {before.get(name)!r}"
 
@@ -178,7 +180,8 @@ def _make(out: Path, maker: Maker, claims: Claims, order: list[int], config: Pre
                     elif (out / NAME).exists():  # another process has completed the set meanwhile
                         return made
                     else:
-                        made += _make_shard(out, maker, number, config, bar)
+                        _make_shard(out, maker, number, config, bar)
+                        made += len(_images_of(number, maker, config))
                     known.add(number)
     return made
 
@@ -187,9 +190,12 @@ def _is_made(out: Path, number: int, strict: bool) -> bool:
     """Whether a shard is there. Raises Refused if it is one that `strict` forbids."""
     record = read_record(out, number)
     if strict and record and record.skipped:
-        file = record.skipped[0]
-        raise Refused(f"images: {file.file}: undecodable ({file.reason}) and left out before; strict allows none")
+        _refuse_skipped(record.skipped[0])
     return record is not None
+
+
+def _refuse_skipped(file: Skipped) -> None:
+    raise Refused(f"images: {file.file}: undecodable ({file.reason}) and left out before; strict allows none")
 
 
 def _images_of(number: int, maker: Maker, config: PrepareConfig) -> range:
@@ -198,12 +204,10 @@ def _images_of(number: int, maker: Maker, config: PrepareConfig) -> range:
     return range(number * size, min(len(maker.source), (number + 1) * size))
 
 
-def _make_shard(out: Path, maker: Maker, number: int, config: PrepareConfig, bar: tqdm) -> int:
-    """Returns how many images it is made of."""
+def _make_shard(folder: Path, maker: Maker, number: int, config: PrepareConfig, bar: tqdm) -> Record:
     images = _images_of(number, maker, config)
     parts = _watched(maker.parts(images.start, images.stop), bar, config.strict)
-    write_shard(out, number, parts, shape=maker.shape, dtype=maker.dtype, flips=maker.flips)
-    return len(images)
+    return write_shard(folder, number, parts, shape=maker.shape, dtype=maker.dtype, flips=maker.flips)
 
 
 def _complete(out: Path, maker: Maker, shards: int) -> None:
@@ -233,36 +237,52 @@ def _complete(out: Path, maker: Maker, shards: int) -> None:
     assemble(out, records, **maker.facts)
 
 
-def _mend(out: Path, maker: Maker, config: PrepareConfig) -> int:
-    """Make the damaged shards of a complete set again. Returns how many images were encoded.
+def _mend(out: Path, maker: Maker, shards: int, config: PrepareConfig) -> int:
+    """Make the damaged files of a complete set again. Returns how many images were encoded.
+
+    Each shard is made aside, and takes its place when it is what the manifest says.
 
     Raises:
-        Refused: if one does not become what the manifest says it was.
+        Refused: if one does not become that, or the manifest is not of this set.
     """
-    manifest = read_manifest(out)
+    manifest, aside = read_manifest(out), out / MENDING
+    names = {f"moments-{number:05d}.npy": number for number in range(shards)}
+    fits = (manifest.shape, np.dtype(manifest.dtype)) == (tuple(maker.shape), maker.dtype)
+    if not fits or any(shard.file not in names for shard in manifest.shards):
+        raise Refused(f"out: {out / NAME}: is not of this set; remove it, and all is made again")
+    if config.strict and manifest.skipped:
+        _refuse_skipped(manifest.skipped[0])
+    shutil.rmtree(aside, ignore_errors=True)  # of one who was killed
     damaged = {}
-    for shard in manifest.shards:
-        if damage := find_damage(out, shard, manifest.shape, np.dtype(manifest.dtype), config.verify):
-            damaged[int(Path(shard.file).stem.rpartition("-")[2])] = shard, damage
+    with _bar(sum(shard.rows for shard in manifest.shards) if config.verify else 0, unit="row") as bar:
+        for shard in manifest.shards:
+            if damage := find_damage(out, shard, manifest.shape, np.dtype(manifest.dtype), config.verify):
+                damaged[names[shard.file]] = shard, damage
+            bar.update(shard.rows)
     made = 0
     with _reproducible(), _bar(sum(len(_images_of(number, maker, config)) for number in damaged)) as bar:
         for number, (shard, damage) in damaged.items():
-            bar.write(f"{damage}; made again", file=sys.stderr)
-            made += _make_shard(out, maker, number, config, bar)
-            record = read_record(out, number)
-            remove_record(out, number)
-            if record is None or record.shard != shard:
+            for name, reason in damage.items():
+                bar.write(f"{out / name}: {reason}; made again", file=sys.stderr)
+            aside.mkdir()
+            record = _make_shard(aside, maker, number, config, bar)
+            if record.shard == shard:
+                for name in damage:
+                    (aside / name).replace(out / name)
+            shutil.rmtree(aside)
+            if record.shard != shard:
                 raise Refused(
                     f"out: {out / shard.file}: made again, but not what {NAME} says: the images or this machine's "
-                    f"arithmetic have changed; take another --out"
+                    f"arithmetic have changed; the set is as it was: take another --out"
                 )
+            made += len(_images_of(number, maker, config))
     return made
 
 
-def _bar(images: int, rank: int = 0, before: int = 0) -> tqdm:
+def _bar(total: int, rank: int = 0, before: int = 0, unit: str = "img") -> tqdm:
     """Images/s and time left: live on a terminal, and every ten seconds in a log file."""
     every = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(total=images, initial=before, unit="img", mininterval=every, disable=rank > 0 or not images)
+    return tqdm(total=total, initial=before, unit=unit, mininterval=every, disable=rank > 0 or not total)
 
 
 def _watched(parts: Iterable[Part], bar: tqdm, strict: bool) -> Iterator[Part]:

@@ -61,7 +61,10 @@ class Claims:
 
     def __init__(self, root: Path) -> None:
         self._path = root / LOCK
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._file = self._opened()
+
+    def _opened(self) -> int:
+        return os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
 
     @contextmanager
     def hold(self, number: int, wait: bool) -> Iterator[bool]:
@@ -69,6 +72,10 @@ class Claims:
         how = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
         try:
             fcntl.lockf(self._file, how, 1, number + 1)
+            while not self._is_current():  # it was removed while we waited: who comes now locks another file
+                os.close(self._file)
+                self._file = self._opened()
+                fcntl.lockf(self._file, how, 1, number + 1)
         except (BlockingIOError, PermissionError):
             yield False
             return
@@ -79,10 +86,18 @@ class Claims:
         finally:
             fcntl.lockf(self._file, fcntl.LOCK_UN, 1, number + 1)
 
+    def _is_current(self) -> bool:
+        try:
+            return os.fstat(self._file).st_ino == self._path.stat().st_ino
+        except FileNotFoundError:
+            return False
+
     def close(self, remove: bool = False) -> None:
-        """Free everything; `remove` the lock file too, once the manifest is there for whoever comes late."""
-        if remove:
-            self._path.unlink(missing_ok=True)
+        """Free everything; `remove` the lock file too, unless another process holds the whole: it will."""
+        if remove and self._path.exists():
+            with self.hold(WHOLE, wait=False) as mine:
+                if mine:
+                    self._path.unlink(missing_ok=True)
         os.close(self._file)
 
 
@@ -179,13 +194,14 @@ def remove_records(root: Path, count: int) -> None:
         remove_record(root, number)
 
 
-def find_damage(root: Path, shard: Shard, shape: Sequence[int], dtype: np.dtype, checksums: bool) -> str:
-    """What is wrong with the files of a shard, in a line; empty if nothing is.
+def find_damage(root: Path, shard: Shard, shape: Sequence[int], dtype: np.dtype, checksums: bool) -> dict[str, str]:
+    """{file of a shard: what is wrong with it}.
 
     Args:
         shape, dtype: of a row.
         checksums: read them whole, too.
     """
+    damage = {}
     for name, sha256 in shard.files().items():
         path = root / name
         wanted = ((), np.dtype(np.int64)) if name == shard.labels else (tuple(shape), dtype)
@@ -194,12 +210,12 @@ def find_damage(root: Path, shard: Shard, shape: Sequence[int], dtype: np.dtype,
                 found = npy.read_header(file, os.fstat(file.fileno()).st_size)
                 file.seek(0)
                 if found[:2] != ((shard.rows, *wanted[0]), wanted[1]):
-                    return f"{path}: {found.dtype} {found.shape}, not what {NAME} says"
-                if checksums and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                    return f"{path}: its SHA-256 is not what {NAME} says"
+                    damage[name] = f"{found.dtype} {found.shape}, not what {NAME} says"
+                elif checksums and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                    damage[name] = f"its SHA-256 is not what {NAME} says"
         except (OSError, ValueError) as error:
-            return f"{path}: {getattr(error, 'strerror', None) or error}"
-    return ""
+            damage[name] = str(getattr(error, "strerror", None) or error)
+    return damage
 
 
 def write_text(path: Path, text: str) -> None:

@@ -87,20 +87,22 @@ def space_of(weights: Path, vae: str, channels: int) -> LatentSpace | None:
 
 
 def latent_maker(weights: Path, vae: str, channels: int) -> Callable[[Tensor], Tensor]:
-    """What makes latents z (N, C, h, w) float32, as a VAE decodes them, of samples (N, C, h, w); samples as they are if
-    nothing says how they were scaled. Of a run's weights no VAE is opened.
+    """What makes latents z (N, C, h, w) float32, as a VAE decodes them, of samples (N, C, h, w). For a run's weights
+    no VAE is opened.
 
     Args: as `space_of`.
 
     Raises:
-        Refused: if the weights are of a run on pixels, or the VAE does not fit them.
+        Refused: if the weights are of a run on pixels, or of none and no VAE is named or it does not fit.
     """
     for folder in _around(weights):
         if space := LatentSpace.of_run(folder):
             return space.unscaled
         run_on_pixels = (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
         refuse_unless(not run_on_pixels, "latents", True, f"but the run {folder} makes pixels")
-    return _space_of_vae(vae, channels).unscaled if vae else Tensor.float
+    needs = "needs a run, or --vae for its scale and shift: these weights do not say how their samples are scaled"
+    refuse_unless(bool(vae), "latents", True, needs)
+    return _space_of_vae(vae, channels).unscaled
 
 
 def _around(weights: Path) -> list[Path]:
