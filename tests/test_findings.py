@@ -99,3 +99,10 @@ def test_json_and_lines_say_the_same_of_names():
     assert made["exit_code"] == 1
     assert printable("ä 日本") == "ä 日本"
     assert ("images", "3 JPEG and PNG files, 7 bytes") in list(found.lines())
+
+
+def test_factors_of_many_channels_are_cut_short(tmp_path):
+    found = Findings("packed set", tmp_path, True, 1, ("a",), np.array([1]), shape=(32, 2, 2), vae="")
+    found.scale, found.shift = tuple(1 / (3 + n) for n in range(32)), (1.0, -2.5)
+    line = dict(found.lines())["scale, shift"]
+    assert line == "[0.3333 0.25 0.2 0.1667 ...], [1 -2.5]: x = (z - shift) * scale"

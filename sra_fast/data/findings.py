@@ -121,7 +121,7 @@ class Findings:
             yield "shards", f"{self.shards:,}, {self.bytes:,} bytes"
         if self.shape is not None:
             yield "VAE", self.vae or "not named"
-            yield "scale, shift", f"{self.scale}, {self.shift}: x = (z - shift) * scale"
+            yield "scale, shift", f"{_factor(self.scale)}, {_factor(self.shift)}: x = (z - shift) * scale"
         if self.shorter_side is not None:
             yield "shorter side", "{:.0f} smallest, {:.0f} median, {:.0f} largest".format(*self.shorter_side)
         if self.counts is not None:
@@ -160,6 +160,13 @@ def _escaped(value: Any) -> Any:
 
 
 # Classes
+
+
+def _factor(factor: Factor) -> str:
+    """A number as it is; of many the first ones, as the table of channels has them all."""
+    if not isinstance(factor, tuple):
+        return str(factor)
+    return "[" + " ".join(f"{one:.4g}" for one in factor[:4]) + (" ...]" if len(factor) > 4 else "]")
 
 
 def class_lines(names: Sequence[str], counts: np.ndarray) -> Iterator[tuple[str, str]]:
