@@ -5,7 +5,6 @@ A packed set (data/manifest.py), the public layout (data/public.py), or a folder
 
 from __future__ import annotations
 
-import hashlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +23,7 @@ from sra_fast.data import folder
 from sra_fast.data.findings import FEW, Findings, Sheet, Statistics, Sums, printable
 from sra_fast.data.folder import ImageFolder
 from sra_fast.data.images import PillowDecoder, Undecodable, read_header
-from sra_fast.data.latents import PackedSet, header
+from sra_fast.data.latents import PackedSet, find_damage
 from sra_fast.data.manifest import NAME, SETTINGS, Manifest, read_manifest
 from sra_fast.data.moments import Moments
 from sra_fast.data.public import PublicSet, is_public
@@ -33,7 +32,6 @@ from sra_fast.metrics import write_json
 from sra_fast.sampling.decoding import LatentSpace, image_maker
 from sra_fast.sampling.images import save_grid, to_uint8
 
-PIECE = 1 << 22  # bytes read at a time
 USUAL = {True: (0.4, 2.5), False: (0.1, 2.5)}
 """Standard deviations of x, latents or not, outside of which something was forgotten. Stable Diffusion's channels have
 0.6 to 0.84, and 3.3 to 4.6 without its scale (Karras et al., EDM2, 2024); pixels about 0.5, and 60 without theirs."""
@@ -133,7 +131,7 @@ def _packed(root: Path, checksums: bool) -> tuple[Findings, Moments | None]:
         skipped=manifest.skipped,
         **_row(manifest),
     )
-    found.bytes = sum(_check_shards(root, manifest, checksums, found.wrong))
+    found.bytes = _check_shards(root, manifest, checksums, found.wrong)
     if found.wrong and (root / SETTINGS).exists():  # without them, prepare takes the set for somebody else's
         found.advice = ADVICE
     try:
@@ -157,42 +155,14 @@ def _counts(data: Moments | ImageFolder) -> np.ndarray:
     return np.bincount(data.labels, minlength=len(data.classes))
 
 
-def _check_shards(root: Path, manifest: Manifest, checksums: bool, wrong: dict[Path, str]) -> list[int]:
-    """Every file of the shards against the manifest. Returns the sizes of those that are there."""
-    wanted = {}
-    for shard in manifest.shards:
-        rows = (shard.rows, *manifest.shape), np.dtype(manifest.dtype)
-        wanted |= {name: (*rows, sha256) for name, sha256 in shard.files().items()}
-        wanted[shard.labels] = (shard.rows,), np.dtype(np.int64), shard.labels_sha256
-    sizes = {name: (root / name).stat().st_size for name in wanted if (root / name).is_file()}
-    labels = {shard.labels for shard in manifest.shards}
-    with _bar(sum(sizes.values()) if checksums else 0, "checksums", "B") as bar:
-        for name, (shape, dtype, sha256) in wanted.items():
-            path = root / name
-            try:
-                header(path, shape, dtype)
-                if name in labels:
-                    _check_labels(path, np.load(path), len(manifest.classes))
-                if checksums and (read := _sha256(path, bar)) != sha256:
-                    raise Refused(f"SHA-256 {read}; the manifest has {sha256}")
-            except (Refused, OSError) as error:
-                wrong[path] = str(error).removeprefix(f"data.latents: {path}: ")
-    return list(sizes.values())
-
-
-def _check_labels(path: Path, labels: np.ndarray, classes: int) -> None:
-    outside = np.flatnonzero((labels < 0) | (labels >= classes))
-    if len(outside):
-        raise Refused(f"label {labels[outside[0]]} of row {outside[0]}; must be in [0, {classes})")
-
-
-def _sha256(path: Path, bar: tqdm) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
-            bar.update(len(piece))
-    return digest.hexdigest()
+def _check_shards(root: Path, manifest: Manifest, checksums: bool, wrong: dict[Path, str]) -> int:
+    """Every file of the shards against the manifest. Returns the bytes of those that are there."""
+    size = manifest.size(root)
+    with _bar(size if checksums else 0, "checksums", "B") as bar:
+        for shard in manifest.shards:
+            damage = find_damage(root, manifest, shard, checksums, bar.update)
+            wrong |= {root / name: reason for name, reason in damage.items()}
+    return size
 
 
 def _public(root: Path, checksums: bool) -> tuple[Findings, Moments]:

@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -23,6 +24,11 @@ KINDS = ("AutoencoderKL", "AutoencoderTiny")
 Factor = float | tuple[float, ...]  # one for all channels, or one for each
 # All that diffusers, huggingface_hub and safetensors raise for files that are missing, damaged or of another kind.
 TROUBLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
+
+
+def per_channel(factor: Factor, channels: int) -> np.ndarray:
+    """(channels,) float64."""
+    return np.broadcast_to(np.float64(factor), channels)
 
 
 class Vae:

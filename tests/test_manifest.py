@@ -12,6 +12,7 @@ from small_sets import change, pack
 
 from sra_fast.config import Refused
 from sra_fast.data.manifest import Manifest, Shard, Skipped, read_manifest
+from sra_fast.vae import per_channel
 
 SHARD = Shard("m.npy", 5, "a", "l.npy", "b", "f.npy", "c")
 MADE = Manifest(
@@ -42,9 +43,9 @@ def test_what_is_read_is_what_was_written(tmp_path):
     read = read_manifest(tmp_path)
     assert read == MADE
     assert (read.channels, read.flips) == (3, True)
-    shift, scale = read.factors()
+    shift, scale = (per_channel(factor, read.channels) for factor in (read.shift, read.scale))
     assert (shift.tolist(), scale.tolist()) == ([0.25] * 3, [0.5, 2.0, 1.0])
-    assert shift.dtype == scale.dtype == np.float32
+    assert shift.dtype == scale.dtype == np.float64
     assert SHARD.files() == {"m.npy": "a", "l.npy": "b", "f.npy": "c"}
 
 

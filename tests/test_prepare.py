@@ -31,7 +31,7 @@ from sra_fast.data import encoding
 from sra_fast.data import prepare as prepare_module
 from sra_fast.data.archives import open_images
 from sra_fast.data.prepare import prepare
-from sra_fast.vae import open_vae
+from sra_fast.vae import open_vae, per_channel
 
 # What is in a set
 
@@ -119,7 +119,8 @@ def test_a_vae_without_a_posterior_has_half_the_channels(images, tmp_path):
 
 def test_factors_of_each_channel_reach_the_manifest(images, tmp_path):
     vae = save_kl(tmp_path / "vae", latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[1.0, 2.0, 4.0, 8.0])
-    shift, scale = prepare(config(images, tmp_path / "set", vae=str(vae))).factors()
+    manifest = prepare(config(images, tmp_path / "set", vae=str(vae)))
+    shift, scale = (per_channel(factor, manifest.channels) for factor in (manifest.shift, manifest.scale))
     assert shift.tolist() == [1, 2, 3, 4]
     np.testing.assert_allclose(scale, 0.18215 / np.array([1, 2, 4, 8]), rtol=1e-6)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sra_fast.data.manifest import Skipped
 from sra_fast.data.moments import Moments
-from sra_fast.vae import Factor
+from sra_fast.vae import Factor, per_channel
 
 FEW = 16  # classes, channels and files listed one by one
 BINS, ENDS = 8, 5  # of many classes: bars of their sizes; smallest and largest ones named
@@ -162,13 +162,6 @@ def _escaped(value: Any) -> Any:
 # Classes
 
 
-def _factor(factor: Factor) -> str:
-    """A number as it is; of many the first ones, as the table of channels has them all."""
-    if not isinstance(factor, tuple):
-        return str(factor)
-    return "[" + " ".join(f"{one:.4g}" for one in factor[:4]) + (" ...]" if len(factor) > 4 else "]")
-
-
 def class_lines(names: Sequence[str], counts: np.ndarray) -> Iterator[tuple[str, str]]:
     """Bars: of each class where there are few, else of how many classes have how many images.
 
@@ -213,6 +206,13 @@ def _bar(count: int, most: int) -> str:
 # Numbers
 
 
+def _factor(factor: Factor) -> str:
+    """A number as it is; of many the first ones, as the table of channels has them all."""
+    if not isinstance(factor, tuple):
+        return str(factor)
+    return "[" + " ".join(f"{one:.4g}" for one in factor[:4]) + (" ...]" if len(factor) > 4 else "]")
+
+
 class Sums:
     """Of the values of each channel: means and deviations of a posterior, and their squares."""
 
@@ -229,8 +229,7 @@ class Sums:
         """Of what is stored, and of x, which the posteriors give."""
         mean, square, deviation, within = (self._sums / self.count).numpy()
         variance = (square - mean**2).clip(0)
-        factors = (np.broadcast_to(np.float64(factor), moments.channels) for factor in (moments.shift, moments.scale))
-        shift, scale = factors
+        shift, scale = (per_channel(factor, moments.channels) for factor in (moments.shift, moments.scale))
         figures = {"mean": mean, "std": np.sqrt(variance)}
         if moments.posterior:
             figures |= {"deviation_mean": deviation, "deviation_std": np.sqrt((within - deviation**2).clip(0))}

@@ -6,19 +6,22 @@ is then an error with a name, where a map would end the process. Threads may sha
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from sra_fast.config import Refused, refuse_unless
 from sra_fast.data import npy
-from sra_fast.data.manifest import NAME, Shard, read_manifest
+from sra_fast.data.manifest import NAME, Manifest, Shard, read_manifest
 from sra_fast.data.moments import Moments, refuse_classes
 from sra_fast.data.public import CHANNELS, PublicSet, is_public
 
 OPEN_FILES = 512  # shards kept open at a time
+PIECE = 1 << 22  # bytes of a checksum read at a time
 
 
 class PackedSet(Moments):
@@ -113,6 +116,46 @@ def header(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> int:
             f"data.latents: {path}: {found.dtype} {found.shape} given; must be {dtype} {shape}, as {NAME} says"
         )
     return found.begin
+
+
+def find_damage(
+    root: Path, manifest: Manifest, shard: Shard, checksums: bool, read: Callable[[int], object]
+) -> dict[str, str]:
+    """{file of a shard: what is wrong with it}.
+
+    Args:
+        checksums: read the files whole, too.
+        read: is told of bytes when they have been read.
+    """
+    damage = {}
+    for name, sha256 in shard.files().items():
+        path = root / name
+        try:
+            if name == shard.labels:
+                header(path, (shard.rows,), np.dtype(np.int64))
+                _refuse_labels(np.load(path), len(manifest.classes))
+            else:
+                header(path, (shard.rows, *manifest.shape), np.dtype(manifest.dtype))
+            if checksums and (found := _sha256(path, read)) != sha256:
+                raise Refused(f"SHA-256 {found}; the manifest has {sha256}")
+        except (Refused, OSError) as error:
+            damage[name] = str(error).removeprefix(f"data.latents: {path}: ")
+    return damage
+
+
+def _refuse_labels(labels: np.ndarray, classes: int) -> None:
+    outside = np.flatnonzero((labels < 0) | (labels >= classes))
+    if len(outside):
+        raise Refused(f"label {labels[outside[0]]} of row {outside[0]}; must be in [0, {classes})")
+
+
+def _sha256(path: Path, read: Callable[[int], object]) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+            read(len(piece))
+    return digest.hexdigest()
 
 
 def _unreadable(path: Path, error: Exception) -> Refused:

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sra_fast.config import Refused, refuse_unless
 from sra_fast.vae import Factor
 
@@ -87,10 +85,10 @@ class Manifest:
         """Whether there is a mirrored row for every row."""
         return bool(self.shards) and all(shard.flip for shard in self.shards)
 
-    def factors(self) -> tuple[np.ndarray, np.ndarray]:
-        """(shift, scale), each (C,) float32."""
-        shift, scale = (np.broadcast_to(np.float32(f), self.channels).copy() for f in (self.shift, self.scale))
-        return shift, scale
+    def size(self, root: Path) -> int:
+        """Bytes of the shards' files that are in a folder."""
+        files = [root / name for shard in self.shards for name in shard.files()]
+        return sum(path.stat().st_size for path in files if path.is_file())
 
     def fingerprint(self) -> str:
         """SHA-256, in hex, of everything that makes a training run what it is: equal for equal rows, wherever they

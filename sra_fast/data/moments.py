@@ -14,7 +14,7 @@ from torch import Tensor
 from sra_fast.config import Refused, refuse_unless
 from sra_fast.kernels.perturb import Stored
 from sra_fast.kernels.philox import Draw, uniforms
-from sra_fast.vae import Factor
+from sra_fast.vae import Factor, per_channel
 
 
 class Moments(ABC):
@@ -54,7 +54,7 @@ class Moments(ABC):
     def stored(self, device: torch.device) -> Stored:
         """What makes x of a row."""
         shift, scale = (
-            torch.from_numpy(np.broadcast_to(np.float32(factor), self.channels).copy()).to(device)
+            torch.from_numpy(per_channel(factor, self.channels).astype(np.float32)).to(device)
             for factor in (self.shift, self.scale)
         )
         return Stored(self.posterior, shift, scale)

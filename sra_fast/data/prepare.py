@@ -30,6 +30,7 @@ from sra_fast.config import PrepareConfig, Refused, refuse_unless
 from sra_fast.data.archives import open_images
 from sra_fast.data.encoding import FromImages, FromPublic, Maker
 from sra_fast.data.folder import ImageFolder
+from sra_fast.data.latents import find_damage
 from sra_fast.data.manifest import NAME, SETTINGS, Manifest, Skipped, read_manifest
 from sra_fast.data.public import PublicSet, is_public
 from sra_fast.data.shards import (
@@ -39,7 +40,6 @@ from sra_fast.data.shards import (
     Part,
     Record,
     assemble,
-    find_damage,
     read_record,
     remove_record,
     remove_records,
@@ -254,11 +254,10 @@ def _mend(out: Path, maker: Maker, shards: int, config: PrepareConfig) -> int:
         _refuse_skipped(manifest.skipped[0])
     shutil.rmtree(aside, ignore_errors=True)  # of one who was killed
     damaged = {}
-    with _bar(sum(shard.rows for shard in manifest.shards) if config.verify else 0, unit="row") as bar:
+    with _bar(manifest.size(out) if config.verify else 0, unit="B") as bar:
         for shard in manifest.shards:
-            if damage := find_damage(out, shard, manifest.shape, np.dtype(manifest.dtype), config.verify):
+            if damage := find_damage(out, manifest, shard, config.verify, bar.update):
                 damaged[names[shard.file]] = shard, damage
-            bar.update(shard.rows)
     made = 0
     with _reproducible(), _bar(sum(len(_images_of(number, maker, config)) for number in damaged)) as bar:
         for number, (shard, damage) in damaged.items():
@@ -281,8 +280,10 @@ def _mend(out: Path, maker: Maker, shards: int, config: PrepareConfig) -> int:
 
 def _bar(total: int, rank: int = 0, before: int = 0, unit: str = "img") -> tqdm:
     """Images/s and time left: live on a terminal, and every ten seconds in a log file."""
-    every = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, initial=before, unit=unit, mininterval=every, disable=rank > 0 or not total)
+    every, scaled = 0.2 if sys.stderr.isatty() else 10.0, unit == "B"
+    return tqdm(
+        total=total, initial=before, unit=unit, unit_scale=scaled, mininterval=every, disable=rank > 0 or not total
+    )
 
 
 def _watched(parts: Iterable[Part], bar: tqdm, strict: bool) -> Iterator[Part]:
@@ -314,8 +315,7 @@ def _report(out: Path, manifest: Manifest, made: int, seconds: float, rank: int)
     if rank > 0:
         print(f"rank {rank}: {made:,} images{rate}")
         return
-    size = sum((out / name).stat().st_size for shard in manifest.shards for name in shard.files())
     print(
         f"{manifest.count:,} images of {manifest.shape} {manifest.dtype} in {len(manifest.shards)} shards, "
-        f"{len(manifest.skipped):,} skipped, {seconds:.1f} s{rate}, {size:,} bytes: {out}"
+        f"{len(manifest.skipped):,} skipped, {seconds:.1f} s{rate}, {manifest.size(out):,} bytes: {out}"
     )

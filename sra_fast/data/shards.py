@@ -24,7 +24,6 @@ import numpy as np
 
 from sra_fast.atomic import replacing
 from sra_fast.config import Refused
-from sra_fast.data import npy
 from sra_fast.data.manifest import NAME, Manifest, Shard, Skipped, read_manifest
 
 LOCK = ".prepare.lock"
@@ -192,30 +191,6 @@ def remove_records(root: Path, count: int) -> None:
     """Remove what was noted of `count` shards, once the manifest has it."""
     for number in range(count):
         remove_record(root, number)
-
-
-def find_damage(root: Path, shard: Shard, shape: Sequence[int], dtype: np.dtype, checksums: bool) -> dict[str, str]:
-    """{file of a shard: what is wrong with it}.
-
-    Args:
-        shape, dtype: of a row.
-        checksums: read them whole, too.
-    """
-    damage = {}
-    for name, sha256 in shard.files().items():
-        path = root / name
-        wanted = ((), np.dtype(np.int64)) if name == shard.labels else (tuple(shape), dtype)
-        try:
-            with path.open("rb") as file:
-                found = npy.read_header(file, os.fstat(file.fileno()).st_size)
-                file.seek(0)
-                if found[:2] != ((shard.rows, *wanted[0]), wanted[1]):
-                    damage[name] = f"{found.dtype} {found.shape}, not what {NAME} says"
-                elif checksums and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                    damage[name] = f"its SHA-256 is not what {NAME} says"
-        except (OSError, ValueError) as error:
-            damage[name] = str(getattr(error, "strerror", None) or error)
-    return damage
 
 
 def write_text(path: Path, text: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from sra_fast.config import Config, Refused, refuse_unless
 from sra_fast.data.source import LatentSource, Source
 from sra_fast.metrics import read_json, write_json
-from sra_fast.vae import Factor, from_anywhere, open_vae
+from sra_fast.vae import Factor, from_anywhere, open_vae, per_channel
 
 NAME = "latents.json"
 BATCH = 16  # images decoded at a time: a VAE's activations are large
@@ -35,7 +35,7 @@ class LatentSpace:
     def unscaled(self, x: Tensor) -> Tensor:
         """z (N, C, h, w) float32 of samples x (N, C, h, w), on their device."""
         scale, shift = (
-            torch.from_numpy(np.atleast_1d(np.float32(factor))).to(x.device)[:, None, None]
+            torch.from_numpy(per_channel(factor, x.shape[1]).astype(np.float32)).to(x.device)[:, None, None]
             for factor in (self.scale, self.shift)
         )
         return x.float() / scale + shift
@@ -81,8 +81,7 @@ def space_of(weights: Path, vae: str, channels: int) -> LatentSpace | None:
             return replace(space, vae=vae or space.vae)
     if vae:
         return _space_of_vae(vae, channels)
-    wanted = f"must be named: these weights make {channels} channels, not pixels; --latents needs none"
-    refuse_unless(channels in (1, 3), "vae", vae, wanted)
+    refuse_unless(channels in (1, 3), "vae", vae, f"must be named: these weights make {channels} channels, not pixels")
     return None
 
 
