@@ -1,5 +1,7 @@
-"""Packages of the distribution, where `kernels/` at the top of the tree is installed as `sra_fast.kernels`, and the
-compiled operators, which CMakeLists.txt builds.
+"""Packages of the distribution, and the compiled operators, which CMakeLists.txt builds.
+
+`sra_fast/kernels` is a symbolic link to `kernels/` at the top of the tree, so that imports, editors and type checkers
+agree on one name, `sra_fast.kernels`, whether or not the tree is installed.
 
 The library is on LibTorch's stable ABI and touches no Python: one wheel, py3-none-<platform>, serves every torch from
 2.10 on. Where it cannot be built the package is complete without it, and says at run time what is missing.
@@ -68,8 +70,7 @@ class AnyPython(bdist_wheel):
 
 
 setup(
-    packages=["sra_fast.kernels", *find_packages(include=["sra_fast", "sra_fast.*"])],
-    package_dir={"sra_fast": "sra_fast", "sra_fast.kernels": "kernels"},
+    packages=find_packages(include=["sra_fast", "sra_fast.*"]),
     ext_modules=[Extension("sra_fast._ops", sources=[], optional=True)],
     cmdclass={"build_ext": BuildOperators, "bdist_wheel": AnyPython},
 )

@@ -24,7 +24,7 @@ from benchmarks.latent_loaders import bench_latents
 from benchmarks.record import RESULTS
 from benchmarks.throughput import fastest_step, report
 from benchmarks.timing import GateFailed
-from sra_fast.config import Refused
+from sra_fast.errors import Refused
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -33,7 +33,7 @@ from sra_fast.kernels import missing
 from sra_fast.kernels.adamw_ema import Lists, Scalars, adamw_ema, adamw_ema_ref, parameter_ref
 from sra_fast.kernels.gradient_norm import gradient_norm, gradient_norm_ref
 from sra_fast.model.transformer import REFERENCE
-from sra_fast.optim import TrainState
+from sra_fast.step.state import TrainState
 
 RESULTS = ("weight", "EMA", "student", "teacher")
 CHUNK = 2**24  # elements compared in fp64 at a time

@@ -24,19 +24,19 @@ from torch import Tensor
 from benchmarks import options, timing
 from benchmarks.baseline import RUNGS, PublicStep
 from sra_fast.config import SIZES, Config, preset
-from sra_fast.data.ahead import Batch
+from sra_fast.data.stream import Batch
 from sra_fast.flops import dense_peak_flops, training_flops
 from sra_fast.hardware import Hardware, set_deterministic
 from sra_fast.kernels.perturb import draw_ref
 from sra_fast.kernels.philox import Draw, normals
-from sra_fast.model.choices import resolve
+from sra_fast.model.backends import resolve
 from sra_fast.model.initial import ZERO
 from sra_fast.model.layout import apart
 from sra_fast.model.transformer import Ops
 from sra_fast.objective.ddpm import DIFFUSION_STEPS
-from sra_fast.optim import TrainState
-from sra_fast.step import MetricRing, TrainingStep
 from sra_fast.step.runner import StepRunner, choose_execution
+from sra_fast.step.state import TrainState
+from sra_fast.step.step import MetricRing, TrainingStep
 
 
 @dataclass(frozen=True)

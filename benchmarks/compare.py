@@ -38,8 +38,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.record import markdown, read, say
-from sra_fast.config import Refused, refuse_unless
-from sra_fast.metrics import read_json
+from sra_fast.config import refuse_unless
+from sra_fast.errors import Refused
+from sra_fast.files import read_json
 
 Key = tuple[str, tuple[tuple[str, str], ...]]  # name, and params as sorted text
 Rows = dict[Key, list[dict[str, Any]]]  # one entry per run in which the row was measured

@@ -23,8 +23,9 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.record import Row
 from benchmarks.throughput import Candidate, rows
 from benchmarks.timing import GateFailed
-from sra_fast.config import DataConfig, Refused
-from sra_fast.data.images import open_decoder
+from sra_fast.config import DataConfig
+from sra_fast.data.decoders import open_decoder
+from sra_fast.errors import Refused
 from sra_fast.vae import open_vae
 
 THREADS = sorted({1, min(8, os.cpu_count() or 1)})

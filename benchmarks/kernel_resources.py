@@ -31,8 +31,8 @@ from triton.runtime.jit import JITFunction
 from benchmarks.machine_code import ARCHITECTURES, Launch, compiled, recorded, resources
 from benchmarks.record import markdown
 from sra_fast.config import SIZES
+from sra_fast.files import read_json, write_json
 from sra_fast.kernels import adaln, alignment, gated_adaln, perturb
-from sra_fast.metrics import read_json, write_json
 
 RECORD = Path(__file__).with_name("kernel_resources.json")
 WIDTHS = sorted({hidden for _, hidden, _ in SIZES.values()})

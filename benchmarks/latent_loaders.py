@@ -25,9 +25,9 @@ from benchmarks.throughput import Candidate, rows
 from benchmarks.timing import GateFailed
 from sra_fast.data import order
 from sra_fast.data.latent_stream import LatentStream
-from sra_fast.data.latents import open_moments
 from sra_fast.data.manifest import NAME, Manifest, Shard
-from sra_fast.data.moments import Rows
+from sra_fast.data.packed import open_moments
+from sra_fast.data.rows import Rows
 
 WORKERS = (0, 1, 2)
 SHAPE = (8, 32, 32)  # of SD's moments at 256 pixels

@@ -18,9 +18,8 @@ from typing import Any
 
 from benchmarks import tables
 from benchmarks.record import RESULTS, Row
-from sra_fast.atomic import replacing
 from sra_fast.config import SIZES
-from sra_fast.metrics import read_json
+from sra_fast.files import read_json, replacing
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sra_fast.config import refuse_unless
-from sra_fast.metrics import read_json, write_json
+from sra_fast.files import read_json, write_json
 
 if TYPE_CHECKING:
     from benchmarks.timing import Samples

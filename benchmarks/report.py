@@ -17,9 +17,8 @@ from typing import Any
 from benchmarks import tables
 from benchmarks.parts import FAILED, OK, Outcome
 from benchmarks.record import Row, markdown, read, table, write
-from sra_fast.atomic import replacing
-from sra_fast.config import Refused
-from sra_fast.metrics import write_json
+from sra_fast.errors import Refused
+from sra_fast.files import replacing, write_json
 
 MOST_FILES = 8
 LARGEST = 16 * 2**20  # bytes

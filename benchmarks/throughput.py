@@ -19,7 +19,7 @@ import torch
 from benchmarks import tables, timing
 from benchmarks.record import Row, digits, read
 from benchmarks.timing import Samples
-from sra_fast.config import Refused
+from sra_fast.errors import Refused
 
 GOALS = {  # of the best of ours whose name has this in it, over the best rival
     ("latents", "images_per_cpu_s"): ("", 20.0),

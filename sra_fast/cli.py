@@ -13,96 +13,27 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
 from sra_fast.config import (
     Config,
-    EvaluateConfig,
+    EvaluateCommand,
+    ExportCommand,
+    InspectCommand,
     PrepareConfig,
-    ProfileConfig,
-    Refused,
+    ProfileCommand,
+    SampleCommand,
     SampleConfig,
     preset,
     refuse_unless,
     to_dict,
 )
+from sra_fast.errors import Refused
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class SampleCommand:
-    """Generate images and write them as a PNG grid, one PNG each, and the .npz that the ADM evaluation suite reads; or
-    the latents they are decoded from."""
-
-    weights: str
-    """A run, one of its checkpoints, a .safetensors or a public .pt file."""
-    weights_key: Literal["ema", "model"] = "ema"
-    """The EMA, or the raw weights."""
-    out: str = "generated"
-    """Folder for grid.png, images/ and samples.npz, or latents.npz."""
-    classes: tuple[int, ...] = ()
-    """Classes to generate, in turn; empty = all."""
-    grid: int = 100
-    """Images in the grid; 0 = no grid."""
-    images: bool = True
-    """Write one PNG per image."""
-    npz: bool = True
-    """Write samples.npz: arr_0, uint8 (N, H, W, 3); one channel is repeated to three."""
-    latents: bool = False
-    """Write latents.npz instead: z, float32 (N, C, h, w), what the VAE decodes, and labels, int64 (N,). A run's weights
-    need no VAE for this, others --vae. --grid, --images and --npz are then without effect."""
-    path: Literal["", "linear", "cosine"] = ""
-    """Interpolant a sit was trained with; empty = as the weights say, linear where they do not."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto = the GPU where there is one."""
-    vae: str = ""
-    """VAE of the latents that the weights make: a folder, or an id on the Hugging Face hub. Empty = the one that the
-    run's data name. Of weights that are not a run's, the VAE's own scale and shift are taken."""
-    tf32: bool = True
-    """On a GPU, multiply matrices in TF32, as the published samplers do; without, in full fp32."""
-    sample: SampleConfig = field(default_factory=SampleConfig)
-    """A run's own settings are the default here."""
-
-
-@dataclass(frozen=True)
-class EvaluateCommand:
-    """Judge a run's samples against its real images; fails below the bars."""
-
-    weights: str
-    """A run."""
-    weights_key: Literal["ema", "model"] = "ema"
-    """The EMA, or the raw weights."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto = the GPU where there is one."""
-    sample: SampleConfig = field(default_factory=SampleConfig)
-    """A run's own settings are the default here."""
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    """A run's own settings are the default here."""
-
-
-@dataclass(frozen=True)
-class ExportCommand:
-    """Write a run's newest weights for other programs."""
-
-    weights: str
-    """A run, or one of its checkpoints."""
-    out: str
-    """File to write: .safetensors (one set of weights) or .pt (both sets, in the public SiT-SRA and DiT-SRA layout)."""
-    weights_key: Literal["ema", "model"] = "ema"
-    """Which set goes into a .safetensors file."""
-
-
-@dataclass(frozen=True)
-class ProfileCommand:
-    """Trace some steps of a run on random images, and say where their time goes."""
-
-    config: Annotated[Config, tyro.conf.arg(name="")]  # its options are named as those of train
-    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -113,7 +44,7 @@ def train(arguments: Sequence[str]) -> int:
         print(json.dumps(_resolved(config), indent=2))
         return 0
     _prepare_cublas(config)
-    from sra_fast import trainer
+    from sra_fast.training import trainer
 
     return trainer.train(config)
 
@@ -132,7 +63,7 @@ def _prepare_cublas(config: Config) -> None:
 def _resolved(config: Config) -> dict[str, Any]:
     """The configuration, and what its automatic choices come to on this machine."""
     from sra_fast.hardware import Hardware
-    from sra_fast.model.choices import resolve
+    from sra_fast.model.backends import resolve
     from sra_fast.step.runner import choose_execution
 
     hardware = Hardware.choose(config.train.device, config.train.precision)
@@ -156,9 +87,9 @@ def sample(arguments: Sequence[str]) -> int:
     import torch
     from tqdm import tqdm
 
-    from sra_fast.evaluation import network_of
-    from sra_fast.sampling import balanced_labels, generate
+    from sra_fast.evaluation.evaluate import network_of
     from sra_fast.sampling.decoding import image_maker, latent_maker, space_of
+    from sra_fast.sampling.generate import balanced_labels, generate
     from sra_fast.sampling.images import ImageFiles, LatentsFile, grid_columns
 
     weights, network = _network(command.weights, command.weights_key, command.device)
@@ -201,8 +132,8 @@ def evaluate(arguments: Sequence[str]) -> int:
     refuse_unless(run is not None, "weights", command.weights, "must be a run: its images are needed too")
     from tqdm import tqdm
 
-    from sra_fast import evaluation
     from sra_fast.data.source import open_source
+    from sra_fast.evaluation import evaluate as evaluation
 
     weights, network = _network(command.weights, command.weights_key, command.device)
     source, _ = open_source(run, next(network.parameters()).device)
@@ -227,9 +158,9 @@ def evaluate(arguments: Sequence[str]) -> int:
 def export(arguments: Sequence[str]) -> int:
     """Write weights for other programs: `sra-fast export --weights RUN --out FILE`."""
     command = _parse(ExportCommand, None, arguments, "sra-fast export")
-    from sra_fast import checkpoint
     from sra_fast.config import ObjectiveConfig
     from sra_fast.model import public_weights
+    from sra_fast.training import checkpoint
 
     out, source = Path(command.out), Path(command.weights)
     refuse_unless(out.suffix in (".safetensors", ".pt"), "out", command.out, "must end in .safetensors or .pt")
@@ -250,7 +181,7 @@ def export(arguments: Sequence[str]) -> int:
 def prepare(arguments: Sequence[str]) -> int:
     """Encode images once, for training to read: `sra-fast prepare --images DIR|TARS --out DIR --vae PATH_OR_ID`."""
     config = _parse(PrepareConfig, None, arguments, "sra-fast prepare")
-    from sra_fast.data.prepare import prepare
+    from sra_fast.packing.prepare import prepare
 
     prepare(config)
     return 0
@@ -258,9 +189,9 @@ def prepare(arguments: Sequence[str]) -> int:
 
 def inspect(arguments: Sequence[str]) -> int:
     """Look at a data set, and read all of it for damage: `sra-fast inspect DATA [options]`."""
-    from sra_fast.inspecting import InspectOptions, inspect
+    from sra_fast.tools.inspect import inspect
 
-    return inspect(_parse(InspectOptions, None, arguments, "sra-fast inspect"))
+    return inspect(_parse(InspectCommand, None, arguments, "sra-fast inspect"))
 
 
 def profile(arguments: Sequence[str]) -> int:
@@ -271,15 +202,15 @@ def profile(arguments: Sequence[str]) -> int:
         print(json.dumps(_resolved(command.config), indent=2))
         return 0
     _prepare_cublas(command.config)
-    from sra_fast import profiling
+    from sra_fast.tools.profile import profile as run_profile
 
-    return profiling.profile(command.config, command.profile)
+    return run_profile(command.config, command.profile)
 
 
 def doctor(arguments: Sequence[str]) -> int:
     """Say what this machine has and what will be used."""
     refuse_unless(not arguments, "doctor", " ".join(arguments), "takes no arguments")
-    from sra_fast.doctor import lines
+    from sra_fast.tools.doctor import lines
 
     for line in lines():
         print(line)
@@ -360,7 +291,7 @@ def _run_of(arguments: Sequence[str]) -> Config | None:
             value = value or "".join(arguments[position + 1 : position + 2])
             if (Path(value) / "config.json").is_file():
                 from sra_fast.config import from_dict
-                from sra_fast.metrics import read_json
+                from sra_fast.files import read_json
 
                 path = Path(value) / "config.json"
                 return from_dict(Config, read_json(path), str(path))
@@ -369,10 +300,10 @@ def _run_of(arguments: Sequence[str]) -> Config | None:
 
 def _network(source: str, key: str, device: str) -> tuple[Any, Any]:
     """(weights, network on the device) of what --weights and --weights-key name."""
-    from sra_fast import checkpoint
     from sra_fast.hardware import Hardware
     from sra_fast.model.layout import joined
     from sra_fast.model.transformer import around
+    from sra_fast.training import checkpoint
 
     weights = checkpoint.read_weights(Path(source), key)
     for note in weights.notes:

@@ -18,7 +18,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from sra_fast.config import Refused, refuse_unless
+from sra_fast.config import refuse_unless
+from sra_fast.errors import Refused
 
 KINDS = ("AutoencoderKL", "AutoencoderTiny")
 Factor = float | tuple[float, ...]  # one for all channels, or one for each

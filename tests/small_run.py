@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from sra_fast.config import Config, from_dict, preset, to_dict
 from sra_fast.step.runner import StepRunner
-from sra_fast.trainer import Trainer
+from sra_fast.training.trainer import Trainer
 
 TENSORS = ("weights", "ema", "adam_m", "adam_v")
 COUNTERS = ("images_seen", "step", "adam_step", "skipped_steps", "skipped_in_a_row", "data_fingerprint")

@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from sra_fast.config import DataConfig, PrepareConfig, Refused
-from sra_fast.data.images import decode_with_pillow
+from sra_fast.config import DataConfig, PrepareConfig
+from sra_fast.data.decoders import decode_with_pillow
 from sra_fast.data.manifest import read_manifest
-from sra_fast.data.prepare import prepare
+from sra_fast.errors import Refused
+from sra_fast.packing.prepare import prepare
 
 CPU = torch.device("cpu")
 SIDE = 16

@@ -9,9 +9,9 @@ import tarfile
 import numpy as np
 import pytest
 
-from sra_fast.config import Refused
-from sra_fast.data.archives import ImageArchives, open_images
 from sra_fast.data.folder import ImageFolder
+from sra_fast.errors import Refused
+from sra_fast.packing.archives import ImageArchives, open_images
 
 
 def write_tar(path, members, mode="w", **options):

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sra_fast.config import ModelConfig, Refused
+from sra_fast.config import ModelConfig
+from sra_fast.errors import Refused
 from sra_fast.model import attention as module
 from sra_fast.model.attention import BACKENDS, PACKAGES, attention, available, choose
 from sra_fast.model.layout import joined

@@ -14,7 +14,7 @@ from benchmarks.record import read, write
 from benchmarks.stamp import stamp
 from benchmarks.throughput import fastest_step
 from benchmarks.timing import GateFailed
-from sra_fast.config import Refused
+from sra_fast.errors import Refused
 
 QUICK = ["--quick", "--device", "cpu"]
 

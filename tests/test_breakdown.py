@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sra_fast.profiling.breakdown import CATEGORIES, Span, _attributed, _union, breakdown, category, stages_of
+from sra_fast.tools.breakdown import CATEGORIES, Span, _attributed, _union, breakdown, category, stages_of
 
 NVJET = "nvjet_tst_192x192_64x4_2x1_v_bz_coopB_bias_TNN"
 FLASH = "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, cutlass::bfloat16_t>, false>(Params)"

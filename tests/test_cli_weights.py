@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from small_run import arguments, checkpoints, metrics, run, small, write_images
 
-from sra_fast.config import Refused
+from sra_fast.errors import Refused
 from sra_fast.model.public_weights import write_public
 from sra_fast.sampling.images import LatentsFile
 

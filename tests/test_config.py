@@ -23,7 +23,6 @@ from sra_fast.config import (
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
-    Refused,
     RunConfig,
     SampleConfig,
     TrainConfig,
@@ -31,6 +30,7 @@ from sra_fast.config import (
     preset,
     to_dict,
 )
+from sra_fast.errors import Refused
 
 
 def refusal(make: Callable[[], Any]) -> str:

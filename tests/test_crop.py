@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from PIL import Image
-from test_images import picture
+from test_decoders import picture
 
 from benchmarks.image_decoders import pillow_crop
 from sra_fast.data.crop import adm_crop

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sra_fast.config import Refused
+from sra_fast.errors import Refused
 from sra_fast.sampling.ddpm import chain, ddim, ddpm, kept_steps
 
 MEAN, STD = 0.7, 0.4

@@ -10,8 +10,8 @@ from small_run import small, write_images
 from small_sets import pack, stand_in
 from small_vae import save_kl
 
-from sra_fast.config import Refused
 from sra_fast.data.source import open_source
+from sra_fast.errors import Refused
 from sra_fast.sampling.decoding import BATCH, LatentSpace, image_maker, latent_maker, latent_space, space_of
 
 CPU = torch.device("cpu")

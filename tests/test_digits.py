@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sra_fast.config import Refused
 from sra_fast.data import digits
 from sra_fast.data.digits import COUNT, write_digits
 from sra_fast.data.folder import scan
+from sra_fast.errors import Refused
 
 
 def test_writes_every_digit_under_its_class(tmp_path):

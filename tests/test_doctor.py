@@ -12,8 +12,9 @@ import sys
 import pytest
 import torch
 
-from sra_fast import cli, doctor
+from sra_fast import cli
 from sra_fast.config import KernelsConfig
+from sra_fast.tools import doctor
 
 OPS = [field.name for field in dataclasses.fields(KernelsConfig) if field.name != "default"]
 CURES = {

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_sets import pack
 
-from sra_fast.data.findings import BINS, FEW, Findings, Statistics, Sums, class_lines, printable, size_bins, table
-from sra_fast.data.latents import PackedSet
+from sra_fast.data.packed import PackedSet
+from sra_fast.tools.findings import BINS, FEW, Findings, Statistics, Sums, class_lines, printable, size_bins, table
 
 
 @given(st.lists(st.integers(1, 2000), min_size=1, max_size=200))

@@ -16,8 +16,8 @@ import pytest
 import torch
 from small_run import run, write_images
 
-from sra_fast import checkpoint
 from sra_fast.config import Config, from_dict, preset, to_dict
+from sra_fast.training import checkpoint
 
 STORED = Path(__file__).parent / "first_version"
 CHECKPOINT = STORED / "000000000032"

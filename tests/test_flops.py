@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sra_fast.config import Refused, preset
+from sra_fast.config import preset
+from sra_fast.errors import Refused
 from sra_fast.flops import (
     FREQUENCIES,
     PEAKS,

@@ -7,8 +7,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from sra_fast.config import Refused
 from sra_fast.data.folder import ImageFolder, scan, split
+from sra_fast.errors import Refused
 
 
 def touch(root, *names):

@@ -12,19 +12,19 @@ from small_run import run, small
 from small_set import SIDE, Killed, config, content, rows, write_set
 from small_sets import pack
 from small_vae import save_kl, save_tiny
-from test_images import damaged, encoded, files
+from test_decoders import damaged, encoded, files
 from torch import Tensor
 
 from sra_fast.config import Config, DataConfig
-from sra_fast.data import prepare as prepare_module
-from sra_fast.data.ahead import Batch
+from sra_fast.data.decoders import Decoder, Undecodable, open_decoder
 from sra_fast.data.folder import scan
-from sra_fast.data.images import Decoder, Undecodable, open_decoder
+from sra_fast.data.image_stream import ImageStream
 from sra_fast.data.latent_stream import LatentStream
-from sra_fast.data.latents import open_moments
-from sra_fast.data.moments import Moments, split
-from sra_fast.data.prepare import prepare
-from sra_fast.data.stream import ImageStream
+from sra_fast.data.packed import open_moments
+from sra_fast.data.rows import Moments, split
+from sra_fast.data.stream import Batch
+from sra_fast.packing import prepare as prepare_module
+from sra_fast.packing.prepare import prepare
 from sra_fast.step.runner import StepRunner
 from sra_fast.vae import Vae, open_vae
 

@@ -18,17 +18,17 @@ from small_run import content, run, small, write_images
 from torch import Tensor
 
 from sra_fast.config import Config, KernelsConfig
-from sra_fast.data.ahead import Batch
+from sra_fast.data.stream import Batch
 from sra_fast.hardware import Hardware, set_deterministic
 from sra_fast.kernels import IMPLEMENTATIONS, missing
 from sra_fast.model.attention import attention, available
-from sra_fast.model.choices import resolve
+from sra_fast.model.backends import resolve
 from sra_fast.model.layout import joined
 from sra_fast.model.transformer import Ops
-from sra_fast.optim import TrainState
-from sra_fast.step import MetricRing, TrainingStep
 from sra_fast.step.inputs import Prefetch
 from sra_fast.step.runner import StepRunner
+from sra_fast.step.state import TrainState
+from sra_fast.step.step import MetricRing, TrainingStep
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts: some tests are deterministic
 

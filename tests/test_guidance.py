@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sra_fast.config import Refused
+from sra_fast.errors import Refused
 from sra_fast.sampling.guidance import guided
 
 NULL = 10

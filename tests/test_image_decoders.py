@@ -26,8 +26,8 @@ from benchmarks.image_decoders import (
     write_vae,
 )
 from benchmarks.timing import GateFailed
-from sra_fast.config import Refused
-from sra_fast.data.images import DaliDecoder, PillowDecoder
+from sra_fast.data.decoders import DaliDecoder, PillowDecoder
+from sra_fast.errors import Refused
 from sra_fast.vae import open_vae
 
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from sra_fast.model.initial import initial_weights, position_table
 from sra_fast.model.layout import joined
 from sra_fast.model.public_weights import shapes
 from sra_fast.model.transformer import REFERENCE, Transformer
-from sra_fast.optim import TrainState
+from sra_fast.step.state import TrainState
 
 CPU = torch.device("cpu")
 

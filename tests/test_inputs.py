@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sra_fast.data.ahead import Batch
+from sra_fast.data.stream import Batch
 from sra_fast.step.inputs import Inputs
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import pytest
 from small_run import small, write_images
 
 from sra_fast.kernels import library
-from sra_fast.trainer import Trainer
+from sra_fast.training.trainer import Trainer
 
 
 @pytest.fixture

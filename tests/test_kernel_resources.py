@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks import kernel_resources, machine_code
 from benchmarks.machine_code import ARCHITECTURES, compiled, recorded, resources
-from sra_fast.metrics import read_json
+from sra_fast.files import read_json
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from benchmarks import latent_loaders, throughput
 from benchmarks.latent_loaders import WORKERS, PublicFiles, bench_latents, same_rows, write_sets
 from benchmarks.timing import GateFailed
 from sra_fast.data.latent_stream import LatentStream
-from sra_fast.data.latents import open_moments
+from sra_fast.data.packed import open_moments
 
 FEW = argparse.Namespace(rows=40, batch=16, repeats=2, jpegs=None, vae=None)
 

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from small_set import resident_kib
 from small_sets import pack, publish
 
-from sra_fast.config import Refused
 from sra_fast.data import latent_stream
 from sra_fast.data.latent_stream import LatentStream, load
-from sra_fast.data.latents import open_moments
-from sra_fast.data.moments import Rows, split
 from sra_fast.data.order import rows
+from sra_fast.data.packed import open_moments
+from sra_fast.data.rows import Rows, split
+from sra_fast.errors import Refused
 from sra_fast.kernels.philox import Draw, uniforms
 
 

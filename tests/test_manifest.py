@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from small_sets import change, pack
 
-from sra_fast.config import Refused
 from sra_fast.data.manifest import Manifest, Shard, Skipped, read_manifest
+from sra_fast.errors import Refused
 from sra_fast.vae import per_channel
 
 SHARD = Shard("m.npy", 5, "a", "l.npy", "b", "f.npy", "c")

@@ -8,8 +8,9 @@ import sys
 import pytest
 from small_run import metrics, run, small, strict_json, write_images
 
-from sra_fast.config import Refused
-from sra_fast.metrics import MetricsLog, read_json, write_json
+from sra_fast.errors import Refused
+from sra_fast.files import read_json, write_json
+from sra_fast.training.metrics import MetricsLog
 
 
 @pytest.fixture

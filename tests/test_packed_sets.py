@@ -11,8 +11,8 @@ import pytest
 import torch
 from small_run import run, small
 
-from sra_fast.data.latents import open_moments
 from sra_fast.data.manifest import Manifest, Shard, Skipped, read_manifest
+from sra_fast.data.packed import open_moments
 from sra_fast.data.source import open_source
 from sra_fast.kernels.perturb import clean_ref
 
@@ -92,7 +92,7 @@ def test_the_run_is_sampled_as_latents_without_a_vae(made, given, tmp_path, main
         seen.append(generate(*arguments, **options))
         return seen[-1]
 
-    from sra_fast.sampling import generate
+    from sra_fast.sampling.generate import generate
 
     monkeypatch.setattr("sra_fast.sampling.generate", keep)
     words = ["--sample.count", "5", "--sample.batch", "3", "--out", tmp_path / "generated"]

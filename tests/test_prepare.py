@@ -27,10 +27,10 @@ from test_archives import write_tar
 from test_cli import documentation, help_of, sections
 
 from sra_fast.config import PrepareConfig
-from sra_fast.data import encoding
-from sra_fast.data import prepare as prepare_module
-from sra_fast.data.archives import open_images
-from sra_fast.data.prepare import prepare
+from sra_fast.packing import encoding
+from sra_fast.packing import prepare as prepare_module
+from sra_fast.packing.archives import open_images
+from sra_fast.packing.prepare import prepare
 from sra_fast.vae import open_vae, per_channel
 
 # What is in a set

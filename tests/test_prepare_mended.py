@@ -11,8 +11,8 @@ import pytest
 from small_set import Killed, config, content, jpeg, kill, refusal, rows, write_set
 from test_shards import start
 
-from sra_fast.data import prepare as prepare_module
-from sra_fast.data.prepare import prepare
+from sra_fast.packing import prepare as prepare_module
+from sra_fast.packing.prepare import prepare
 
 SHARD = "moments-00001.npy"
 
@@ -137,7 +137,7 @@ def damaged(images, out):
     return config(images, out), before
 
 
-@pytest.mark.parametrize("place", ["sra_fast.data.prepare.shutil.rmtree", "sra_fast.data.shards._sync"])
+@pytest.mark.parametrize("place", ["sra_fast.packing.prepare.shutil.rmtree", "sra_fast.packing.shards._sync"])
 def test_mending_survives_being_killed(images, tmp_path, monkeypatch, place):
     given, before = damaged(images, tmp_path / "set")
     with monkeypatch.context() as patch:

@@ -15,9 +15,9 @@ from small_set import (
 )
 from small_vae import save_kl
 
-from sra_fast.config import Refused
-from sra_fast.data.archives import open_images
-from sra_fast.data.prepare import prepare
+from sra_fast.errors import Refused
+from sra_fast.packing.archives import open_images
+from sra_fast.packing.prepare import prepare
 from sra_fast.vae import Vae
 
 # What is refused
@@ -72,7 +72,7 @@ def test_strict_stops_at_the_first_bad_file_and_names_it(images, tmp_path):
 def prepare_part(images, out):
     """All shards, but no manifest."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sra_fast.data.prepare.assemble", kill)
+        patch.setattr("sra_fast.packing.prepare.assemble", kill)
         with pytest.raises(Killed):
             prepare(config(images, out))
 

@@ -11,10 +11,10 @@ from small_set import config, refusal, rows
 from small_sets import ROW, publish
 from small_vae import save_kl
 
-from sra_fast.config import Refused
-from sra_fast.data.latents import open_moments
-from sra_fast.data.prepare import prepare
+from sra_fast.data.packed import open_moments
 from sra_fast.data.public import PublicSet
+from sra_fast.errors import Refused
+from sra_fast.packing.prepare import prepare
 
 # As it is
 

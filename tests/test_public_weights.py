@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sra_fast.config import ModelConfig, ObjectiveConfig, Refused
+from sra_fast.config import ModelConfig, ObjectiveConfig
+from sra_fast.errors import Refused
 from sra_fast.model.public_weights import METADATA_KEY, metadata, read, write_public
 
 OPTIMIZER = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.999)}]}

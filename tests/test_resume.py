@@ -22,11 +22,11 @@ from small_run import (
 )
 
 from sra_fast import cli
-from sra_fast.config import Refused
 from sra_fast.data.folder import scan, split
-from sra_fast.data.stream import ImageStream
-from sra_fast.step import TrainingStep
-from sra_fast.trainer import Trainer
+from sra_fast.data.image_stream import ImageStream
+from sra_fast.errors import Refused
+from sra_fast.step.step import TrainingStep
+from sra_fast.training.trainer import Trainer
 
 END = "000000000080"  # checkpoint after ten steps of eight
 

@@ -11,14 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from sra_fast.config import Config, Refused
-from sra_fast.data.ahead import Batch
+from sra_fast.config import Config
+from sra_fast.data.stream import Batch
+from sra_fast.errors import Refused
 from sra_fast.model.layout import joined
 from sra_fast.model.transformer import Ops
-from sra_fast.optim import TrainState
-from sra_fast.step import MetricRing, Metrics, TrainingStep, runner
+from sra_fast.step import runner
 from sra_fast.step.inputs import Inputs
 from sra_fast.step.runner import StepRunner, choose_execution
+from sra_fast.step.state import TrainState
+from sra_fast.step.step import MetricRing, Metrics, TrainingStep
 
 CPU = torch.device("cpu")
 STEPS = 20

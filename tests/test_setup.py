@@ -81,7 +81,7 @@ def wheel(tree: Path) -> tuple[str, bytes | None]:
     (path,) = (tree / "dist").glob("*.whl")
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
-        assert {"sra_fast/kernels/adamw_ema.py", "sra_fast/trainer.py"} <= set(names)
+        assert {"sra_fast/kernels/adamw_ema.py", "sra_fast/training/trainer.py"} <= set(names)
         libraries = [name for name in names if name.endswith(".so")]
         assert libraries in ([], [LIBRARY])
         return path.stem.split("-", 2)[2], archive.read(LIBRARY) if libraries else None

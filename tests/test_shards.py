@@ -28,12 +28,12 @@ from small_set import (
 )
 from test_archives import write_tar
 
-from sra_fast.config import Refused
-from sra_fast.data import encoding, shards
-from sra_fast.data.archives import open_images
 from sra_fast.data.manifest import Skipped
-from sra_fast.data.prepare import prepare
-from sra_fast.data.shards import Part, assemble, write_shard
+from sra_fast.errors import Refused
+from sra_fast.packing import encoding, shards
+from sra_fast.packing.archives import open_images
+from sra_fast.packing.prepare import prepare
+from sra_fast.packing.shards import Part, assemble, write_shard
 from sra_fast.vae import Vae
 
 # The same bytes
@@ -84,7 +84,7 @@ def test_on_a_cpu_the_number_of_threads_changes_no_bit(kl, tmp_path):
 STARTED = """
 import os, signal, sys, threading, time
 from sra_fast import cli
-from sra_fast.data.encoding import FromImages
+from sra_fast.packing.encoding import FromImages
 kill_at, after = int(sys.argv[1]), float(sys.argv[2])
 encode, calls = FromImages._encode, []
 def slow(self, *given):
@@ -211,7 +211,7 @@ def test_a_claimed_shard_is_waited_for_and_made_if_its_owner_dies(images, undist
     out = tmp_path / "set"
     out.mkdir()
     hold = (
-        "import sys, time\nfrom pathlib import Path\nfrom sra_fast.data.shards import Claims\n"
+        "import sys, time\nfrom pathlib import Path\nfrom sra_fast.packing.shards import Claims\n"
         "with Claims(Path(sys.argv[1])).hold(3, wait=True):\n    print('held', flush=True)\n    time.sleep(60)\n"
     )
     holder = subprocess.Popen([sys.executable, "-c", hold, str(out)], stdout=subprocess.PIPE, text=True)
@@ -235,7 +235,7 @@ def test_a_shard_that_lost_a_file_or_a_byte_before_the_end_is_made_again(
     images, kl, undisturbed, tmp_path, monkeypatch
 ):
     out = tmp_path / "set"
-    monkeypatch.setattr("sra_fast.data.prepare.assemble", kill)
+    monkeypatch.setattr("sra_fast.packing.prepare.assemble", kill)
     with pytest.raises(Killed):
         prepare(same(images, kl, out))
     monkeypatch.undo()

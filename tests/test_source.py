@@ -10,9 +10,9 @@ import torch
 from small_run import small, write_images
 from small_sets import pack, publish
 
-from sra_fast.config import Refused
-from sra_fast.data.moments import split
+from sra_fast.data.rows import split
 from sra_fast.data.source import ImageSource, LatentSource, open_source
+from sra_fast.errors import Refused
 
 CPU = torch.device("cpu")
 

@@ -14,8 +14,8 @@ from sra_fast.config import Config, OptimConfig
 from sra_fast.kernels.perturb import Settings, Stored, clean_ref, draw_ref, perturb_ref
 from sra_fast.model.layout import joined
 from sra_fast.model.transformer import Ops
-from sra_fast.optim import TrainState
-from sra_fast.step import MetricRing, Metrics, TrainingStep
+from sra_fast.step.state import TrainState
+from sra_fast.step.step import MetricRing, Metrics, TrainingStep
 
 CPU = torch.device("cpu")
 LR, WEIGHT = torch.tensor(1e-3), torch.tensor(0.5)

@@ -11,7 +11,7 @@ import torch
 from benchmarks.record import FORMAT_VERSION, folder, read, table, write
 from benchmarks.stamp import parse_query, stamp
 from benchmarks.timing import GateFailed, Samples, measure, roofs, row
-from sra_fast.config import Refused
+from sra_fast.errors import Refused
 
 ROW = "name params samples_ms median_ms p20_ms p80_ms bytes flops roof_share peak_memory_gib device versions clocks"
 ROW_FIELDS = {*ROW.split(), "commit", "command", "host_ms"}  # the contract's, and the host's time

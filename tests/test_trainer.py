@@ -26,11 +26,13 @@ from small_run import (
     write_images,
 )
 
-from sra_fast import checkpoint, cli, trainer
-from sra_fast import step as step_module
-from sra_fast.config import ObjectiveConfig, Refused
+from sra_fast import cli
+from sra_fast.config import ObjectiveConfig
 from sra_fast.data.folder import scan, split
-from sra_fast.step import TrainingStep
+from sra_fast.errors import Refused
+from sra_fast.step import step as step_module
+from sra_fast.step.step import TrainingStep
+from sra_fast.training import checkpoint, trainer
 
 LINE = "step images_seen loss velocity_loss alignment_loss grad_norm lr ema_decay images_per_s skipped_steps"
 FIGURES = (

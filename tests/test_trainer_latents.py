@@ -12,11 +12,11 @@ from PIL import Image
 from small_run import arguments, checkpoints, complaint, content, metrics, run, small, summary
 from small_sets import change, pack, publish, stand_in
 
-from sra_fast.config import Refused
 from sra_fast.data.latent_stream import LatentStream
+from sra_fast.errors import Refused
 from sra_fast.kernels.perturb import clean_ref
 from sra_fast.sampling.images import to_uint8
-from sra_fast.trainer import Trainer
+from sra_fast.training.trainer import Trainer
 
 END = "000000000080"
 FACTORS = {"scale": [0.8, 1.0, 1.2, 1.1], "shift": [0.1, 0.0, -0.1, 0.2]}

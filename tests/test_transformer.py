@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sra_fast.config import ModelConfig, Refused, preset
+from sra_fast.config import ModelConfig, preset
+from sra_fast.errors import Refused
 from sra_fast.model.initial import initial_weights
 from sra_fast.model.layout import apart, joined
 from sra_fast.model.transformer import TimestepEmbedder, Transformer, around

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_vae import reconfigure, save_kl, save_tiny
 
-from sra_fast.config import Refused
+from sra_fast.errors import Refused
 from sra_fast.vae import open_vae
 
 diffusers = pytest.importorskip("diffusers")

@@ -5,13 +5,29 @@ The command line changes fields of a preset, and `config.json` in the run direct
 named on the command line as here, with hyphens: `Config.align.t_max` is `--align.t-max`.
 """
 
-from sra_fast.config.checks import Refused, from_dict, refuse_unless, to_dict
-from sra_fast.config.preparing import PrepareConfig
+from sra_fast.config.checks import from_dict, refuse_unless, to_dict
+from sra_fast.config.commands import (
+    EvaluateCommand,
+    ExportCommand,
+    InspectCommand,
+    PrepareConfig,
+    ProfileCommand,
+    ProfileConfig,
+    SampleCommand,
+)
 from sra_fast.config.presets import DIGITS_FOLDER, PRESETS, SIZES, preset
-from sra_fast.config.profile import ProfileConfig
 from sra_fast.config.recipe import AlignConfig, ModelConfig, ObjectiveConfig, OptimConfig
-from sra_fast.config.running import DataConfig, EvaluateConfig, KernelsConfig, RunConfig, SampleConfig, TrainConfig
-from sra_fast.config.whole import PUBLISHED_TAPS, SAMPLERS, Config
+from sra_fast.config.run import (
+    PUBLISHED_TAPS,
+    SAMPLERS,
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    KernelsConfig,
+    RunConfig,
+    SampleConfig,
+    TrainConfig,
+)
 
 __all__ = [
     "DIGITS_FOLDER",
@@ -22,15 +38,19 @@ __all__ = [
     "AlignConfig",
     "Config",
     "DataConfig",
+    "EvaluateCommand",
     "EvaluateConfig",
+    "ExportCommand",
+    "InspectCommand",
     "KernelsConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimConfig",
     "PrepareConfig",
+    "ProfileCommand",
     "ProfileConfig",
-    "Refused",
     "RunConfig",
+    "SampleCommand",
     "SampleConfig",
     "TrainConfig",
     "from_dict",

@@ -9,17 +9,15 @@ import typing
 from functools import cache
 from typing import Any, ClassVar, Literal, TypeVar
 
+from sra_fast.errors import Refused
+
 T = TypeVar("T")
-
-
-class Refused(ValueError):
-    """Input that cannot be used. The message is one line: the field or file, what was given, what is allowed."""
 
 
 def refuse_unless(condition: bool, name: str, given: object, allowed: str) -> None:
     """Raise `Refused` with the house's message unless `condition`."""
     if not condition:
-        raise Refused(f"{name}: {given!r} given; {allowed}")
+        raise Refused(name, given, allowed)
 
 
 class Section:

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 from sra_fast.config.checks import refuse_unless
 from sra_fast.config.recipe import AlignConfig, ModelConfig, ObjectiveConfig, OptimConfig
-from sra_fast.config.running import DataConfig, EvaluateConfig, RunConfig, SampleConfig, TrainConfig
-from sra_fast.config.whole import Config
+from sra_fast.config.run import Config, DataConfig, EvaluateConfig, RunConfig, SampleConfig, TrainConfig
 
 SIZES = {  # depth, hidden, heads: DiT, table 1
     "s": (12, 384, 6),

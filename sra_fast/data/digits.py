@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sra_fast.config import Refused
+from sra_fast.errors import Refused
 
 COUNT = 1797
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sra_fast.config import Refused, refuse_unless
+from sra_fast.config import refuse_unless
+from sra_fast.errors import Refused
 
 EXTENSIONS = (".jpg", ".jpeg", ".png")
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sra_fast.data.ahead import Batch, Stream
-from sra_fast.data.moments import Rows
 from sra_fast.data.order import rows
+from sra_fast.data.rows import Rows
+from sra_fast.data.stream import Batch, Stream
 from sra_fast.kernels.philox import Draw, uniforms
 
 BLOCK = 1 << 15

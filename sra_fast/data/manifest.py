@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sra_fast.config import Refused, refuse_unless
+from sra_fast.config import refuse_unless
+from sra_fast.errors import Refused
 from sra_fast.vae import Factor
 
 NAME = "manifest.json"

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from sra_fast.config import Refused, refuse_unless
+from sra_fast.config import refuse_unless
 from sra_fast.data import npy
-from sra_fast.data.moments import Moments, refuse_classes
+from sra_fast.data.rows import Moments, refuse_classes
+from sra_fast.errors import Refused
 
 # Of Stable Diffusion's VAE, which made the published ones.
 CHANNELS, SCALE, DOWNSAMPLING = 4, 0.18215, 8

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from sra_fast.config import DIGITS_FOLDER, Config, DataConfig, refuse_unless
-from sra_fast.data import folder, latent_stream, stream
-from sra_fast.data.ahead import Stream
+from sra_fast.data import folder, image_stream, latent_stream
+from sra_fast.data.decoders import Decoder, open_decoder
 from sra_fast.data.digits import write_digits
 from sra_fast.data.folder import ImageFolder
-from sra_fast.data.images import Decoder, open_decoder
-from sra_fast.data.latents import open_moments
-from sra_fast.data.moments import Moments, Rows, split
+from sra_fast.data.packed import open_moments
+from sra_fast.data.rows import Moments, Rows, split
+from sra_fast.data.stream import Stream
 from sra_fast.kernels.perturb import Stored, clean_ref
 
 
@@ -68,7 +68,7 @@ class ImageSource:
         return f"decoded by {self.decoder.name}{self.decoder.note}"
 
     def stream(self, config: Config, first_image: int, bad: Mapping[str, str]) -> Stream:
-        return stream.ImageStream(
+        return image_stream.ImageStream(
             self.train,
             self.decoder,
             seed=config.run.seed,
@@ -80,7 +80,7 @@ class ImageSource:
         )
 
     def load(self, images: ImageFolder) -> tuple[Tensor, Tensor]:
-        return stream.load(images, self.decoder)
+        return image_stream.load(images, self.decoder)
 
     pixels = load
 

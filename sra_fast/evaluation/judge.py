@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sra_fast.config import Refused
+from sra_fast.errors import Refused
 
 
 def require_scikit_learn() -> None:

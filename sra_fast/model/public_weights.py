@@ -22,8 +22,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sra_fast.atomic import replacing
-from sra_fast.config import SIZES, ModelConfig, ObjectiveConfig, Refused, from_dict, refuse_unless, to_dict
+from sra_fast.config import SIZES, ModelConfig, ObjectiveConfig, from_dict, refuse_unless, to_dict
+from sra_fast.errors import Refused
+from sra_fast.files import replacing
 from sra_fast.model.layout import apart
 from sra_fast.model.transformer import Transformer
 

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sra_fast.config import Config, Refused, refuse_unless
+from sra_fast.config import Config, refuse_unless
 from sra_fast.data.source import LatentSource, Source
-from sra_fast.metrics import read_json, write_json
+from sra_fast.errors import Refused
+from sra_fast.files import read_json, write_json
 from sra_fast.vae import Factor, from_anywhere, open_vae, per_channel
 
 NAME = "latents.json"

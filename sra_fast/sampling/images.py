@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sra_fast.atomic import replacing
 from sra_fast.config import refuse_unless
+from sra_fast.files import replacing
 
 GAP = 96  # between black and white, to be told from either
 SMALLEST_TILE = 32  # pixels; smaller images are magnified in a grid

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sra_fast.data.ahead import Batch
+from sra_fast.data.stream import Batch
 
 ALIGNMENT = 256  # bytes, of x as of a tensor of its own: compiled code reads vectors, and copies what is not aligned
 

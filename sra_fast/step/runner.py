@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from sra_fast.config import refuse_unless
-from sra_fast.data.ahead import Batch
+from sra_fast.data.stream import Batch
 from sra_fast.model.attention import PACKAGES
-from sra_fast.optim import TrainState
-from sra_fast.step import MetricRing, TrainingStep
 from sra_fast.step.graph import Captured
 from sra_fast.step.inputs import Prefetch, scalar
+from sra_fast.step.state import TrainState
+from sra_fast.step.step import MetricRing, TrainingStep
 
 EXECUTIONS = {
     "eager": "eager",

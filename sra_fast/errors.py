@@ -1,0 +1,41 @@
+"""Errors that a user can act on. The command line prints them as one line and exits with 1; anything else is a bug."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class Refused(ValueError):
+    """Input that cannot be used, or an output that cannot be written.
+
+    Either a complete line, or three facts that read "field: value given; rule":
+
+    >>> str(Refused("train.batch", 0, "must be positive"))
+    'train.batch: 0 given; must be positive'
+
+    Args:
+        field: the option, file or field, as the user would type it; alone: the complete line.
+        value: what it is.
+        rule: what it must be.
+    """
+
+    def __init__(self, field: str, *value_and_rule: object) -> None:
+        if value_and_rule:
+            value, rule = value_and_rule
+            field = f"{field}: {value!r} given; {rule}"
+        super().__init__(field)
+
+
+class Damaged(Refused):
+    """A file, or a data set, that cannot be read or does not hold what it should.
+
+    Whoever knows which option named it adds that name: ``raise Refused(f"data.latents: {error}") from error``.
+
+    Attributes:
+        path: the file or folder.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, path: Path | str, reason: object) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = path, str(reason)

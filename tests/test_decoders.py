@@ -1,0 +1,315 @@
+"""images.py: both readers against Pillow alone, against each other, and against files that are not images."""
+
+from __future__ import annotations
+
+import io
+import struct
+import sys
+import zlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.image_decoders import pillow_crop
+from sra_fast.config import DataConfig
+from sra_fast.data.decoders import DaliDecoder, Undecodable, open_decoder, read_header
+from sra_fast.errors import Refused
+
+CPU = torch.device("cpu")
+
+
+def picture(width, height, channels=3, seed=0):
+    """(H, W[, C]) uint8 with smooth parts, edges and some noise, as photographs have."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width] / max(width, height)
+    planes = []
+    for _ in range(channels):
+        a, b, c, d = rng.uniform(2, 12, 4)
+        plane = 128 + 60 * np.sin(a * x + b * y) + 40 * np.sign(np.sin(c * x - d * y)) + rng.normal(0, 4, x.shape)
+        planes.append(plane.clip(0, 255).astype(np.uint8))
+    return planes[0] if channels == 1 else np.stack(planes, axis=-1)
+
+
+def encoded(image, kind, **options):
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png16(values):
+    """A 16-bit PNG of (H, W) or (H, W, 3) uint16, written by hand: Pillow has no 16-bit RGB."""
+    height, width = values.shape[:2]
+    colour = 0 if values.ndim == 2 else 2
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+def turned(array, orientation=6):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(array, "JPEG", quality=95, exif=exif)
+
+
+def files():
+    rgb, grey, large = picture(300, 200), picture(220, 180, 1), picture(500, 375, seed=3)
+    alpha = np.dstack([rgb, np.full(rgb.shape[:2], 200, np.uint8)])
+    deep = np.linspace(0, 65535, 150 * 90).reshape(90, 150).astype(np.uint16)
+    return {
+        "rgb jpeg": encoded(rgb, "JPEG", quality=90),
+        "rgb png": encoded(rgb, "PNG"),
+        "grey jpeg": encoded(grey, "JPEG", quality=90),
+        "grey png": encoded(grey, "PNG"),
+        "rgba png": encoded(alpha, "PNG"),
+        "grey and alpha png": encoded(Image.fromarray(grey).convert("LA"), "PNG"),
+        "palette png": encoded(Image.fromarray(rgb).quantize(64), "PNG"),
+        "black and white png": encoded(Image.fromarray(grey).convert("1"), "PNG"),
+        "cmyk jpeg": encoded(Image.fromarray(rgb).convert("CMYK"), "JPEG", quality=95),
+        "progressive jpeg": encoded(rgb, "JPEG", quality=85, progressive=True),
+        "tiny jpeg, enlarged": encoded(picture(75, 56), "JPEG", quality=90),
+        "large jpeg": encoded(large, "JPEG", quality=90),
+        "upright jpeg": encoded(picture(131, 260), "JPEG", quality=90),
+        "very wide png": encoded(picture(640, 130), "PNG"),
+        "larger still, halved": encoded(picture(1300, 1100, seed=5), "JPEG", quality=90),
+        "turned jpeg": turned(rgb),
+        "16-bit grey png": png16(deep),
+        "16-bit rgb png": png16(np.stack([deep, deep[::-1], deep[:, ::-1]], axis=-1)),
+    }
+
+
+def reader(name, **fields):
+    if name == "dali":
+        pytest.importorskip("nvidia.dali")
+    return open_decoder(DataConfig(reader=name, **fields), CPU)
+
+
+def levels(x):
+    return (x + 1) * 127.5
+
+
+both = pytest.mark.parametrize("name", ["pillow", "dali"])
+
+
+# The readers -------------------------------------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize("channels", [1, 3])
+def test_digits_pass_unchanged(name, channels):
+    arrays = [np.arange(i, i + 64, dtype=np.uint8).reshape(8, 8) for i in range(0, 192, 3)]
+    x = reader(name, resolution=8, channels=channels).decode([encoded(a, "PNG") for a in arrays])
+    assert (x.shape, x.dtype, x.device) == ((64, channels, 8, 8), torch.float32, CPU)
+    expected = torch.from_numpy(np.stack(arrays)).float() / 127.5 - 1
+    assert torch.equal(x, expected[:, None].expand(-1, channels, -1, -1))
+
+
+@both
+def test_range_is_minus_one_to_one(name):
+    black, white = (np.full((8, 8), value, np.uint8) for value in (0, 255))
+    x = reader(name, resolution=8).decode([encoded(black, "PNG"), encoded(white, "PNG")])
+    assert (x[0] == -1).all()
+    assert (x[1] == 1).all()
+
+
+@both
+@pytest.mark.parametrize("resolution", [32, 128, 256])
+def test_pixels_are_those_of_pillow_alone(name, resolution):
+    """Also with the public code's crop: at most 0.5 levels in the mean, and 1 for an image."""
+    cases = [file for case, file in files().items() if not case.startswith("16-bit")]
+    right = [np.asarray(pillow_crop(Image.open(io.BytesIO(file)).convert("RGB"), resolution)) for file in cases]
+    off = levels(reader(name, resolution=resolution).decode(cases)).permute(0, 2, 3, 1).numpy() - np.stack(right)
+    mean = np.abs(off).mean((1, 2, 3))
+    assert mean.max() < 0.25
+    assert mean.mean() < 0.1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("exif", [False, True])
+@pytest.mark.parametrize("resolution", [32, 128])
+def test_dali_agrees_with_pillow(channels, exif, resolution):
+    cases = files()
+    fields = {"channels": channels, "exif": exif, "resolution": resolution}
+    ours = levels(reader("dali", **fields).decode(list(cases.values())))
+    truth = levels(reader("pillow", **fields).decode(list(cases.values())))
+    mean = (ours - truth).abs().flatten(1).mean(1)
+    # Grey from colours, unless a JPEG stores it, is rounded differently: 0.5 levels. CMYK is converted by each itself.
+    bound = 0.6 if channels == 1 else 0.25
+    if channels == 3:
+        assert [case for case, m in zip(cases, mean.tolist(), strict=True) if m] in ([], ["cmyk jpeg"])
+    assert {case: m for case, m in zip(cases, mean.tolist(), strict=True) if m > bound} == {}
+    # Halved images and those of other than 8 bits are equal in every bit, being decoded by the same code.
+    for case in ("larger still, halved", "16-bit grey png", "16-bit rgb png", "black and white png"):
+        assert mean[list(cases).index(case)] == 0
+
+
+@both
+def test_colours(name):
+    decoder = reader(name, resolution=16)
+    red = np.zeros((16, 16, 3), np.uint8) + np.array([200, 30, 60], np.uint8)
+    deep = np.full((16, 16), 0x8000, np.uint16)
+    palette = Image.fromarray(red).quantize(4)
+    clear = np.dstack([red, np.zeros((16, 16), np.uint8)])
+    x = decoder.decode([encoded(red, "PNG"), encoded(palette, "PNG"), encoded(clear, "PNG"), png16(deep)])
+    for image in levels(x[:3]):  # transparency is dropped, not blended
+        assert image.mean((1, 2)).tolist() == pytest.approx([200, 30, 60], abs=1e-3)
+    assert levels(x[3]).unique().tolist() == pytest.approx([128], abs=1e-3)  # 32768 / 257 = 127.5
+    grey = reader(name, resolution=16, channels=1).decode([encoded(red, "PNG")])
+    # ITU-R 601 luma
+    assert levels(grey).unique().tolist() == pytest.approx([0.299 * 200 + 0.587 * 30 + 0.114 * 60], abs=0.6)
+    four = Image.fromarray(red).convert("CMYK")
+    x = decoder.decode([encoded(four, "JPEG", quality=100)])
+    assert levels(x[0]).mean((1, 2)).tolist() == pytest.approx([200, 30, 60], abs=3)
+
+
+@both
+def test_orientation_is_ignored_unless_asked_for(name):
+    array = picture(64, 64)
+    plain = encoded(array, "JPEG", quality=95)
+    ignored = reader(name, resolution=64).decode([plain, turned(array)])
+    assert torch.equal(ignored[0], ignored[1])
+    followed = reader(name, resolution=64, exif=True).decode([turned(array)])
+    # Orientation 6: turn clockwise to see it upright.
+    assert torch.equal(followed[0], ignored[0].rot90(-1, (1, 2)))
+
+
+@both
+def test_batches_of_any_size_and_order(name):
+    cases = list(files().values())
+    decoder = reader(name, resolution=32)
+    whole = decoder.decode(cases)
+    assert torch.equal(decoder.decode(cases[:3]), whole[:3])
+    assert torch.equal(decoder.decode(cases[::-1] + cases), torch.cat([whole.flip(0), whole]))
+    assert torch.equal(decoder.decode(cases[5:6]), whole[5:6])
+    assert decoder.decode([]).shape == (0, 3, 32, 32)
+
+
+# Files that are not images -----------------------------------------------------------------------------------------
+
+
+def damaged():
+    jpeg, png = encoded(picture(90, 80), "JPEG"), encoded(picture(90, 80), "PNG")
+    progressive = encoded(picture(90, 80), "JPEG", progressive=True)
+    thumbnail = b"\xff\xe1" + struct.pack(">H", len(jpeg) + 2) + jpeg  # a whole JPEG in an APP1 segment
+    flipped = bytearray(png)
+    flipped[len(png) // 2] ^= 0xFF
+    return {
+        "empty": b"",
+        "text": b"this is no image\n",
+        "gif": encoded(Image.fromarray(picture(9, 9, 1)), "GIF"),
+        "half a jpeg": jpeg[: len(jpeg) // 2],
+        "a jpeg's header": jpeg[:100],
+        "three bytes of a jpeg": jpeg[:3],
+        "jpeg without its end": jpeg[:-2],
+        "half a progressive jpeg": progressive[: len(progressive) // 2],
+        "half a jpeg after its thumbnail": jpeg[:2] + thumbnail + jpeg[2 : len(jpeg) // 2],
+        "half a png": png[: len(png) // 2],
+        "png without its end": png[:-12],
+        "a png's first bytes": png[:20],
+        "damaged png": bytes(flipped),
+    }
+
+
+@both
+def test_every_bad_file_is_named_and_the_decoder_goes_on(name):
+    decoder = reader(name, resolution=32)
+    good, bad = list(files().values()), damaged()
+    expected = decoder.decode(good)
+    mixed, places = list(good), {}
+    for offset, (case, file) in enumerate(bad.items()):
+        places[2 * offset + 1] = case
+        mixed.insert(2 * offset + 1, file)
+    for _ in range(2):
+        with pytest.raises(Undecodable) as caught:
+            decoder.decode(mixed)
+        assert {index: places.get(index) for index in caught.value.reasons} == places
+        assert all(reason and "\n" not in reason and "0x" not in reason for reason in caught.value.reasons.values())
+        assert torch.equal(decoder.decode(good), expected)
+    for file in bad.values():
+        with pytest.raises(Undecodable) as caught:
+            decoder.decode([file])
+        assert list(caught.value.reasons) == [0]
+    assert torch.equal(decoder.decode(good), expected)
+
+
+@both
+def test_a_thread_of_an_image_is_named_and_costs_no_other(name):
+    thin, whole = (encoded(np.full(shape, 9, np.uint8), "PNG") for shape in ((1, 600), (20, 20)))
+    decoder = reader(name, resolution=16)
+    with pytest.raises(Undecodable) as caught:
+        decoder.decode([whole, thin, whole])
+    assert caught.value.reasons == {1: "600 x 1 pixels: a side is over 500 times the other"}
+    assert (decoder.decode([whole]) == 9 / 127.5 - 1).all()
+
+
+@both
+def test_odd_but_whole_files_decode(name):
+    jpeg, png = encoded(picture(40, 40), "JPEG"), encoded(picture(40, 40), "PNG")
+    thumbnail = b"\xff\xe1" + struct.pack(">H", len(jpeg) + 2) + jpeg
+    decoder = reader(name, resolution=32)
+    plain = decoder.decode([jpeg, png])
+    trailing = b"\x00\xff\xda appended video \xff\xda"
+    odd = [jpeg + trailing, png + b"more", jpeg[:2] + thumbnail + jpeg[2:], jpeg[:2] + b"\xff\xff" + jpeg[2:]]
+    x = decoder.decode(odd)
+    for index, same_as in enumerate((0, 1, 0, 0)):
+        assert torch.equal(x[index], plain[same_as])
+
+
+def test_header_tells_the_size():
+    assert read_header(encoded(picture(31, 17), "JPEG", progressive=True)) == (31, 17, 8)
+    assert read_header(encoded(picture(31, 17), "PNG")) == (31, 17, 8)
+    assert read_header(png16(np.zeros((3, 5), np.uint16))) == (5, 3, 16)
+
+
+# Which reader ------------------------------------------------------------------------------------------------------
+
+
+def test_auto_falls_back_to_pillow_and_says_so_in_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    data = DataConfig(resolution=8)
+    assert open_decoder(data, CPU).name == "pillow"
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert "pip install nvidia-dali-cuda130" in said.err
+    assert open_decoder(replace(data, reader="pillow"), CPU).name == "pillow"
+    assert capsys.readouterr().err == ""
+    with pytest.raises(Refused, match=r"data\.reader: 'dali' given; .*pip install nvidia-dali-cuda130"):
+        open_decoder(replace(data, reader="dali"), CPU)
+
+
+def test_auto_takes_dali_where_it_is(capsys):
+    pytest.importorskip("nvidia.dali")
+    assert open_decoder(DataConfig(), CPU).name.startswith("dali cpu")
+    assert capsys.readouterr().err == ""
+
+
+def test_threads_do_not_change_pixels():
+    cases = list(files().values())
+    one, three = (reader("pillow", resolution=32, threads=threads).decode(cases) for threads in (1, 3))
+    assert torch.equal(one, three)
+
+
+def test_a_dali_that_cannot_start_is_no_bad_file(monkeypatch):
+    pytest.importorskip("nvidia.dali")
+
+    def broken(self, capacity):
+        raise RuntimeError("driver version is insufficient\nand more")
+
+    monkeypatch.setattr(DaliDecoder, "_build", broken)
+    decoder = DaliDecoder(DataConfig(resolution=32), CPU)
+    with pytest.raises(Refused, match=r"DALI cannot start \(driver version is insufficient\)"):
+        decoder.decode([jpeg_for_start()])
+
+
+def jpeg_for_start() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(file, "JPEG")
+    return file.getvalue()
