@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.parts import LAUNCHER
+from benchmarks.harness.parts import LAUNCHER
 
 SIDES = ("base", "change")
 

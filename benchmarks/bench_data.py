@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import options, timing
-from benchmarks.image_decoders import bench_decoding, bench_encoding, write_jpegs
-from benchmarks.latent_loaders import bench_latents
-from benchmarks.record import RESULTS
-from benchmarks.throughput import fastest_step, report
-from benchmarks.timing import GateFailed
+from benchmarks.harness import options, timing
+from benchmarks.harness.rows import RESULTS
+from benchmarks.harness.throughput import fastest_step, report
+from benchmarks.harness.timing import GateFailed
+from benchmarks.rivals.image_decoders import bench_decoding, bench_encoding, write_jpegs
+from benchmarks.rivals.latent_loaders import bench_latents
 from sra_fast.errors import Refused
 
 

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import options, timing
+from benchmarks.harness import options, timing
 from benchmarks.kernel_cases import OPS, Case, check, make_case, prepared, truth
-from benchmarks.rival_norms import RIVALS
+from benchmarks.rivals.norms import RIVALS
 from sra_fast.config import SIZES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import options, timing
+from benchmarks.harness import options, timing
 from sra_fast.config import SIZES, Config, OptimConfig, preset
 from sra_fast.kernels import missing
 from sra_fast.kernels.adamw_ema import Lists, Scalars, adamw_ema, adamw_ema_ref, parameter_ref

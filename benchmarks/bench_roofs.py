@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks import timing
+from benchmarks.harness import timing
 
 COPY_BYTES = {"cuda": 4 * timing.GIB, "cpu": timing.GIB // 4}  # read and written, well beyond the caches
 MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}

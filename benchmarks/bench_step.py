@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from benchmarks import options, timing
-from benchmarks.baseline import RUNGS, PublicStep
+from benchmarks.harness import options, timing
+from benchmarks.rivals.recipe import RUNGS, PublicStep
 from sra_fast.config import SIZES, Config, preset
 from sra_fast.data.stream import Batch
 from sra_fast.flops import dense_peak_flops, training_flops

@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.record import markdown, read, say
+from benchmarks.harness.rows import markdown, read, say
 from sra_fast.config import refuse_unless
 from sra_fast.errors import Refused
 from sra_fast.files import read_json

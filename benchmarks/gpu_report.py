@@ -26,11 +26,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.parts import FAILED, NOT_RUN, ROOT, Outcome, Part, run_parts, say
-from benchmarks.record import RESULTS, folder
-from benchmarks.report import gather
+from benchmarks.harness.parts import FAILED, NOT_RUN, ROOT, Outcome, Part, run_parts, say
+from benchmarks.harness.report import gather
+from benchmarks.harness.rows import RESULTS, folder
+from benchmarks.harness.stamp import command
 from benchmarks.sanitized import NOT_FOUND, TOOLS
-from benchmarks.stamp import command
 
 NO_TESTS = 5  # pytest's exit code for "nothing was collected"
 # bench_step writes when all of its rungs are measured: the two ends and the strongest rival come before the others.
@@ -122,7 +122,7 @@ def stamp_of(device: str) -> dict[str, Any]:
     Raises:
         subprocess.CalledProcessError: if there is no such device.
     """
-    code = f"import json; from benchmarks.stamp import stamp; print(json.dumps(stamp({device!r})))"
+    code = f"import json; from benchmarks.harness.stamp import stamp; print(json.dumps(stamp({device!r})))"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     return {**json.loads(ran.stdout.splitlines()[-1]), "command": command()}
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from benchmarks.rival_norms import ANOTHER_FUNCTION, rivals
-from benchmarks.timing import GateFailed
+from benchmarks.harness.timing import GateFailed
+from benchmarks.rivals.norms import ANOTHER_FUNCTION, rivals
 from sra_fast.config import Config, preset
 from sra_fast.kernels import IMPLEMENTATIONS
 from sra_fast.kernels.perturb import Settings, Stored

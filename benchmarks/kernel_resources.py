@@ -28,8 +28,8 @@ import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from benchmarks.machine_code import ARCHITECTURES, Launch, compiled, recorded, resources
-from benchmarks.record import markdown
+from benchmarks.harness.machine_code import ARCHITECTURES, Launch, compiled, recorded, resources
+from benchmarks.harness.rows import markdown
 from sra_fast.config import SIZES
 from sra_fast.files import read_json, write_json
 from sra_fast.kernels import adaln, alignment, gated_adaln, perturb

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import tables
-from benchmarks.record import RESULTS, Row
+from benchmarks.harness import tables
+from benchmarks.harness.rows import RESULTS, Row
 from sra_fast.config import SIZES
 from sra_fast.files import read_json, replacing
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.parts import LAUNCHER, ROOT
+from benchmarks.harness.parts import LAUNCHER, ROOT
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 NOT_FOUND = 69  # EX_UNAVAILABLE of sysexits.h

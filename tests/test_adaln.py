@@ -260,7 +260,7 @@ def test_two_tiles_hold_a_row(width: int) -> None:
 @pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed")
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_both_passes_compile_for_every_architecture(capability: int) -> None:
-    from benchmarks.machine_code import compiled, recorded
+    from benchmarks.harness.machine_code import compiled, recorded
 
     x, vector, statistic = torch.empty(2, 64, 384, dtype=BRAIN), torch.empty(2, 384), torch.empty(2, 64)
     with recorded() as launches:

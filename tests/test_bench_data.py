@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import bench_data, image_decoders, latent_loaders
-from benchmarks.image_decoders import READERS, THREADS, write_jpegs
-from benchmarks.record import read, write
-from benchmarks.stamp import stamp
-from benchmarks.throughput import fastest_step
-from benchmarks.timing import GateFailed
+from benchmarks import bench_data
+from benchmarks.harness.rows import read, write
+from benchmarks.harness.stamp import stamp
+from benchmarks.harness.throughput import fastest_step
+from benchmarks.harness.timing import GateFailed
+from benchmarks.rivals import image_decoders, latent_loaders
+from benchmarks.rivals.image_decoders import READERS, THREADS, write_jpegs
 from sra_fast.errors import Refused
 
 QUICK = ["--quick", "--device", "cpu"]

@@ -13,9 +13,9 @@ import torch
 from benchmarks import bench_kernels
 from benchmarks.bench_optimizer import make_config
 from benchmarks.compare import load
+from benchmarks.harness.rows import read
+from benchmarks.harness.timing import GateFailed
 from benchmarks.kernel_cases import OPS, check, make_case, prepared, truth
-from benchmarks.record import read
-from benchmarks.timing import GateFailed
 from sra_fast.flops import forward_flops
 from sra_fast.kernels import IMPLEMENTATIONS
 from sra_fast.kernels.adaln import adaln_ref

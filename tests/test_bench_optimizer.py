@@ -22,8 +22,8 @@ from benchmarks.bench_optimizer import (
     rows,
     torch_way,
 )
-from benchmarks.record import RESULTS, read
-from benchmarks.timing import GateFailed
+from benchmarks.harness.rows import RESULTS, read
+from benchmarks.harness.timing import GateFailed
 from sra_fast import kernels
 from sra_fast.kernels import library
 from sra_fast.kernels.adamw_ema import adamw_ema, adamw_ema_ref, parameter_ref

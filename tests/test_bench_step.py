@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from benchmarks import bench_step
-from benchmarks.baseline import RUNGS, PublicStep
 from benchmarks.bench_step import Ours
-from benchmarks.timing import GateFailed, read
+from benchmarks.harness.timing import GateFailed, read
+from benchmarks.rivals.recipe import RUNGS, PublicStep
 from sra_fast.config import Config
 from sra_fast.model.layout import apart
 

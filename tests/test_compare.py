@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from benchmarks.compare import Change, change, is_step, main, student_quantile
-from benchmarks.record import write
-from benchmarks.stamp import stamp
-from benchmarks.timing import Samples, row
+from benchmarks.harness.rows import write
+from benchmarks.harness.stamp import stamp
+from benchmarks.harness.timing import Samples, row
 
 NOISE = {k: v for k, v in json.loads(Path(__file__).with_name("timing_noise.json").read_text()).items() if k != "about"}
 KERNEL, STEP = 0.03, 0.015

@@ -14,11 +14,11 @@ import pytest
 
 from benchmarks import compare, gpu_report
 from benchmarks.bench_step import NAMES
-from benchmarks.parts import FAILED, NOT_HERE, NOT_RUN, OK, Part, run_parts
-from benchmarks.record import read, write
-from benchmarks.report import LARGEST, MOST_FILES, gather
-from benchmarks.stamp import stamp
-from benchmarks.timing import Samples, row
+from benchmarks.harness.parts import FAILED, NOT_HERE, NOT_RUN, OK, Part, run_parts
+from benchmarks.harness.report import LARGEST, MOST_FILES, gather
+from benchmarks.harness.rows import read, write
+from benchmarks.harness.stamp import stamp
+from benchmarks.harness.timing import Samples, row
 
 HERE = stamp("cpu")
 

@@ -13,8 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import image_decoders, throughput
-from benchmarks.image_decoders import (
+from benchmarks.harness import throughput
+from benchmarks.harness.timing import GateFailed
+from benchmarks.rivals import image_decoders
+from benchmarks.rivals.image_decoders import (
     SIDES,
     THREADS,
     JpegFiles,
@@ -25,7 +27,6 @@ from benchmarks.image_decoders import (
     write_jpegs,
     write_vae,
 )
-from benchmarks.timing import GateFailed
 from sra_fast.data.decoders import DaliDecoder, PillowDecoder
 from sra_fast.errors import Refused
 from sra_fast.vae import open_vae

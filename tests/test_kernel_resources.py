@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-from benchmarks import kernel_resources, machine_code
-from benchmarks.machine_code import ARCHITECTURES, compiled, recorded, resources
+from benchmarks import kernel_resources
+from benchmarks.harness import machine_code
+from benchmarks.harness.machine_code import ARCHITECTURES, compiled, recorded, resources
 from sra_fast.files import read_json
 
 

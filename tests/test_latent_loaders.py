@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.utils.data import get_worker_info
 
-from benchmarks import latent_loaders, throughput
-from benchmarks.latent_loaders import WORKERS, PublicFiles, bench_latents, same_rows, write_sets
-from benchmarks.timing import GateFailed
+from benchmarks.harness import throughput
+from benchmarks.harness.timing import GateFailed
+from benchmarks.rivals import latent_loaders
+from benchmarks.rivals.latent_loaders import WORKERS, PublicFiles, bench_latents, same_rows, write_sets
 from sra_fast.data.latent_stream import LatentStream
 from sra_fast.data.packed import open_moments
 

@@ -7,9 +7,9 @@ import subprocess
 import pytest
 
 from benchmarks import readme
-from benchmarks.record import write
-from benchmarks.stamp import stamp
-from benchmarks.timing import Samples, row
+from benchmarks.harness.rows import write
+from benchmarks.harness.stamp import stamp
+from benchmarks.harness.timing import Samples, row
 
 HERE = stamp("cpu") | {"dirty": False}
 H200 = {"kind": "cuda", "device": "NVIDIA H200", "power_limit_w": 700.0, "driver": "580.1"}

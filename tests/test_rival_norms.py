@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import bench_kernels, kernel_cases, rival_norms, tables
+from benchmarks import bench_kernels, kernel_cases
 from benchmarks.bench_kernels import measure, rows
+from benchmarks.harness import tables
+from benchmarks.harness.timing import GateFailed
 from benchmarks.kernel_cases import check, make_case, truth
-from benchmarks.rival_norms import CUDNN, LIGER, modulated_rms_ref
-from benchmarks.timing import GateFailed
+from benchmarks.rivals import norms as rival_norms
+from benchmarks.rivals.norms import CUDNN, LIGER, modulated_rms_ref
 from sra_fast.kernels.adaln import adaln_ref
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.tables import DATA_HEAD, data_table, is_data
+from benchmarks.harness.tables import DATA_HEAD, data_table, is_data
 
 
 def row(name, loader, speed, cpu_speed):

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import record, throughput
-from benchmarks.throughput import Candidate, Taken, cpu_s, fastest_step, measure, report, rows, without_places
+from benchmarks.harness import rows as record
+from benchmarks.harness import throughput
+from benchmarks.harness.throughput import Candidate, Taken, cpu_s, fastest_step, measure, report, rows, without_places
 
 CPU = torch.device("cpu")
 

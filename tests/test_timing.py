@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.record import FORMAT_VERSION, folder, read, table, write
-from benchmarks.stamp import parse_query, stamp
-from benchmarks.timing import GateFailed, Samples, measure, roofs, row
+from benchmarks.harness.rows import FORMAT_VERSION, folder, read, table, write
+from benchmarks.harness.stamp import parse_query, stamp
+from benchmarks.harness.timing import GateFailed, Samples, measure, roofs, row
 from sra_fast.errors import Refused
 
 ROW = "name params samples_ms median_ms p20_ms p80_ms bytes flops roof_share peak_memory_gib device versions clocks"
@@ -50,7 +50,7 @@ def test_warm_up_comes_first_and_inner_calls_make_one_sample():
 def test_a_sample_is_the_time_of_one_call(monkeypatch):
     """A clock that only the candidate moves: 3 ms a call."""
     now = [0]
-    monkeypatch.setattr("benchmarks.timing.time.perf_counter_ns", lambda: now[0])
+    monkeypatch.setattr("benchmarks.harness.timing.time.perf_counter_ns", lambda: now[0])
 
     def work():
         now[0] += 3_000_000
@@ -187,7 +187,7 @@ def test_the_commit_can_come_from_the_environment(monkeypatch, named, expected):
 
 def test_without_git_and_environment_the_commit_is_unknown(monkeypatch, tmp_path):
     monkeypatch.delenv("SRA_FAST_COMMIT", raising=False)
-    monkeypatch.setattr("benchmarks.stamp.ROOT", tmp_path)
+    monkeypatch.setattr("benchmarks.harness.stamp.ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     told = stamp("cpu")
     assert (told["commit"], told["dirty"]) == (None, None)

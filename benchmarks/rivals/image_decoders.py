@@ -20,9 +20,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.record import Row
-from benchmarks.throughput import Candidate, rows
-from benchmarks.timing import GateFailed
+from benchmarks.harness.rows import Row
+from benchmarks.harness.throughput import Candidate, rows
+from benchmarks.harness.timing import GateFailed
 from sra_fast.config import DataConfig
 from sra_fast.data.decoders import open_decoder
 from sra_fast.errors import Refused

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.record import Row, digits, markdown
+from benchmarks.harness.rows import Row, digits, markdown
 
 STEP_HEAD = ("step", "images/s", "x public", "ms", "p20 ... p80", "TFLOP/s", "of roof", "of peak", "GiB")
 SUMMARY_HEAD = ("model", "tokens", "batch", "public", "best rival", "ours", "ours / public", "ours / best rival")

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import tables
-from benchmarks.parts import FAILED, OK, Outcome
-from benchmarks.record import Row, markdown, read, table, write
+from benchmarks.harness import tables
+from benchmarks.harness.parts import FAILED, OK, Outcome
+from benchmarks.harness.rows import Row, markdown, read, table, write
 from sra_fast.errors import Refused
 from sra_fast.files import replacing, write_json
 

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from benchmarks import tables, timing
-from benchmarks.record import Row, digits, read
-from benchmarks.timing import Samples
+from benchmarks.harness import tables, timing
+from benchmarks.harness.rows import Row, digits, read
+from benchmarks.harness.timing import Samples
 from sra_fast.errors import Refused
 
 GOALS = {  # of the best of ours whose name has this in it, over the best rival

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.record import Row, folder, read, row, table, write
-from benchmarks.stamp import stamp
+from benchmarks.harness.rows import Row, folder, read, row, table, write
+from benchmarks.harness.stamp import stamp
 
 __all__ = ["GateFailed", "Row", "Samples", "folder", "measure", "read", "roofs", "row", "stamp", "table", "write"]
 

@@ -12,10 +12,10 @@ from sra_fast.config import refuse_unless
 from sra_fast.files import read_json, write_json
 
 if TYPE_CHECKING:
-    from benchmarks.timing import Samples
+    from benchmarks.harness.timing import Samples
 
 FORMAT_VERSION = 1
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 Row = dict[str, Any]
 

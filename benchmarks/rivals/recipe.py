@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.public_network import PublicNetwork
+from benchmarks.rivals.network import PublicNetwork
 from sra_fast.config import Config
 from sra_fast.kernels.alignment import alignment_ref
 from sra_fast.kernels.perturb import interpolate

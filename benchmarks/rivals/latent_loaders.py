@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.record import Row
-from benchmarks.throughput import Candidate, rows
-from benchmarks.timing import GateFailed
+from benchmarks.harness.rows import Row
+from benchmarks.harness.throughput import Candidate, rows
+from benchmarks.harness.timing import GateFailed
 from sra_fast.data import order
 from sra_fast.data.latent_stream import LatentStream
 from sra_fast.data.manifest import NAME, Manifest, Shard

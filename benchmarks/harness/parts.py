@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-LAUNCHER = Path(__file__).with_name("in_tree.py")
+ROOT = Path(__file__).parents[2]
+LAUNCHER = Path(__file__).parents[1] / "in_tree.py"
 
 OK, FAILED, NOT_RUN, NOT_HERE = "ok", "failed", "not run (time)", "not run"
 LEAST_S = 3.0  # below this nothing can even be imported

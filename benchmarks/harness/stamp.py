@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # Bits of nvmlClocksEventReasons (nvml.h). The first is no reason to doubt a number.
 THROTTLE_REASONS = {
