@@ -19,7 +19,7 @@ ORDER = [
     {"errors"},
     {"config"},
     {"files"},
-    {"distributed", "flops", "hardware"},
+    {"distributed", "flops", "hardware", "progress"},
     {"vae"},
     {"data"},
     {"packing"},

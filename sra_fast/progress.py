@@ -1,0 +1,68 @@
+"""Progress on stderr: a live bar on a terminal, plain lines in a log file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress(tqdm):
+    """How much of some work is done, how fast it goes, and how long it will take.
+
+    On a terminal this is a tqdm bar. Elsewhere it prints a line at the start, at most one every ten seconds, and one at
+    the end. Use it as a context manager and call `update(n)`, or iterate over it to get the items of a sequence.
+
+    Args:
+        work: number of units in total, or the sequence to iterate over.
+        description: name of the work.
+        unit: what is counted: "img", "file", "B".
+        done: units that were done before and do not count for the rate.
+        hidden: show nothing; `write` still prints.
+    """
+
+    def __init__(
+        self,
+        work: int | Sequence[Any],
+        description: str = "",
+        unit: str = "img",
+        *,
+        done: int = 0,
+        hidden: bool = False,
+    ) -> None:
+        options: dict[str, Any] = {"total": work} if isinstance(work, int) else {"iterable": work}
+        if not sys.stderr.isatty():
+            options |= {
+                "file": _LineFile(),
+                "mininterval": SECONDS_BETWEEN_LINES,
+                "position": 0,  # tqdm would place a second bar by moving the cursor
+                "bar_format": "{desc}: {percentage:.0f} %, {n_fmt}/{total_fmt} in {elapsed}, {remaining} left, "
+                "{rate_fmt}{postfix}",
+            }
+        super().__init__(desc=description, unit=unit, unit_scale=True, initial=done, disable=hidden, **options)
+
+    def write(self, line: str) -> None:
+        """Print a line on stderr without disturbing the bar."""
+        tqdm.write(line, file=sys.stderr)
+
+    def set_postfix(self, **values: object) -> None:
+        """Show these values behind the rate from the next update on."""
+        super().set_postfix(values, refresh=False)
+
+
+class _LineFile:
+    """Ends what tqdm writes with a newline, where tqdm begins it with a carriage return."""
+
+    def __init__(self) -> None:
+        self._stream = sys.stderr
+
+    def write(self, text: str) -> None:
+        if text := text.strip():
+            self._stream.write(f"{text}\n")
+
+    def flush(self) -> None:
+        self._stream.flush()
