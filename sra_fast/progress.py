@@ -34,7 +34,8 @@ class Progress(tqdm):
         done: int = 0,
         hidden: bool = False,
     ) -> None:
-        options: dict[str, Any] = {"total": work} if isinstance(work, int) else {"iterable": work}
+        total, items = (work, None) if isinstance(work, int) else (len(work), work)
+        options: dict[str, Any] = {"unit_scale": total >= 10_000}  # 12.5k instead of 12500
         if not sys.stderr.isatty():
             options |= {
                 "file": _LineFile(),
@@ -43,7 +44,7 @@ class Progress(tqdm):
                 "bar_format": "{desc}: {percentage:.0f} %, {n_fmt}/{total_fmt} in {elapsed}, {remaining} left, "
                 "{rate_fmt}{postfix}",
             }
-        super().__init__(desc=description, unit=unit, unit_scale=True, initial=done, disable=hidden, **options)
+        super().__init__(items, description, total, unit=unit, initial=done, disable=hidden, **options)
 
     def write(self, line: str) -> None:
         """Print a line on stderr without disturbing the bar."""

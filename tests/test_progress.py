@@ -23,11 +23,11 @@ def test_a_log_file_gets_lines_and_no_carriage_returns(capsys: pytest.CaptureFix
     assert text.endswith("\n")
     assert "\r" not in text
     assert [line.split(" in ")[0] for line in lines] == [
-        "encoding: 33 %, 10.0/30.0",
-        "encoding: 67 %, 20.0/30.0",
+        "encoding: 33 %, 10/30",
+        "encoding: 67 %, 20/30",
         "a.png: left out",
-        "encoding: 100 %, 30.0/30.0",
-        "encoding: 100 %, 30.0/30.0",
+        "encoding: 100 %, 30/30",
+        "encoding: 100 %, 30/30",
     ]
     assert "loss=0.5" in lines[-1]
 
@@ -35,8 +35,8 @@ def test_a_log_file_gets_lines_and_no_carriage_returns(capsys: pytest.CaptureFix
 def test_lines_come_every_ten_seconds_at_most_and_at_both_ends(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(Progress(range(5), "reading", "file")) == [0, 1, 2, 3, 4]
     first, last = capsys.readouterr().err.splitlines()
-    assert first.startswith("reading: 0 %, 0.00/5.00 in 00:00")
-    assert last.startswith("reading: 100 %, 5.00/5.00 in 00:00")
+    assert first.startswith("reading: 0 %, 0/5 in 00:00")
+    assert last.startswith("reading: 100 %, 5/5 in 00:00")
 
 
 def test_hidden_progress_still_writes_messages(capsys: pytest.CaptureFixture[str]) -> None:
