@@ -23,7 +23,7 @@ from sra_fast.config import (
     EvaluateCommand,
     ExportCommand,
     InspectCommand,
-    PrepareConfig,
+    PrepareCommand,
     ProfileCommand,
     SampleCommand,
     SampleConfig,
@@ -180,7 +180,7 @@ def export(arguments: Sequence[str]) -> int:
 
 def prepare(arguments: Sequence[str]) -> int:
     """Encode images once, for training to read: `sra-fast prepare --images DIR|TARS --out DIR --vae PATH_OR_ID`."""
-    config = _parse(PrepareConfig, None, arguments, "sra-fast prepare")
+    config = _parse(PrepareCommand, None, arguments, "sra-fast prepare")
     from sra_fast.packing.prepare import prepare
 
     prepare(config)

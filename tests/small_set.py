@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sra_fast.config import DataConfig, PrepareConfig
+from sra_fast.config import DataConfig, PrepareCommand
 from sra_fast.data.decoders import decode_with_pillow
 from sra_fast.data.manifest import read_manifest
 from sra_fast.errors import Refused
@@ -75,7 +75,7 @@ def config(images, out, **changes):
     fields = {"resolution": SIDE, "batch": 4, "rows_per_shard": 16, "reader": "pillow", "device": "cpu"} | changes
     if "vae" not in fields and "from_public" not in fields:
         fields["no_vae"] = True
-    return PrepareConfig(images=str(images) if images else "", out=str(out), **fields)
+    return PrepareCommand(images=str(images) if images else "", out=str(out), **fields)
 
 
 def words(config):

@@ -26,7 +26,7 @@ from small_vae import save_kl, save_tiny
 from test_archives import write_tar
 from test_cli import documentation, help_of, sections
 
-from sra_fast.config import PrepareConfig
+from sra_fast.config import PrepareCommand
 from sra_fast.packing import encoding
 from sra_fast.packing import prepare as prepare_module
 from sra_fast.packing.archives import open_images
@@ -207,7 +207,7 @@ def test_the_command_says_what_it_does_and_what_came_of_it(images, kl, tmp_path,
 
 def test_help_documents_every_field(capsys, monkeypatch):
     text = help_of(["prepare"], capsys, monkeypatch)
-    for option, owner, name in sections(PrepareConfig):
+    for option, owner, name in sections(PrepareCommand):
         assert option in text
         assert " ".join(documentation(owner)[name].split()).rstrip(".") in text, option
 

@@ -1,8 +1,8 @@
-"""The whole configuration of a run: frozen dataclasses with their checks (recipe.py, running.py, together in
-whole.py; preparing.py, profile.py) and named presets (presets.py).
+"""The configuration: frozen dataclasses that check their values, and named presets.
 
-The command line changes fields of a preset, and `config.json` in the run directory holds every one of them. Fields are
-named on the command line as here, with hyphens: `Config.align.t_max` is `--align.t-max`.
+recipe.py says what is computed, run.py everything else of a training run, commands.py the options of the other
+commands, presets.py the presets. The command line changes fields of a preset, and `config.json` in the run directory
+holds all of them. The option of the field `Config.align.t_max` is `--align.t-max`.
 """
 
 from sra_fast.config.checks import from_dict, refuse_unless, to_dict
@@ -10,7 +10,7 @@ from sra_fast.config.commands import (
     EvaluateCommand,
     ExportCommand,
     InspectCommand,
-    PrepareConfig,
+    PrepareCommand,
     ProfileCommand,
     ProfileConfig,
     SampleCommand,
@@ -46,7 +46,7 @@ __all__ = [
     "ModelConfig",
     "ObjectiveConfig",
     "OptimConfig",
-    "PrepareConfig",
+    "PrepareCommand",
     "ProfileCommand",
     "ProfileConfig",
     "RunConfig",

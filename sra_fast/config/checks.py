@@ -1,4 +1,4 @@
-"""What every part of the configuration shares: checked types, refusals in one voice, JSON and back."""
+"""What every part of the configuration shares: type and value checks, and conversion to and from JSON values."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ T = TypeVar("T")
 
 
 def refuse_unless(condition: bool, name: str, given: object, allowed: str) -> None:
-    """Raise `Refused` with the house's message unless `condition`."""
+    """Raise `Refused(name, given, allowed)` unless `condition`."""
     if not condition:
         raise Refused(name, given, allowed)
 
 
 class Section:
-    """A part of the configuration. However it is made, every field's type is checked, then `check` looks at values."""
+    """Base class of the configuration's dataclasses. Creating one checks the type of every field, then calls
+    `check`."""
 
     section: ClassVar[str]
-    """Its name on the command line."""
+    """Prefix of its options on the command line."""
 
     def __post_init__(self) -> None:
         for name, hint in _hints(type(self)).items():
@@ -34,23 +35,22 @@ class Section:
         self.check()
 
     def check(self) -> None:
-        """Refuse values that cannot be."""
+        """Validate field values."""
 
     def option(self, name: str) -> str:
-        """A field as it is typed, without the leading hyphens."""
+        """The option of a field, without the leading hyphens: "align.t-max" for `t_max` of the section `align`."""
         return f"{self.section}.{name}".removeprefix(".").replace("_", "-")
 
-    def need(self, condition: bool, name: str, allowed: str) -> None:
-        """Refuse the field `name` unless `condition`."""
-        refuse_unless(condition, self.option(name), getattr(self, name), allowed)
+    def need(self, condition: bool, name: str, rule: str) -> None:
+        """Refuse the field `name` unless `condition` holds."""
+        if not condition:
+            raise Refused(self.option(name), getattr(self, name), rule)
 
     def need_positive(self, *names: str) -> None:
-        """Refuse fields that are not above zero."""
         for name in names:
             self.need(getattr(self, name) > 0, name, "must be positive")
 
     def need_not_negative(self, *names: str) -> None:
-        """Refuse fields below zero."""
         for name in names:
             self.need(getattr(self, name) >= 0, name, "must not be negative")
 
@@ -62,27 +62,35 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _check_type(hint: Any, value: Any, name: str) -> None:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    origin, choices = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):  # X | None
         if value is not None:
-            _check_type(arguments[0], value, name)
+            _check_type(choices[0], value, name)
     elif origin is Literal:
-        allowed = any(value == choice and type(value) is type(choice) for choice in arguments)
-        refuse_unless(allowed, name, value, f"must be one of {', '.join(map(str, arguments))}")
+        # By type too: True equals 1.
+        if not any(value == choice and type(value) is type(choice) for choice in choices):
+            raise Refused(name, value, f"must be one of {', '.join(map(str, choices))}")
     elif hint is float:
-        refuse_unless(type(value) in (int, float) and math.isfinite(value), name, value, "must be a finite number")
-    else:
-        refuse_unless(type(value) is hint, name, value, f"must be of type {hint.__name__}")
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise Refused(name, value, "must be a finite number")
+    elif type(value) is not hint:
+        raise Refused(name, value, f"must be of type {hint.__name__}")
 
 
 def to_dict(config: object) -> dict[str, Any]:
-    """A dataclass as nested dictionaries of JSON values."""
+    """Convert a dataclass to nested dictionaries of JSON values."""
     return dataclasses.asdict(config)
 
 
 def from_dict(cls: type[T], values: Any, source: str) -> T:
-    """The dataclass `cls` from `to_dict`'s output. Unknown fields and values that cannot be are refused by name, after
-    `source`, which says where they come from."""
+    """Build the dataclass `cls` from the output of `to_dict`. Missing fields take their defaults.
+
+    Args:
+        source: where the values come from; error messages begin with it.
+
+    Raises:
+        Refused: on an unknown field, or a value of the wrong type or out of range.
+    """
     try:
         return _build(cls, values, getattr(cls, "section", "") or "config")
     except Refused as error:
@@ -90,9 +98,10 @@ def from_dict(cls: type[T], values: Any, source: str) -> T:
 
 
 def _build(cls: type[T], values: Any, name: str) -> T:
-    refuse_unless(isinstance(values, dict), name, values, "must be an object")
+    if not isinstance(values, dict):
+        raise Refused(name, values, "must be an object")
     hints = _hints(cls)
-    unknown = sorted(set(values) - set(hints))
-    refuse_unless(not unknown, name, ", ".join(unknown), f"must be among {', '.join(hints)}")
+    if unknown := sorted(set(values) - set(hints)):
+        raise Refused(name, ", ".join(unknown), f"must be among {', '.join(hints)}")
     sections = {field: hint for field, hint in hints.items() if dataclasses.is_dataclass(hint)}
     return cls(**{k: _build(sections[k], v, k) if k in sections else v for k, v in values.items()})

@@ -1,12 +1,12 @@
-"""Named configurations: the embedded digits, and the models of the papers."""
+"""Presets: a small model for scikit-learn's digits, and the models of the papers."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from sra_fast.config.checks import refuse_unless
 from sra_fast.config.recipe import AlignConfig, ModelConfig, ObjectiveConfig, OptimConfig
 from sra_fast.config.run import Config, DataConfig, EvaluateConfig, RunConfig, SampleConfig, TrainConfig
+from sra_fast.errors import Refused
 
 SIZES = {  # depth, hidden, heads: DiT, table 1
     "s": (12, 384, 6),
@@ -23,7 +23,7 @@ def _digits() -> Config:
         run=RunConfig(name="digits"),
         model=ModelConfig(family="sit", depth=6, hidden=96, heads=3, patch=2),
         objective=ObjectiveConfig(times="lognormal"),
-        # A run of 900 steps: averages that forget fast, and a high rate that falls to zero.
+        # For a run of only 900 steps: short averages, and a high learning rate that decays to zero.
         optim=OptimConfig(lr=3e-3, beta2=0.99, schedule="cosine", warmup_images=3_200, ema_decay=0.99),
         data=DataConfig(images=DIGITS_FOLDER, resolution=8, channels=1, held_out=0.2),
         train=TrainConfig(
@@ -48,8 +48,8 @@ def _digits() -> Config:
 
 
 def _public(family: str, size: str, patch: int, paper: bool) -> Config:
-    """A model of the papers. `paper` variants carry the published loss, its weight and decay, and the EMA without
-    warm-up."""
+    """A model of the papers. The `paper` variants use the published alignment loss, its weight and decay, and an EMA
+    without warm-up."""
     depth, hidden, heads = SIZES[size]
     name = f"{family}-{size}-{patch}"
     config = Config(
@@ -83,7 +83,8 @@ PRESETS: dict[str, Config] = {"digits": _digits()} | {
 
 
 def preset(name: str) -> Config:
-    """The preset of that name."""
-    families = "digits and {sit,dit}-{s,b,l,xl}-{2,4,8}, each also with -paper"
-    refuse_unless(name in PRESETS, "preset", name, f"must be one of {families}")
+    """Look up a preset by name."""
+    if name not in PRESETS:
+        rule = "must be digits or {sit,dit}-{s,b,l,xl}-{2,4,8}, the latter also with -paper appended"
+        raise Refused("preset", name, rule)
     return PRESETS[name]

@@ -1,4 +1,4 @@
-"""What is computed: the network, its losses, its optimizer."""
+"""Configuration of what is computed: the network, its losses, its optimizer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sra_fast.config.checks import Section
 
 @dataclass(frozen=True)
 class ModelConfig(Section):
-    """The transformer shared by SiT and DiT. A zero for input size, channels or classes is read from the data."""
+    """The transformer shared by SiT and DiT. Input size, channels and classes of 0 are taken from the data."""
 
     section: ClassVar[str] = "model"
 
@@ -25,7 +25,7 @@ class ModelConfig(Section):
     patch: int = 2
     """Side of a patch in pixels (latent pixels for latents)."""
     mlp_ratio: int = 4
-    """Width of the MLP's hidden layer over D."""
+    """Width of the MLP's hidden layer as a multiple of D."""
     input_size: int = 0
     """Side of the input in pixels; 0 = from the data."""
     channels: int = 0
@@ -37,11 +37,11 @@ class ModelConfig(Section):
     attention: Literal["auto", "sdpa", "cudnn", "flash", "flash-attn-2", "flash-attn-3", "flash-attn-4", "math"] = (
         "auto"
     )
-    """Attention kernel: sdpa leaves it to PyTorch, cudnn and flash are PyTorch's kernels of that name, flash-attn-* the
-    packages; math is plain products and softmax. auto = cudnn on Hopper and Blackwell, flash on other GPUs, else
+    """Attention kernel: sdpa lets PyTorch choose, cudnn and flash are PyTorch's kernels of that name, flash-attn-* are
+    the packages, math is plain products and softmax. auto = cudnn on Hopper and Blackwell, flash on other GPUs, else
     sdpa."""
     checkpoint_every: int = 0
-    """Recompute every K-th block in the backward pass instead of keeping its activations; 0 = none."""
+    """Recompute every K-th block in the backward pass instead of storing its activations; 0 = none."""
 
     def check(self) -> None:
         self.need_positive("depth", "hidden", "heads", "patch", "mlp_ratio")
@@ -68,8 +68,8 @@ class ObjectiveConfig(Section):
     section: ClassVar[str] = "objective"
 
     path: Literal["linear", "cosine"] = "linear"
-    """Interpolant of sit: x_t = (1-t) x + t noise, or cos(pi t/2) x + sin(pi t/2) noise. dit has its own 1,000 linear
-    betas."""
+    """Interpolant of sit: x_t = (1-t) x + t noise, or cos(pi t/2) x + sin(pi t/2) noise. dit always uses
+    1,000 linear betas."""
     times: Literal["uniform", "lognormal"] = "uniform"
     """Distribution of sit's training times."""
     label_dropout: float = 0.1
@@ -81,31 +81,29 @@ class ObjectiveConfig(Section):
 
 @dataclass(frozen=True)
 class AlignConfig(Section):
-    """Self-representation alignment (arXiv 2505.02831): which block learns from which, at what distance, how
-    strongly, and when."""
+    """Self-representation alignment (arXiv 2505.02831): the aligned blocks, the distance, and its weight over time."""
 
     section: ClassVar[str] = "align"
 
     method: Literal["sra", "none"] = "sra"
-    """sra aligns with the EMA teacher; none trains the plain model."""
+    """sra aligns with the EMA teacher; none trains without alignment."""
     distance: Literal["cosine", "cosine_channel", "smooth_l1", "l1", "l2"] = "cosine"
     """cosine is per token; cosine_channel normalises over tokens, as the public code does; smooth_l1 (beta 0.05) is
     the published loss."""
     weight: float = 0.5
     """Weight of the alignment loss."""
     weight_hold_epochs: int = 0
-    """Epochs (0-based) up to and including which the weight is constant before it decays."""
+    """Last epoch (0-based) with the full weight, before it decays."""
     weight_decade_epochs: int = 0
-    """Epochs in which the weight then falls tenfold; 0 = it never falls."""
+    """Epochs over which the weight then decays tenfold; 0 = no decay."""
     student_tap: int = 0
-    """Block (1-based) whose output the student aligns; 0 = the published one for this size, else max(1, depth // 4)."""
+    """Student block (1-based) whose output is aligned; 0 = the published one for this size, else max(1, depth // 4)."""
     teacher_tap: int = 0
-    """Block (1-based) of the teacher it is aligned with; 0 = the published one for this size, else 3 depth // 4."""
+    """Teacher block (1-based) to align with; 0 = the published one for this size, else 3 depth // 4."""
     t_max: float = 0.2
-    """Largest distance between the student's time and the teacher's lower one, as a share of all time."""
+    """Largest difference between the student's time and the teacher's lower one, as a share of the whole time range."""
     shared_label_dropout: bool = True
-    """The teacher sees the student's dropped labels (published). Off: the teacher's labels are dropped
-    independently."""
+    """Drop the same labels for teacher and student (published); otherwise the teacher's are dropped independently."""
 
     def check(self) -> None:
         self.need_not_negative("weight", "weight_hold_epochs", "weight_decade_epochs", "student_tap", "teacher_tap")
@@ -114,7 +112,7 @@ class AlignConfig(Section):
 
 @dataclass(frozen=True)
 class OptimConfig(Section):
-    """AdamW with decoupled decay, gradient clipping and the EMA of the weights, which is also the teacher."""
+    """AdamW with decoupled weight decay, gradient clipping, and the EMA of the weights, which is also the teacher."""
 
     section: ClassVar[str] = "optim"
 
@@ -129,7 +127,7 @@ class OptimConfig(Section):
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     clip: float = 1.0
-    """Largest global gradient norm; 0 = no clipping."""
+    """Maximum global gradient norm; 0 = no clipping."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate after warm-up: constant, or a half cosine down to zero at --train.images."""
     warmup_images: int = 0

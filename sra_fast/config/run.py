@@ -1,4 +1,4 @@
-"""How a run goes: where, on which data, how long, with which kernels, and what its samples must be worth."""
+"""Configuration of a run: where it is saved, data, training, kernels, sampling and evaluation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from sra_fast.config.checks import Section, refuse_unless
+from sra_fast.config.checks import Section
 from sra_fast.config.recipe import AlignConfig, ModelConfig, ObjectiveConfig, OptimConfig
 from sra_fast.errors import Refused
 
@@ -27,16 +27,16 @@ Choice = Literal["auto", "fused", "reference"]
 
 @dataclass(frozen=True)
 class RunConfig(Section):
-    """Where the run lives and what makes it reproducible."""
+    """Where the run is saved, and its seed."""
 
     section: ClassVar[str] = "run"
 
     name: str = "run"
-    """Folder of the run below --run.dir."""
+    """Name of the run: its folder below --run.dir."""
     dir: str = "runs"
     """Folder that holds all runs."""
     seed: int = 0
-    """64-bit key of every random number: initial weights, order, noise, times, label dropout, previews."""
+    """64-bit key of all random numbers: initial weights, order, noise, times, label dropout, previews."""
     dry_run: bool = False
     """Print the resolved configuration and stop."""
 
@@ -47,32 +47,31 @@ class RunConfig(Section):
 
 @dataclass(frozen=True)
 class DataConfig(Section):
-    """Training data: images, one folder per class, JPEG or PNG; or latents that `sra-fast prepare` made of them."""
+    """Training data: JPEG or PNG images, one folder per class, or the latents that `sra-fast prepare` encodes."""
 
     section: ClassVar[str] = "data"
 
     images: str = ""
-    """Folder of class folders. The digits preset writes scikit-learn's digits there if it does not exist."""
+    """Folder of class folders. The digits preset writes scikit-learn's digits there if the folder does not exist."""
     latents: str = ""
-    """Folder of a packed set, or of the public SRA code's moments (with vae-sd/dataset.json). The options on decoding
-    below are then without effect."""
+    """Folder of a packed set, or of the public SRA code's moments (with vae-sd/dataset.json). The decoding options
+    below then have no effect."""
     vae: str = ""
-    """VAE for previews of latents: a folder, or an id on the Hugging Face hub; empty = the one the set names."""
+    """VAE for previews of latents: a folder or a Hugging Face hub id; empty = the one named by the data set."""
     resolution: int = 32
-    """Side in pixels after the ADM center crop."""
+    """Side length in pixels after the ADM center crop."""
     channels: Literal[1, 3] = 3
     """1 = grey, 3 = RGB."""
     reader: Literal["auto", "dali", "pillow"] = "auto"
-    """Who decodes: auto takes DALI where it is installed and Pillow elsewhere."""
+    """Image decoder; auto = DALI if installed, else Pillow."""
     held_out: float = 0.02
-    """Share of the files, chosen by a hash of their names, that is never trained on but used for validation and
-    evaluation."""
+    """Share of the files kept for validation and evaluation, never trained on; chosen by a hash of the file name."""
     strict: bool = False
     """Stop at the first undecodable image instead of replacing it."""
     max_bad_share: float = 0.01
-    """Stop when more than this share of the data set's files has turned out undecodable."""
+    """Stop when more than this share of the data set's files cannot be decoded."""
     exif: bool = False
-    """Turn images as their EXIF orientation says (ADM does not)."""
+    """Rotate images by their EXIF orientation (ADM does not)."""
     threads: int = 0
     """Decoding threads; 0 = one per core, at most 8."""
 
@@ -85,7 +84,7 @@ class DataConfig(Section):
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
-    """Length, batch and rhythm of training. Everything is counted in images."""
+    """Length of training, batch size, and how often to log, validate and save. Lengths are in images."""
 
     section: ClassVar[str] = "train"
 
@@ -94,65 +93,63 @@ class TrainConfig(Section):
     batch: int = 256
     """Images per optimizer step, over all micro-batches."""
     accumulate: int = 1
-    """Micro-batches per optimizer step; their gradients are added in fp32."""
+    """Micro-batches per optimizer step; their gradients are summed in fp32."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Compute type of the networks; auto = bf16 on GPUs that have it, fp32 elsewhere. Weights, moments and losses are
     always fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto = the GPU where there is one."""
+    """auto = the GPU if there is one."""
     execution: Literal["auto", "eager", "compiled", "graph"] = "auto"
-    """How a step is executed: as it stands, by torch.compile, or as one CUDA graph of the compiled step; auto = graph
-    on a GPU, eager on a CPU, where compiling takes a minute or two first."""
+    """How a step is executed: eagerly, by torch.compile, or as one CUDA graph of the compiled step; auto = graph on a
+    GPU, eager on a CPU, where compilation takes a minute or two."""
     log_every_steps: int = 50
-    """Steps between two lines of metrics.jsonl, and between two looks at the device's counters."""
+    """Steps between two lines of metrics.jsonl, and between two reads of the device's counters."""
     validate_every_images: int = 2_560_000
-    """Images between two computations of the validation loss; 0 = only at the end."""
+    """Images between two evaluations of the validation loss; 0 = only at the end."""
     validation_images: int = 512
-    """Held-out images of the validation loss."""
+    """Held-out images used for the validation loss."""
     preview_every_images: int = 2_560_000
     """Images between two preview grids; 0 = only at the end."""
     save_every_images: int = 2_560_000
     """Images between two checkpoints."""
     save_every_minutes: float = 15.0
-    """Minutes between two checkpoints, if that comes first."""
+    """Minutes between two checkpoints, if these pass first."""
     keep_checkpoints: int = 3
-    """Newest checkpoints to keep; older ones are removed after a new one is complete."""
+    """How many of the newest checkpoints to keep; older ones are removed after a new one is complete."""
     keep_every_images: int = 0
-    """Checkpoints at multiples of this are never removed; 0 = no such rule."""
+    """Never remove checkpoints at multiples of this many images; 0 = remove them too."""
 
     def check(self) -> None:
         self.need_positive("images", "batch", "accumulate", "log_every_steps", "validation_images")
         self.need_positive("save_every_images", "save_every_minutes", "keep_checkpoints")
         self.need_not_negative("validate_every_images", "preview_every_images", "keep_every_images")
-        self.need(
-            self.batch % self.accumulate == 0, "batch", f"must be a multiple of train.accumulate = {self.accumulate}"
-        )
+        rule = f"must be a multiple of train.accumulate = {self.accumulate}"
+        self.need(self.batch % self.accumulate == 0, "batch", rule)
 
 
 @dataclass(frozen=True)
 class KernelsConfig(Section):
-    """Which implementation computes each op: a fused kernel, its reference in plain PyTorch, or auto: whichever was
-    measured faster."""
+    """Implementation of each op: a fused kernel, its reference in plain PyTorch, or auto, whichever was measured
+    faster."""
 
     section: ClassVar[str] = "kernels"
 
     default: Choice = "auto"
-    """For every op not named below; fused where there is a fused kernel."""
+    """For all ops not set below; fused applies to ops that have a fused kernel."""
     adaln: Choice | None = None
     """LayerNorm and modulation."""
     gated_adaln: Choice | None = None
-    """Gated residual, LayerNorm and modulation: the seam between two half blocks."""
+    """Gated residual, LayerNorm and modulation, between two half blocks."""
     gated_residual: Choice | None = None
-    """Gated residual where no normalisation follows."""
+    """Gated residual that no normalisation follows."""
     alignment: Choice | None = None
     """Distance between student and teacher features."""
     perturb: Choice | None = None
-    """All random draws of a batch, and what they make of it."""
-
+    """Random draws of a batch, and the noised inputs and targets."""
     gradient_norm: Choice | None = None
     """Global norm of the gradients."""
     adamw_ema: Choice | None = None
-    """AdamW, the EMA and the networks' copies of both."""
+    """AdamW, the EMA, and the low-precision copies of both."""
 
     def resolve(self, architecture: str = "cpu") -> dict[str, str]:
         """{op: "fused" or "reference"}, decided once for a run. Refuses what cannot be had on an architecture, "cpu" or
@@ -171,65 +168,62 @@ class KernelsConfig(Section):
 
 @dataclass(frozen=True)
 class SampleConfig(Section):
-    """How images are generated."""
+    """Sampler, guidance and noise of generated images."""
 
     section: ClassVar[str] = "sample"
 
     sampler: Literal["auto", "euler", "heun", "sde", "ddpm", "ddim"] = "auto"
     """sit: euler and heun (ODE), sde (Euler-Maruyama); dit: ddpm, ddim. auto = sde for sit, ddpm for dit."""
     steps: int = 250
-    """Sampling steps. Heun calls the network twice a step but for the last."""
+    """Sampling steps. Heun calls the network twice per step except the last."""
     guidance: float = 1.0
     """Classifier-free guidance scale; 1 = none."""
     guidance_low: float = 0.0
-    """Guide only at noise levels (0 = data, 1 = noise) from here ..."""
+    """Lowest noise level with guidance (0 = data, 1 = noise)."""
     guidance_high: float = 1.0
-    """... to here."""
+    """Highest noise level with guidance."""
     guidance_channels: int = 0
-    """Guide only the first so many channels of the prediction; 0 = all. The public DiT uses 3 of 4."""
+    """Apply guidance only to the first N channels of the prediction; 0 = all. The public DiT uses 3 of 4."""
     count: int = 64
     """Images to generate."""
     batch: int = 64
     """Images per network call."""
     seed: int = 0
-    """Sample i is a function of this seed and i alone."""
+    """Sample i depends on this seed and i alone."""
     batch_invariant: bool = False
-    """Call the network for one image at a time, so that a sample is the same in every bit whatever --sample.batch is.
-    Slow."""
+    """Call the network for one image at a time, so that samples are bitwise independent of --sample.batch. Slow."""
 
     def check(self) -> None:
         self.need_positive("steps", "count", "batch")
         self.need_not_negative("guidance", "guidance_channels")
         self.need(0 <= self.guidance_low <= 1, "guidance_low", "must be in [0, 1]")
-        self.need(
-            self.guidance_low <= self.guidance_high <= 1,
-            "guidance_high",
-            f"must be in [sample.guidance-low = {self.guidance_low:g}, 1]",
-        )
+        rule = f"must be in [sample.guidance-low = {self.guidance_low:g}, 1]"
+        self.need(self.guidance_low <= self.guidance_high <= 1, "guidance_high", rule)
         self.need(0 <= self.seed < 2**64, "seed", "must be in [0, 2^64)")
 
 
 @dataclass(frozen=True)
 class EvaluateConfig(Section):
-    """What a trained model must reach. A bar of zero is not checked."""
+    """Thresholds that a trained model must meet. A threshold of zero is not checked."""
 
     section: ClassVar[str] = "evaluate"
 
     after_training: bool = False
-    """Evaluate at the end of training and fail below the bars."""
+    """Evaluate at the end of training, and exit with 1 if a threshold is missed."""
     samples: int = 2000
-    """Samples generated without guidance, and as many with."""
+    """Number of samples without guidance, and as many with."""
     guidance: float = 2.0
     """Guidance scale of the guided samples."""
     min_class_accuracy: float = 0.0
-    """Share of unguided samples the judge must recognise as their class."""
+    """Share of unguided samples that the classifier must assign to their class."""
     min_class_accuracy_guided: float = 0.0
     """The same with guidance."""
     max_frechet_ratio: float = 0.0
-    """Largest Frechet distance of samples to held-out images, over that of training images to held-out images."""
+    """Largest allowed Frechet distance of samples to held-out images, divided by that of training images to held-out
+    images."""
     min_nearest_ratio: float = 0.0
-    """Smallest ratio of nearest-training-neighbour distances, samples over held-out images: memorising drives it to
-    zero."""
+    """Smallest allowed ratio of distances to the nearest training image, samples over held-out images. Memorisation
+    drives it to zero."""
 
     def check(self) -> None:
         self.need_positive("samples")
@@ -239,7 +233,7 @@ class EvaluateConfig(Section):
 
 @dataclass(frozen=True)
 class Config(Section):
-    """A whole training run."""
+    """Everything that defines a training run."""
 
     section: ClassVar[str] = ""
 
@@ -252,50 +246,41 @@ class Config(Section):
     train: TrainConfig = field(default_factory=TrainConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
-    """Previews and evaluation use these settings too."""
+    """Also used for previews and evaluation."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     resume: str = "auto"
-    """auto = go on from the newest checkpoint of this run if there is one; never = start anew; or the path of a
-    checkpoint."""
+    """auto = continue from the newest checkpoint of this run if there is one; never = start from scratch; or the path
+    of a checkpoint."""
     init_from: str = ""
     """Start from these weights (safetensors or a public .pt), with a fresh optimizer."""
     deterministic: bool = False
-    """Ask every backend for bitwise reproducible kernels (CPU runs are reproducible without)."""
+    """Use bitwise reproducible kernels only. CPU runs are reproducible without."""
 
     def check(self) -> None:
+        model, sample, resolution = self.model, self.sample, self.data.resolution
         student, teacher = self.taps
-        depth, patch, family = self.model.depth, self.model.patch, self.model.family
         if self.align.method != "none":
-            refuse_unless(1 <= teacher <= depth, "align.teacher-tap", teacher, f"must be in [1, model.depth = {depth}]")
-            refuse_unless(1 <= student <= depth, "align.student-tap", student, f"must be in [1, model.depth = {depth}]")
-            refuse_unless(
-                student < teacher, "align.student-tap", student, f"must be below align.teacher-tap = {teacher}"
-            )
-        resolution, sampler = self.data.resolution, self.sample.sampler
-        refuse_unless(
-            self.data.latents != "" or resolution % patch == 0,
-            "data.resolution",
-            resolution,
-            f"must be a multiple of model.patch = {patch}",
-        )
-        if family == "dit":
-            steps = self.sample.steps
-            refuse_unless(2 <= steps <= 1000, "sample.steps", steps, "must be in [2, 1000] for model.family = dit")
-        channels, guided = self.model.channels, self.sample.guidance_channels
-        refuse_unless(
-            not channels or guided <= channels, "sample.guidance-channels", guided, f"must be at most {channels}"
-        )
-        allowed = ("auto", *SAMPLERS[family])
-        refuse_unless(
-            sampler in allowed,
-            "sample.sampler",
-            sampler,
-            f"must be one of {', '.join(allowed)} for model.family = {family}",
-        )
+            rule = f"must be in [1, model.depth = {model.depth}]"
+            if not 1 <= teacher <= model.depth:
+                raise Refused("align.teacher-tap", teacher, rule)
+            if not 1 <= student <= model.depth:
+                raise Refused("align.student-tap", student, rule)
+            if student >= teacher:
+                raise Refused("align.student-tap", student, f"must be below align.teacher-tap = {teacher}")
+        if not self.data.latents and resolution % model.patch:
+            raise Refused("data.resolution", resolution, f"must be a multiple of model.patch = {model.patch}")
+        if model.family == "dit" and not 2 <= sample.steps <= 1000:
+            raise Refused("sample.steps", sample.steps, "must be in [2, 1000] for model.family = dit")
+        if model.channels and sample.guidance_channels > model.channels:
+            raise Refused("sample.guidance-channels", sample.guidance_channels, f"must be at most {model.channels}")
+        samplers = ("auto", *SAMPLERS[model.family])
+        if sample.sampler not in samplers:
+            rule = f"must be one of {', '.join(samplers)} for model.family = {model.family}"
+            raise Refused("sample.sampler", sample.sampler, rule)
 
     @property
     def taps(self) -> tuple[int, int]:
-        """(student, teacher) blocks, 1-based, with the defaults filled in."""
+        """(student, teacher) block numbers, 1-based, with the defaults filled in."""
         depth = self.model.depth
         rule = (max(1, depth // 4), 3 * depth // 4)
         published = PUBLISHED_TAPS.get((self.model.family, depth, self.model.hidden), rule)

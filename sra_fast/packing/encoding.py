@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sra_fast.config import DataConfig, PrepareConfig, refuse_unless
+from sra_fast.config import DataConfig, PrepareCommand, refuse_unless
 from sra_fast.data.decoders import Undecodable, open_decoder
 from sra_fast.data.folder import ImageFolder
 from sra_fast.data.manifest import Skipped
@@ -76,7 +76,7 @@ class Maker(ABC):
 class FromImages(Maker):
     """Of class folders or archives, through a VAE or as they are."""
 
-    def __init__(self, config: PrepareConfig, source: ImageFolder | ImageArchives) -> None:
+    def __init__(self, config: PrepareCommand, source: ImageFolder | ImageArchives) -> None:
         side, hardware = config.resolution, Hardware.choose(config.device, config.precision)
         self.source, self.flips, self._batch, self._device = source, config.flips, config.batch, hardware.device
         if self._device.type == "cuda":  # by its number: a new thread's current device is the first
@@ -101,7 +101,7 @@ class FromImages(Maker):
         self.settings = self._settings(config, hardware)
         self.facts = self._facts(config)
 
-    def _settings(self, config: PrepareConfig, hardware: Hardware) -> dict[str, Any]:
+    def _settings(self, config: PrepareCommand, hardware: Hardware) -> dict[str, Any]:
         settings = {
             "images": self.source.fingerprint(),
             "image-count": len(self.source),
@@ -119,7 +119,7 @@ class FromImages(Maker):
             settings["batch"] = config.batch
         return settings
 
-    def _facts(self, config: PrepareConfig) -> dict[str, Any]:
+    def _facts(self, config: PrepareCommand) -> dict[str, Any]:
         numbers = {"posterior": False, "scale": 1 / 127.5, "shift": 127.5}
         if vae := self._vae:
             numbers = {"posterior": vae.posterior, "scale": vae.scale, "shift": vae.shift}
@@ -200,7 +200,7 @@ class FromImages(Maker):
 class FromPublic(Maker):
     """Of the public layout: the same numbers, rounded to float16."""
 
-    def __init__(self, config: PrepareConfig, source: PublicSet) -> None:
+    def __init__(self, config: PrepareCommand, source: PublicSet) -> None:
         self.source, self.flips = source, False
         self.shape, self.dtype = source.shape, np.dtype(np.float16)
         self.settings = {"from-public": source.fingerprint, "rows-per-shard": config.rows_per_shard}

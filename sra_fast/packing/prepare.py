@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sra_fast.config import PrepareConfig, refuse_unless
+from sra_fast.config import PrepareCommand, refuse_unless
 from sra_fast.data.folder import ImageFolder
 from sra_fast.data.manifest import NAME, SETTINGS, Manifest, Skipped, read_manifest
 from sra_fast.data.packed import find_damage
@@ -53,7 +53,7 @@ MENDING = ".mending"
 SETTINGS_VERSION = 1
 
 
-def prepare(config: PrepareConfig) -> Manifest:
+def prepare(config: PrepareCommand) -> Manifest:
     """Make a packed set, or go on making it, or help others to.
 
     Returns:
@@ -117,7 +117,7 @@ def _refuse_place(out: Path, images: str) -> None:
     refuse_unless(not inside, "out", str(out), "must not lie among the images, where it would look like a class")
 
 
-def _maker(config: PrepareConfig) -> Maker:
+def _maker(config: PrepareCommand) -> Maker:
     try:
         if not config.from_public:
             return FromImages(config, open_images(config.images))
@@ -161,7 +161,7 @@ def _difference(name: str, before: dict[str, Any], now: dict[str, Any], out: Pat
     return f"{name}: {now.get(name)!r} given; {begun} {before.get(name)!r}"
 
 
-def _make(out: Path, maker: Maker, claims: Claims, order: list[int], config: PrepareConfig, rank: int) -> int:
+def _make(out: Path, maker: Maker, claims: Claims, order: list[int], config: PrepareCommand, rank: int) -> int:
     """Make shards, in this order, until all are there, whoever made them. Returns how many images were encoded here."""
     known = {number for number in order if _is_made(out, number, config.strict)}
     made, before = 0, sum(len(_images_of(number, maker, config)) for number in known)
@@ -198,13 +198,13 @@ def _refuse_skipped(file: Skipped) -> None:
     raise Refused(f"images: {file.file}: undecodable ({file.reason}) and left out before; strict allows none")
 
 
-def _images_of(number: int, maker: Maker, config: PrepareConfig) -> range:
+def _images_of(number: int, maker: Maker, config: PrepareCommand) -> range:
     """The source images of a shard."""
     size = config.rows_per_shard
     return range(number * size, min(len(maker.source), (number + 1) * size))
 
 
-def _make_shard(folder: Path, maker: Maker, number: int, config: PrepareConfig, bar: tqdm) -> Record:
+def _make_shard(folder: Path, maker: Maker, number: int, config: PrepareCommand, bar: tqdm) -> Record:
     images = _images_of(number, maker, config)
     parts = _watched(maker.parts(images.start, images.stop), bar, config.strict)
     return write_shard(folder, number, parts, shape=maker.shape, dtype=maker.dtype, flips=maker.flips)
@@ -237,7 +237,7 @@ def _complete(out: Path, maker: Maker, shards: int) -> None:
     assemble(out, records, **maker.facts)
 
 
-def _mend(out: Path, maker: Maker, shards: int, config: PrepareConfig) -> int:
+def _mend(out: Path, maker: Maker, shards: int, config: PrepareCommand) -> int:
     """Make the damaged files of a complete set again. Returns how many images were encoded.
 
     Each shard is made aside, and takes its place when it is what the manifest says.
