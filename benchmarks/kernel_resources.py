@@ -32,7 +32,7 @@ from benchmarks.harness.machine_code import ARCHITECTURES, Launch, compiled, rec
 from benchmarks.harness.rows import markdown
 from sra_fast.config import SIZES
 from sra_fast.files import read_json, write_json
-from sra_fast.kernels import adaln, alignment, gated_adaln, perturb
+from sra_fast.kernels import adaln, alignment, perturb
 
 RECORD = Path(__file__).with_name("kernel_resources.json")
 WIDTHS = sorted({hidden for _, hidden, _ in SIZES.values()})
@@ -60,10 +60,10 @@ def _norms() -> Calls:
 
             def launch(x: Tensor = x, vector: Tensor = vector, per_token: Tensor = per_token) -> None:
                 dtype = vector.dtype
-                adaln._launch_forward(x, vector, vector, 1e-6)
-                adaln._launch_backward(x, x, vector, per_token, per_token, dtype)
-                gated_adaln._launch_forward(x, x, vector, vector, vector, 1e-6)
-                gated_adaln._launch_backward(x, x, x, x, vector, vector, per_token, per_token, dtype)
+                adaln._forward(x, None, None, vector, vector, 1e-6)
+                adaln._backward(None, x, x, None, None, vector, per_token, per_token, dtype)
+                adaln._forward(x, x, vector, vector, vector, 1e-6)
+                adaln._backward(x, x, x, x, vector, vector, per_token, per_token, dtype)
 
             yield f"D = {width}, {name}", launch
 
@@ -107,6 +107,8 @@ def _variant(launch: Launch) -> str:
     constants = dict(launch.constants)
     if launch.name == "rows._adaln_total":
         return " of 2" if "third" in constants else " of 3"
+    if launch.name.startswith("adaln."):
+        return "" if "branch" in constants else " gated"
     return f" {constants['DISTANCE']}" if "DISTANCE" in constants else ""
 
 

@@ -38,8 +38,7 @@ SHAPES = (
 
 
 def _norms(device: torch.device) -> Iterator[list[Tensor]]:
-    from sra_fast.kernels.adaln import adaln
-    from sra_fast.kernels.gated_adaln import gated_adaln
+    from sra_fast.kernels.adaln import adaln, gated_adaln
 
     for batch, tokens, width, dtype, modulation in SHAPES:
         x, branch = (_rows(batch, tokens, width, dtype, device) for _ in range(2))

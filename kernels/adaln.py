@@ -1,11 +1,17 @@
-"""Adaptive layer normalisation.
+"""Adaptive layer normalisation (adaLN), alone or after a gated residual.
 
-    h = LayerNorm(x) * (1 + scale) + shift
+    x' = x + gate * branch                                   gated only; without a branch, x' = x
+    h  = LayerNorm(x') * (1 + scale) + shift
 
-LayerNorm runs over the last axis, without affine parameters; shift and scale belong to a sample and are shared by its
-tokens. Backward, with n = (x - mean) rstd, g = dh (1 + scale), means over the last axis and sums over tokens:
+LayerNorm runs over the last axis, without affine parameters; gate, shift and scale belong to a sample and are shared by
+its tokens. Backward, with n = (x' - mean) rstd, g = grad_h (1 + scale), means over the last axis and sums over tokens:
 
-    dx = (g - mean(g) - n mean(g n)) rstd        dshift = sum dh        dscale = sum dh n
+    grad_x      = grad_x' + (g - mean(g) - n mean(g n)) rstd
+    grad_branch = gate * grad_x                              grad_gate  = sum grad_x * branch
+    grad_shift  = sum grad_h                                 grad_scale = sum grad_h n
+
+The gated residual x' without a norm after it has no kernel: torch.compile fuses it with its neighbours, which a kernel
+of ours would prevent.
 
 Sources: Peebles and Xie, "Scalable Diffusion Models with Transformers", 2023, section 3.2 (adaLN-Zero); Ba et al.,
 "Layer Normalization", 2016.
@@ -20,7 +26,7 @@ from torch import Tensor
 from . import rows
 from .language import tl, triton
 
-FORWARD_TOKENS, BACKWARD_TOKENS = 4, 16  # fewest of a program, see `rows.chunks`
+FORWARD_TOKENS, BACKWARD_TOKENS = 4, 16  # minimum tokens per program, see `rows.chunks`
 
 
 def adaln_ref(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -28,7 +34,7 @@ def adaln_ref(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Ten
 
     Args:
         x: (B, T, D), any floating dtype.
-        shift, scale: (B, D), any floating dtype; strided views are fine.
+        shift, scale: (B, D), any floating dtype and strides.
         eps: added to the variance.
 
     Returns:
@@ -39,118 +45,246 @@ def adaln_ref(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Ten
     return (normed * (1 + scale.to(compute)[:, None]) + shift.to(compute)[:, None]).to(x.dtype)
 
 
+def gated_residual_ref(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    """Reference gated residual: (B, T, D) in x's dtype.
+
+    Args:
+        x: (B, T, D), the residual stream.
+        branch: (B, T, D), the output of attention or MLP.
+        gate: (B, D).
+    """
+    compute = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(compute) + gate.to(compute)[:, None] * branch.to(compute)).to(x.dtype)
+
+
+def gated_adaln_ref(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """Reference gated residual followed by adaLN.
+
+    Args:
+        x, branch: (B, T, D).
+        gate, shift, scale: (B, D).
+        eps: added to the variance.
+
+    Returns:
+        (x', h), both (B, T, D) in x's dtype. The norm reads x' after rounding to that dtype.
+    """
+    residual = gated_residual_ref(x, branch, gate)
+    return residual, adaln_ref(residual, shift, scale, eps)
+
+
 @triton.jit
 def _adaln_forward(
-    x, shift, scale,  # (B, T, D), (B, D), (B, D)
-    h, mean, rstd,  # (B, T, D), (B, T), (B, T), contiguous
-    tokens, chunks, x_batch, x_token, shift_batch, scale_batch, eps,
+    x, branch, gate, shift, scale,  # (B, T, D), (B, T, D) or None, (B, D) or None, (B, D), (B, D)
+    residual, h, mean, rstd,  # (B, T, D) or None, (B, T, D), (B, T), (B, T), contiguous
+    tokens, chunks, x_batch, x_token, branch_batch, branch_token, gate_batch, shift_batch, scale_batch, eps,
     WIDTH: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Every CHUNKS-th token of one sample."""
+    """Every CHUNKS-th token of one sample. Without branch and gate, the norm alone."""
     program = tl.program_id(0)
     sample = (program // chunks).to(tl.int64)
-    shift_a, shift_b = rows.load(shift + sample * shift_batch, WIDTH, MAIN, TAIL)
-    scale_a, scale_b = rows.load(scale + sample * scale_batch, WIDTH, MAIN, TAIL)
+    if branch is not None:
+        gate_main, gate_tail = rows.load(gate + sample * gate_batch, WIDTH, MAIN, TAIL)
+    shift_main, shift_tail = rows.load(shift + sample * shift_batch, WIDTH, MAIN, TAIL)
+    scale_main, scale_tail = rows.load(scale + sample * scale_batch, WIDTH, MAIN, TAIL)
     for token in tl.range(program % chunks, tokens, chunks, num_stages=STAGES):
         row = sample * tokens + token
-        a, b = rows.load(x + sample * x_batch + tl.cast(token, tl.int64) * x_token, WIDTH, MAIN, TAIL)
-        n_a, n_b, mu, inverse = rows.normalise(a, b, eps, WIDTH, MAIN, TAIL)
-        rows.store(h + row * WIDTH, n_a * (1 + scale_a) + shift_a, n_b * (1 + scale_b) + shift_b, WIDTH, MAIN, TAIL)
-        tl.store(mean + row, mu)
-        tl.store(rstd + row, inverse)
+        position = tl.cast(token, tl.int64)
+        x_main, x_tail = rows.load(x + sample * x_batch + position * x_token, WIDTH, MAIN, TAIL)
+        if branch is not None:
+            branch_row = branch + sample * branch_batch + position * branch_token
+            branch_main, branch_tail = rows.load(branch_row, WIDTH, MAIN, TAIL)
+            # The norm reads x' as stored, because the backward pass will read it from there.
+            x_main = (x_main + gate_main * branch_main).to(residual.dtype.element_ty).to(tl.float32)
+            x_tail = (x_tail + gate_tail * branch_tail).to(residual.dtype.element_ty).to(tl.float32)
+            rows.store(residual + row * WIDTH, x_main, x_tail, WIDTH, MAIN, TAIL)
+        n_main, n_tail, row_mean, row_rstd = rows.normalise(x_main, x_tail, eps, WIDTH, MAIN, TAIL)
+        h_main = n_main * (1 + scale_main) + shift_main
+        h_tail = n_tail * (1 + scale_tail) + shift_tail
+        rows.store(h + row * WIDTH, h_main, h_tail, WIDTH, MAIN, TAIL)
+        tl.store(mean + row, row_mean)
+        tl.store(rstd + row, row_rstd)
 
 
 @triton.jit
 def _adaln_backward(
-    dh, x, scale, mean, rstd,  # (B, T, D), (B, T, D), (B, D), (B, T), (B, T)
-    dx, dshift, dscale,  # (B, T, D), (B, CHUNKS, D) float32, (B, CHUNKS, D) float32, contiguous
-    tokens, chunks, dh_batch, dh_token, x_batch, x_token, scale_batch,
+    grad_residual, grad_h, residual,  # (B, T, D) or None, (B, T, D), (B, T, D): x', the norm's input
+    branch, gate, scale, mean, rstd,  # (B, T, D) or None, (B, D) or None, (B, D), (B, T), (B, T)
+    grad_x, grad_branch,  # (B, T, D), (B, T, D) or None, contiguous
+    grad_shift, grad_scale, grad_gate,  # 3 x (B, CHUNKS, D) float32, contiguous; the last may be None
+    tokens, chunks, grad_residual_batch, grad_residual_token, grad_h_batch, grad_h_token,
+    residual_batch, residual_token, branch_batch, branch_token, gate_batch, scale_batch,
     WIDTH: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Every CHUNKS-th token of one sample, and the sums over these."""
+    """Every CHUNKS-th token of one sample, and the sums over these. Without branch and gate, the norm alone."""
     program = tl.program_id(0)
     sample = (program // chunks).to(tl.int64)
-    scale_a, scale_b = rows.load(scale + sample * scale_batch, WIDTH, MAIN, TAIL)
-    dshift_a, dshift_b = tl.zeros((MAIN,), tl.float32), tl.zeros((TAIL,), tl.float32)
-    dscale_a, dscale_b = tl.zeros((MAIN,), tl.float32), tl.zeros((TAIL,), tl.float32)
+    if branch is not None:
+        gate_main, gate_tail = rows.load(gate + sample * gate_batch, WIDTH, MAIN, TAIL)
+    scale_main, scale_tail = rows.load(scale + sample * scale_batch, WIDTH, MAIN, TAIL)
+    gate_sum_main, gate_sum_tail = tl.zeros((MAIN,), tl.float32), tl.zeros((TAIL,), tl.float32)
+    shift_sum_main, shift_sum_tail = tl.zeros((MAIN,), tl.float32), tl.zeros((TAIL,), tl.float32)
+    scale_sum_main, scale_sum_tail = tl.zeros((MAIN,), tl.float32), tl.zeros((TAIL,), tl.float32)
     for token in tl.range(program % chunks, tokens, chunks, num_stages=STAGES):
         row = sample * tokens + token
-        place = tl.cast(token, tl.int64)
-        mu, inverse = tl.load(mean + row), tl.load(rstd + row)
-        x_a, x_b = rows.load(x + sample * x_batch + place * x_token, WIDTH, MAIN, TAIL)
-        dh_a, dh_b = rows.load(dh + sample * dh_batch + place * dh_token, WIDTH, MAIN, TAIL)
-        n_a, n_b = (x_a - mu) * inverse, (x_b - mu) * inverse
-        dshift_a, dshift_b = dshift_a + dh_a, dshift_b + dh_b
-        dscale_a, dscale_b = dscale_a + dh_a * n_a, dscale_b + dh_b * n_b
-        dx_a, dx_b = rows.normalise_backward(n_a, n_b, dh_a * (1 + scale_a), dh_b * (1 + scale_b), inverse, WIDTH)
-        rows.store(dx + row * WIDTH, dx_a, dx_b, WIDTH, MAIN, TAIL)
+        position = tl.cast(token, tl.int64)
+        row_mean, row_rstd = tl.load(mean + row), tl.load(rstd + row)
+        x_row = residual + sample * residual_batch + position * residual_token
+        x_main, x_tail = rows.load(x_row, WIDTH, MAIN, TAIL)
+        grad_h_row = grad_h + sample * grad_h_batch + position * grad_h_token
+        grad_h_main, grad_h_tail = rows.load(grad_h_row, WIDTH, MAIN, TAIL)
+        if branch is not None:
+            grad_residual_row = grad_residual + sample * grad_residual_batch + position * grad_residual_token
+            grad_residual_main, grad_residual_tail = rows.load(grad_residual_row, WIDTH, MAIN, TAIL)
+            branch_row = branch + sample * branch_batch + position * branch_token
+            branch_main, branch_tail = rows.load(branch_row, WIDTH, MAIN, TAIL)
+        n_main, n_tail = (x_main - row_mean) * row_rstd, (x_tail - row_mean) * row_rstd
+        shift_sum_main += grad_h_main
+        shift_sum_tail += grad_h_tail
+        scale_sum_main += grad_h_main * n_main
+        scale_sum_tail += grad_h_tail * n_tail
+        g_main, g_tail = grad_h_main * (1 + scale_main), grad_h_tail * (1 + scale_tail)
+        grad_x_main, grad_x_tail = rows.normalise_backward(n_main, n_tail, g_main, g_tail, row_rstd, WIDTH)
+        if branch is not None:
+            grad_x_main += grad_residual_main
+            grad_x_tail += grad_residual_tail
+            gate_sum_main += grad_x_main * branch_main
+            gate_sum_tail += grad_x_tail * branch_tail
+        rows.store(grad_x + row * WIDTH, grad_x_main, grad_x_tail, WIDTH, MAIN, TAIL)
+        if branch is not None:
+            rows.store(grad_branch + row * WIDTH, grad_x_main * gate_main, grad_x_tail * gate_tail, WIDTH, MAIN, TAIL)
     partial = program.to(tl.int64) * WIDTH
-    rows.store(dshift + partial, dshift_a, dshift_b, WIDTH, MAIN, TAIL)
-    rows.store(dscale + partial, dscale_a, dscale_b, WIDTH, MAIN, TAIL)
+    if branch is not None:
+        rows.store(grad_gate + partial, gate_sum_main, gate_sum_tail, WIDTH, MAIN, TAIL)
+    rows.store(grad_shift + partial, shift_sum_main, shift_sum_tail, WIDTH, MAIN, TAIL)
+    rows.store(grad_scale + partial, scale_sum_main, scale_sum_tail, WIDTH, MAIN, TAIL)
 
 
-def _launch_forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _strides(tensor: Tensor | None, axes: int) -> tuple[int, ...]:
+    """Strides of the first axes; zeros for a missing tensor, as placeholders."""
+    return (0,) * axes if tensor is None else tensor.stride()[:axes]
+
+
+def _empty_like(tensor: Tensor | None) -> Tensor | None:
+    """Contiguous, unlike torch.empty_like's."""
+    return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def _forward_outputs(x: Tensor, gated: bool) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Empty (x' or None, h, mean, rstd)."""
+    mean, rstd = (torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for _ in range(2))
+    return _empty_like(x if gated else None), _empty_like(x), mean, rstd
+
+
+def _forward(
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Launch the forward kernel: (x' or None, h, mean, rstd)."""
     batch, tokens, width = x.shape
     main, tail, warps, stages = rows.tiles(width)
     chunks = rows.chunks(batch, tokens, FORWARD_TOKENS)
-    h = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    mean, rstd = (torch.empty(batch, tokens, dtype=torch.float32, device=x.device) for _ in range(2))
+    outputs = _forward_outputs(x, gated=branch is not None)
     if batch * chunks:
         with torch.cuda.device_of(x):
             _adaln_forward[(batch * chunks,)](
-                x, shift, scale, h, mean, rstd,
-                tokens, chunks, *x.stride()[:2], shift.stride(0), scale.stride(0), eps,
-                WIDTH=width, MAIN=main, TAIL=tail, STAGES=stages, num_warps=warps,
+                x, branch, gate, shift, scale, *outputs, tokens, chunks,
+                *_strides(x, 2), *_strides(branch, 2), *_strides(gate, 1), *_strides(shift, 1), *_strides(scale, 1),
+                eps, WIDTH=width, MAIN=main, TAIL=tail, STAGES=stages, num_warps=warps,
             )  # fmt: skip
-    return h, mean, rstd
+    return outputs
 
 
-def _launch_backward(
-    dh: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, shift_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, tokens, width = x.shape
+def _backward(
+    grad_residual: Tensor | None, grad_h: Tensor, residual: Tensor, branch: Tensor | None, gate: Tensor | None,
+    scale: Tensor, mean: Tensor, rstd: Tensor, shift_dtype: torch.dtype,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Launch the backward kernel: gradients of (x, branch or None, shift, scale, and gate if there is one)."""
+    batch, tokens, width = residual.shape
     main, tail, warps, stages = rows.tiles(width)
     chunks = rows.chunks(batch, tokens, BACKWARD_TOKENS)
-    dh = rows.with_dense_rows(dh)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    partials = torch.empty(2, batch, chunks, width, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
+    grad_x, grad_branch = _empty_like(residual), _empty_like(branch)
+    dtypes = (shift_dtype, scale.dtype) if gate is None else (shift_dtype, scale.dtype, gate.dtype)
+    partials = torch.empty(len(dtypes), batch, chunks, width, dtype=torch.float32, device=residual.device)
+    grad_shift, grad_scale, grad_gate = (*partials, None)[:3]
+    with torch.cuda.device_of(residual):
         if batch * chunks:
             _adaln_backward[(batch * chunks,)](
-                dh, x, scale, mean, rstd, dx, *partials,
-                tokens, chunks, *dh.stride()[:2], *x.stride()[:2], scale.stride(0),
+                grad_residual, grad_h, residual, branch, gate, scale, mean, rstd,
+                grad_x, grad_branch, grad_shift, grad_scale, grad_gate, tokens, chunks,
+                *_strides(grad_residual, 2), *_strides(grad_h, 2), *_strides(residual, 2), *_strides(branch, 2),
+                *_strides(gate, 1), *_strides(scale, 1),
                 WIDTH=width, MAIN=main, TAIL=tail, STAGES=stages, num_warps=warps,
             )  # fmt: skip
-        return dx, *rows.total(partials, shift_dtype, scale.dtype)
+        return grad_x, grad_branch, *rows.total(partials, *dtypes)
 
 
-_op = torch.library.custom_op(
+@torch.library.custom_op(
     "sra_fast::adaln",
-    _launch_forward,
     mutates_args=(),
     schema="(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor h, Tensor mean, Tensor rstd)",
 )
-_backward_op = torch.library.custom_op(
+def _adaln(x, shift, scale, eps):
+    return _forward(x, None, None, shift, scale, eps)[1:]
+
+
+@torch.library.custom_op(
     "sra_fast::adaln_backward",
-    _launch_backward,
     mutates_args=(),
-    schema="(Tensor dh, Tensor x, Tensor scale, Tensor mean, Tensor rstd, ScalarType shift_dtype)"
-    " -> (Tensor dx, Tensor dshift, Tensor dscale)",
+    schema="(Tensor grad_h, Tensor x, Tensor scale, Tensor mean, Tensor rstd, ScalarType shift_dtype)"
+    " -> (Tensor grad_x, Tensor grad_shift, Tensor grad_scale)",
 )
+def _adaln_grad(grad_h, x, scale, mean, rstd, shift_dtype):
+    grad_h = rows.with_dense_rows(grad_h)
+    grad_x, _, grad_shift, grad_scale = _backward(None, grad_h, x, None, None, scale, mean, rstd, shift_dtype)
+    return grad_x, grad_shift, grad_scale
 
 
-@_op.register_fake
+@torch.library.custom_op(
+    "sra_fast::gated_adaln",
+    mutates_args=(),
+    schema="(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale, float eps)"
+    " -> (Tensor residual, Tensor h, Tensor mean, Tensor rstd)",
+)
+def _gated_adaln(x, branch, gate, shift, scale, eps):
+    return _forward(x, branch, gate, shift, scale, eps)
+
+
+@torch.library.custom_op(
+    "sra_fast::gated_adaln_backward",
+    mutates_args=(),
+    schema="(Tensor grad_residual, Tensor grad_h, Tensor residual, Tensor branch, Tensor gate, Tensor scale,"
+    " Tensor mean, Tensor rstd, ScalarType shift_dtype)"
+    " -> (Tensor grad_x, Tensor grad_branch, Tensor grad_gate, Tensor grad_shift, Tensor grad_scale)",
+)
+def _gated_adaln_grad(grad_residual, grad_h, *saved):
+    gradients = _backward(rows.with_dense_rows(grad_residual), rows.with_dense_rows(grad_h), *saved)
+    grad_x, grad_branch, grad_shift, grad_scale, grad_gate = gradients
+    return grad_x, grad_branch, grad_gate, grad_shift, grad_scale
+
+
+@_adaln.register_fake
 def _(x, shift, scale, eps):
-    mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
-    return x.new_empty(x.shape), mean, rstd
+    return _forward_outputs(x, gated=False)[1:]
 
 
-@_backward_op.register_fake
-def _(dh, x, scale, mean, rstd, shift_dtype):
+@_adaln_grad.register_fake
+def _(grad_h, x, scale, mean, rstd, shift_dtype):
     return x.new_empty(x.shape), scale.new_empty(scale.shape, dtype=shift_dtype), scale.new_empty(scale.shape)
 
 
-def _save(ctx, inputs, output) -> None:
+@_gated_adaln.register_fake
+def _(x, branch, gate, shift, scale, eps):
+    return _forward_outputs(x, gated=True)
+
+
+@_gated_adaln_grad.register_fake
+def _(grad_residual, grad_h, residual, branch, gate, scale, mean, rstd, shift_dtype):
+    vectors = (gate.new_empty(gate.shape, dtype=dtype) for dtype in (gate.dtype, shift_dtype, scale.dtype))
+    return residual.new_empty(residual.shape), branch.new_empty(branch.shape), *vectors
+
+
+def _save_adaln(ctx, inputs, output) -> None:
     x, shift, scale, _ = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
@@ -158,19 +292,33 @@ def _save(ctx, inputs, output) -> None:
     ctx.shift_dtype = shift.dtype
 
 
-def _gradients(ctx, dh, *_) -> tuple[Tensor, Tensor, Tensor, None]:
-    return *_backward_op(dh, *ctx.saved_tensors, ctx.shift_dtype), None
+def _save_gated_adaln(ctx, inputs, output) -> None:
+    _, branch, gate, shift, scale, _ = inputs
+    residual, _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(residual, branch, gate, scale, mean, rstd)
+    ctx.shift_dtype = shift.dtype
 
 
-_op.register_autograd(_gradients, setup_context=_save)
+_adaln.register_autograd(
+    lambda ctx, grad_h, *_: (*_adaln_grad(grad_h, *ctx.saved_tensors, ctx.shift_dtype), None),
+    setup_context=_save_adaln,
+)
+_gated_adaln.register_autograd(
+    lambda ctx, grad_residual, grad_h, *_: (
+        *_gated_adaln_grad(grad_residual, grad_h, *ctx.saved_tensors, ctx.shift_dtype),
+        None,
+    ),
+    setup_context=_save_gated_adaln,
+)
 
 
 def adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """adaLN as one kernel forward, and one and a small sum backward.
 
     Args:
-        x: (B, T, D), float32, bfloat16 or float16, D up to 8,192; any strides but the last, which is 1.
-        shift, scale: (B, D), of any of these dtypes; views into one modulation tensor are read where they lie.
+        x: (B, T, D), float32, bfloat16 or float16, D up to 8,192; last stride 1.
+        shift, scale: (B, D), of any of these dtypes, last stride 1; views into one modulation tensor are not copied.
         eps: added to the variance.
 
     Returns:
@@ -180,4 +328,25 @@ def adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
         ValueError: on a wrong shape, dtype, device or stride.
     """
     rows.check({"x": x}, {"shift": shift, "scale": scale})
-    return _op(x, shift, scale, eps)[0]
+    return _adaln(x, shift, scale, eps)[0]
+
+
+def gated_adaln(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """Gated residual and adaLN as one kernel forward, and one and a small sum backward.
+
+    Args:
+        x, branch: (B, T, D), float32, bfloat16 or float16, D up to 8,192; last stride 1.
+        gate, shift, scale: (B, D), as in `adaln`.
+        eps: added to the variance.
+
+    Returns:
+        (x', h), both (B, T, D) in x's dtype, contiguous. The norm reads x' after rounding to that dtype; everything
+        else is computed in float32.
+
+    Raises:
+        ValueError: on a wrong shape, dtype, device or stride.
+    """
+    rows.check({"x": x, "branch": branch}, {"gate": gate, "shift": shift, "scale": scale})
+    return _gated_adaln(x, branch, gate, shift, scale, eps)[:2]

@@ -29,7 +29,7 @@ from sra_fast.kernels.language import INTERPRETED, missing
 ROOT = Path(__file__).parents[1]
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 # Files that import each other and nothing else: what a copy with a fault needs.
-SOURCES = ("language", "rows", "philox", "adaln", "gated_adaln", "alignment", "perturb")
+SOURCES = ("language", "rows", "philox", "adaln", "alignment", "perturb")
 GUARD = 1 << 14  # elements before and after each tensor that is `surrounded` or made in `guarded`
 
 

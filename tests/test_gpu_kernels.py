@@ -15,9 +15,8 @@ import torch
 from interpreter import DEVICE, assert_as_exact, kernel, poisoned, run_interpreted  # noqa: F401
 from torch import Tensor
 
-from sra_fast.kernels.adaln import adaln, adaln_ref
+from sra_fast.kernels.adaln import adaln, adaln_ref, gated_adaln, gated_adaln_ref
 from sra_fast.kernels.alignment import DISTANCES, alignment, alignment_ref
-from sra_fast.kernels.gated_adaln import gated_adaln, gated_adaln_ref
 from sra_fast.kernels.language import INTERPRETED
 
 FULL, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16

@@ -78,8 +78,8 @@ def test_shared_kernels_are_told_once_with_what_sets_them_apart() -> None:
     for kernel in (
         "adaln._adaln_forward",
         "adaln._adaln_backward",
-        "gated_adaln._gated_adaln_forward",
-        "gated_adaln._gated_adaln_backward",
+        "adaln._adaln_forward gated",
+        "adaln._adaln_backward gated",
     ):
         kinds = {name.rpartition(", ")[2] for name in described if name.startswith(f"{kernel}, D = 1152")}
         assert kinds == {"bf16", "fp32", "fp16", "bf16 and fp32"}

@@ -75,7 +75,7 @@ def test_results_that_are_not_finite_are_found(monkeypatch) -> None:
         sanitized.launch_all(torch.device("cpu"))
 
 
-WAYS = ("_adaln", "_gated_adaln", "_alignment_channels", "_alignment_tokens")
+WAYS = ("_adaln", "_alignment_channels", "_alignment_tokens")
 KERNELS = {f"{way}_{which}" for way in WAYS for which in ("backward", "forward")} | {"_adaln_total", "_alignment_mean"}
 COUNTED = """
 import sys, torch
