@@ -71,7 +71,7 @@ def _updates(device: torch.device) -> Iterator[list[Tensor]]:
     from sra_fast.kernels.adamw_ema import Lists, Scalars, adamw_ema
     from sra_fast.kernels.gradient_norm import gradient_norm
 
-    if device.type == "cuda" and (obstacle := kernels.library.missing_on_a_gpu()):
+    if device.type == "cuda" and (obstacle := kernels.library.why_unavailable(on_gpu=True)):
         raise RuntimeError(obstacle)  # or what was not looked at would pass for clean
     for gradients, copies in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16), (torch.float16, None)):
 

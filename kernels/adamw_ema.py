@@ -189,7 +189,7 @@ def adamw_ema(
     )
 
 
-if not library.load():
+if not library.why_unavailable():
 
     @torch.library.register_fake("sra_fast::adamw_ema_")
     def _(*_):

@@ -56,7 +56,7 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
     return torch.ops.sra_fast.gradient_norm(gradients)
 
 
-if not library.load():
+if not library.why_unavailable():
 
     @torch.library.register_fake("sra_fast::gradient_norm")
     def _(gradients):

@@ -1,4 +1,4 @@
-"""Triton, or where it is not installed stand-ins under which files with kernels can still be imported."""
+"""Triton, or placeholders with which the files of kernels can be imported where Triton is not installed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ try:
 except ImportError:
     AVAILABLE = INTERPRETED = False
 
-    class _Absent:
-        """Has every name, and can be called; decorates functions with nothing."""
+    class _Placeholder:
+        """Any attribute of it is itself; as a decorator it returns the function unchanged."""
 
         def __getattr__(self, name: str) -> Any:
             return self
@@ -24,13 +24,13 @@ except ImportError:
         def __call__(self, *args: Any, **options: Any) -> Any:
             return args[0] if args and callable(args[0]) else self
 
-    triton = tl = _Absent()
+    triton = tl = _Placeholder()
 
-__all__ = ["AVAILABLE", "INTERPRETED", "missing", "tl", "triton"]
+__all__ = ["AVAILABLE", "INTERPRETED", "tl", "triton", "why_unavailable"]
 
 
-def missing() -> str:
-    """What stands in the way of running a kernel on this machine, with the cure; empty: nothing."""
+def why_unavailable() -> str:
+    """Why Triton kernels cannot run on this machine and how to fix it, or ''."""
     if not AVAILABLE:
         return "Triton is not installed (pip install triton)"
     if not INTERPRETED and not torch.cuda.is_available():

@@ -1,4 +1,5 @@
-"""The compiled operators of csrc/, one library beside the package: loaded where it is, told of where it is not."""
+"""The compiled operators of csrc/: one library in the package's folder, loaded if it was built; otherwise the reason is
+reported."""
 
 from __future__ import annotations
 
@@ -9,38 +10,39 @@ from pathlib import Path
 import torch
 
 NAME = "_ops.so"
-CURE = "install cmake and a C++20 compiler and run pip install --no-build-isolation -e . again"
+FIX = "install cmake and a C++20 compiler, then run pip install --no-build-isolation -e ."
 
 
 @cache
-def load() -> str:
-    """Load the library, once. Returns what stands in its way, with the cure; empty: nothing."""
+def _load() -> str:
+    """Load the library. Returns why that is impossible and how to fix it, or ''."""
     folders = find_spec("sra_fast").submodule_search_locations
-    found = [path for folder in folders if (path := Path(folder) / NAME).exists()]
-    if not found:
-        return f"the compiled operators are not built ({CURE})"
+    paths = [path for folder in folders if (path := Path(folder) / NAME).exists()]
+    if not paths:
+        return f"the compiled operators are not built ({FIX})"
     try:
-        torch.ops.load_library(found[0])
+        torch.ops.load_library(paths[0])
     except OSError as error:
-        return f"the compiled operators cannot be loaded ({str(error).splitlines()[0]}; {CURE})"
+        return f"the compiled operators cannot be loaded ({str(error).splitlines()[0]}; {FIX})"
     return ""
-
-
-def missing() -> str:
-    """What stands in the way of a compiled operator on this machine; empty: nothing."""
-    return load()
 
 
 def has_gpu_code() -> bool:
     """Whether the library was built with nvcc."""
-    return not load() and torch._C._dispatch_has_kernel_for_dispatch_key("sra_fast::gradient_norm", "CUDA")
+    return not _load() and torch._C._dispatch_has_kernel_for_dispatch_key("sra_fast::gradient_norm", "CUDA")
 
 
-def missing_on_a_gpu() -> str:
-    """What stands in the way of a compiled operator on a GPU, with the cure; empty: nothing."""
-    if obstacle := load():
-        return obstacle
+def why_unavailable(on_gpu: bool = False) -> str:
+    """Why the compiled operators cannot run and how to fix it, or ''.
+
+    Args:
+        on_gpu: on an NVIDIA GPU rather than on the CPU.
+    """
+    if (reason := _load()) or not on_gpu:
+        return reason
     if not has_gpu_code():
-        why = "no nvcc was found, or its compilation failed, of which pip install -v tells"
-        return f"the compiled operators have no GPU code: {why}; {CURE}, with nvcc 12.8 or later on the PATH"
+        return (
+            "the compiled operators have no GPU code: nvcc was not found, or failed (pip install -v shows its messages);"
+            f" {FIX} with nvcc 12.8 or later on the PATH"
+        )
     return "" if torch.ops.sra_fast.cuda_is_ready() else "libtorch_cuda.so is not loaded: install a CUDA build of torch"

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .language import INTERPRETED, missing, tl, triton
+from .language import INTERPRETED, tl, triton, why_unavailable
 
 LARGEST_WIDTH = 8192
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -162,8 +162,8 @@ def check(rows: Mapping[str, Tensor], vectors: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: naming the tensor, what came and what is expected.
     """
-    if obstacle := missing():
-        raise ValueError(f"a fused kernel cannot run: {obstacle}")
+    if reason := why_unavailable():
+        raise ValueError(f"a fused kernel cannot run: {reason}")
     first, x = next(iter(rows.items()))
     if x.ndim != 3 or not 1 <= x.shape[2] <= LARGEST_WIDTH:
         raise ValueError(f"{first}: shape {tuple(x.shape)} given; must be (B, T, D) with D from 1 to {LARGEST_WIDTH:,}")

@@ -24,7 +24,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sra_fast.kernels.language import INTERPRETED, missing
+from sra_fast.kernels.language import INTERPRETED, why_unavailable
 
 ROOT = Path(__file__).parents[1]
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -36,7 +36,7 @@ GUARD = 1 << 14  # elements before and after each tensor that is `surrounded` or
 def kernel(test):
     """Marks a test that runs kernels."""
     test.runs_kernels = True
-    test = pytest.mark.skipif(bool(missing()), reason="no GPU; run in the interpreter by another test of this file")(
+    test = pytest.mark.skipif(bool(why_unavailable()), reason="no GPU; run in the interpreter by another test of this file")(
         test
     )
     return test if INTERPRETED else pytest.mark.gpu(test)

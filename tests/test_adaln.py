@@ -15,7 +15,7 @@ from sra_fast import kernels
 from sra_fast.kernels import adaln as ours
 from sra_fast.kernels import rows
 from sra_fast.kernels.adaln import adaln, adaln_ref
-from sra_fast.kernels.language import AVAILABLE, missing
+from sra_fast.kernels.language import AVAILABLE, why_unavailable
 
 EPS = 1e-6
 FULL, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
@@ -231,7 +231,7 @@ def test_kernel_refuses_what_it_cannot_take(message: str) -> None:
         adaln(*WRONG[message](*inputs))
 
 
-@pytest.mark.skipif(not missing(), reason="kernels run here")
+@pytest.mark.skipif(not why_unavailable(), reason="kernels run here")
 def test_without_a_gpu_the_fused_op_is_refused_in_one_line() -> None:
     with pytest.raises(ValueError, match=r"^kernels.adaln: 'fused' given, but (there is no CUDA|Triton is not)[^\n]*$"):
         kernels.resolve({"adaln": "fused"})

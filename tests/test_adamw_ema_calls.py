@@ -155,7 +155,7 @@ def test_a_bad_call_is_refused_by_name_and_changes_nothing(name: str) -> None:
 @compiled
 @pytest.mark.gpu
 @pytest.mark.skipif(
-    not torch.cuda.is_available() or bool(library.missing_on_a_gpu()), reason="needs an NVIDIA GPU and GPU code"
+    not torch.cuda.is_available() or bool(library.why_unavailable(on_gpu=True)), reason="needs an NVIDIA GPU and GPU code"
 )
 def test_a_tensor_on_another_device_is_refused_by_name() -> None:
     lists = Lists(*([t.cuda() for t in part] for part in used()))

@@ -25,11 +25,10 @@ DIT = "reference (ddpm)"
 @pytest.fixture
 def beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine where Triton runs and the library is built for its GPU, an H200."""
-    monkeypatch.setattr(language, "missing", lambda: "")
+    monkeypatch.setattr(language, "why_unavailable", lambda: "")
     monkeypatch.setattr(language, "INTERPRETED", False)
-    monkeypatch.setattr(library, "missing", lambda: "")
+    monkeypatch.setattr(library, "why_unavailable", lambda on_gpu=False: "")
     monkeypatch.setattr(library, "has_gpu_code", lambda: True)
-    monkeypatch.setattr(library, "missing_on_a_gpu", lambda: "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(choices, "choose", lambda *_: "cudnn")
 
@@ -127,7 +126,7 @@ def test_what_is_missing_for_a_fused_op_is_said_with_its_name(op: str, monkeypat
 @pytest.mark.parametrize("op", kernels.COMPILED)
 @pytest.mark.usefixtures("beside_a_gpu")
 def test_a_library_without_gpu_code_is_refused_on_a_gpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "missing_on_a_gpu", lambda: "the compiled operators have no GPU code")
+    monkeypatch.setattr(library, "why_unavailable", lambda on_gpu=False: "the compiled operators have no GPU code")
     config = run("sit", **{op: "fused"})
     assert refusal(config, GPU).startswith(f"kernels.{op}: 'fused' given, but the compiled operators have no GPU code;")
     assert resolve(config, CPU)[op] == "fused"
@@ -147,7 +146,7 @@ def test_auto_takes_the_fused_op_where_it_has_won_and_can_be_had(monkeypatch: py
         assert [op for op, computed_by in resolved.items() if computed_by == "fused"] == ["alignment", "perturb"]
     assert resolve(run("dit"), GPU)["perturb"] == DIT
     assert "fused" not in resolve(run("sit"), CPU).values()  # which has no Triton
-    monkeypatch.setattr(language, "missing", lambda: "Triton is not installed")
+    monkeypatch.setattr(language, "why_unavailable", lambda: "Triton is not installed")
     assert "fused" not in resolve(run("sit"), GPU).values()
 
 

@@ -64,7 +64,7 @@ def test_our_update_passes_with_either_gradients(start, dtype):
     gate("ours", our_way(Held(start), make_gradients(start)[dtype], gradient_norm_ref, adamw_ema_ref), start)
 
 
-@pytest.mark.skipif(bool(library.missing()), reason="the compiled operators are not built")
+@pytest.mark.skipif(bool(library.why_unavailable()), reason="the compiled operators are not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_our_compiled_operator_passes_with_either_gradients(start, dtype):
     gate("ours", our_way(Held(start), make_gradients(start)[dtype], gradient_norm, adamw_ema), start)

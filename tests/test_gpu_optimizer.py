@@ -13,7 +13,7 @@ from sra_fast.kernels.gradient_norm import gradient_norm
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not torch.cuda.is_available() or bool(library.missing_on_a_gpu()),
+        not torch.cuda.is_available() or bool(library.why_unavailable(on_gpu=True)),
         reason="needs an NVIDIA GPU and a library with GPU code",
     ),
 ]

@@ -30,13 +30,13 @@ def test_the_start_says_what_is_used(root):
 
 
 def test_missing_operators_are_said_with_the_cure(root, monkeypatch):
-    monkeypatch.setattr(library, "load", lambda: "the compiled operators are not built (install cmake)")
+    monkeypatch.setattr(library, "why_unavailable", lambda on_gpu=False: "the compiled operators are not built (install cmake)")
     text = said(root)
     assert "gradient_norm: reference, adamw_ema: reference" in text
     assert "the optimizer runs as PyTorch operators: the compiled operators are not built (install cmake)" in text
 
 
-@pytest.mark.skipif(bool(library.missing()), reason="the compiled operators are not built")
+@pytest.mark.skipif(bool(library.why_unavailable()), reason="the compiled operators are not built")
 def test_built_operators_are_used_and_nothing_is_said_of_them(root):
     text = said(root)
     assert "gradient_norm: fused, adamw_ema: fused" in text

@@ -269,10 +269,10 @@ def test_kernel_refuses_what_it_cannot_take(message: str) -> None:
 def test_what_cannot_run_a_kernel_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = torch.zeros(2, 1, 4, 5), torch.arange(2), torch.arange(2), Case((2, 1, 4, 5)).settings
     monkeypatch.setattr(ours, "INTERPRETED", False)
-    monkeypatch.setattr(ours, "missing", lambda: "")
+    monkeypatch.setattr(ours, "why_unavailable", lambda: "")
     with pytest.raises(ValueError, match=r"^data: device cpu given; must be a CUDA device$"):
         perturb(*batch)
-    monkeypatch.setattr(ours, "missing", lambda: "there is no GPU")
+    monkeypatch.setattr(ours, "why_unavailable", lambda: "there is no GPU")
     with pytest.raises(ValueError, match=r"^a fused kernel cannot run: there is no GPU$"):
         perturb(*batch)
 

@@ -182,7 +182,7 @@ def test_the_wheel_that_cmake_builds_computes(tree: Path, tmp_path: Path) -> Non
     with zipfile.ZipFile(path) as archive:
         archive.extractall(tmp_path / "site")
     compute = (
-        "import torch; from sra_fast.kernels import library, gradient_norm; assert not library.load(), library.load();"
+        "import torch; from sra_fast.kernels import library, gradient_norm; assert not library.why_unavailable(), library.why_unavailable();"
         "print(library.__file__, float(gradient_norm.gradient_norm([torch.tensor([3.0, 4.0])])))"
     )
     said = run(sys.executable, "-P", "-c", compute, PYTHONPATH=str(tmp_path / "site"))

@@ -32,8 +32,8 @@ class Ours(NamedTuple):
 
 @pytest.fixture(params=["fused", "reference"])
 def ops(request) -> Ours:
-    if request.param == "fused" and library.load():
-        pytest.skip(library.load())
+    if request.param == "fused" and library.why_unavailable():
+        pytest.skip(library.why_unavailable())
     return Ours(*(IMPLEMENTATIONS[op][request.param] for op in ("gradient_norm", "adamw_ema")))
 
 

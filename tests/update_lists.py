@@ -12,7 +12,7 @@ from sra_fast.kernels import library
 from sra_fast.kernels.adamw_ema import Lists, Scalars, adamw_ema, adamw_ema_ref
 
 FULL, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
-compiled = pytest.mark.skipif(bool(library.load()), reason=library.load() or "built")
+compiled = pytest.mark.skipif(bool(library.why_unavailable()), reason=library.why_unavailable() or "built")
 either = pytest.mark.parametrize(
     "call", [pytest.param(adamw_ema, marks=compiled, id="fused"), pytest.param(adamw_ema_ref, id="reference")]
 )
