@@ -42,7 +42,7 @@ def why_unavailable(on_gpu: bool = False) -> str:
         return reason
     if not has_gpu_code():
         return (
-            "the compiled operators have no GPU code: nvcc was not found, or failed (pip install -v shows its messages);"
+            "the compiled operators have no GPU code: nvcc was not found or failed (see pip install -v);"
             f" {FIX} with nvcc 12.8 or later on the PATH"
         )
     return "" if torch.ops.sra_fast.cuda_is_ready() else "libtorch_cuda.so is not loaded: install a CUDA build of torch"

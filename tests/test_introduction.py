@@ -30,7 +30,9 @@ def test_the_start_says_what_is_used(root):
 
 
 def test_missing_operators_are_said_with_the_cure(root, monkeypatch):
-    monkeypatch.setattr(library, "why_unavailable", lambda on_gpu=False: "the compiled operators are not built (install cmake)")
+    monkeypatch.setattr(
+        library, "why_unavailable", lambda on_gpu=False: "the compiled operators are not built (install cmake)"
+    )
     text = said(root)
     assert "gradient_norm: reference, adamw_ema: reference" in text
     assert "the optimizer runs as PyTorch operators: the compiled operators are not built (install cmake)" in text

@@ -41,7 +41,9 @@ def lines() -> Iterator[str]:
         yield f"{package.removesuffix('-cuda130'):<12} {found or f'missing ({use}): {cure}'}"
     for program, use in (("cmake", "compiled ops"), ("c++", "compiled ops"), ("nvcc", "CUDA ops")):
         yield f"{program:<12} {_version(program) or f'missing ({use})'}"
-    compiled = kernels.library.why_unavailable() or ("CPU and GPU code" if kernels.library.has_gpu_code() else "CPU code")
+    compiled = kernels.library.why_unavailable() or (
+        "CPU and GPU code" if kernels.library.has_gpu_code() else "CPU code"
+    )
     yield f"{'compiled ops':<12} {compiled}"
     yield ""
     for op, choice in KernelsConfig().resolve(hardware.architecture).items():
