@@ -87,8 +87,8 @@ def sample(arguments: Sequence[str]) -> int:
     import torch
     from tqdm import tqdm
 
-    from sra_fast.evaluation.evaluate import network_of
-    from sra_fast.sampling.decoding import image_maker, latent_maker, space_of
+    from sra_fast.evaluation.evaluate import prediction_only
+    from sra_fast.sampling.decoding import image_decoder, latent_decoder, find_latent_space
     from sra_fast.sampling.generate import balanced_labels, generate
     from sra_fast.sampling.images import ImageFiles, LatentsFile, grid_columns
 
@@ -107,15 +107,20 @@ def sample(arguments: Sequence[str]) -> int:
     path = command.path or (weights.objective.path if weights.objective else "linear")
     source = Path(command.weights), command.vae, model.channels
     if command.latents:
-        made, make, files = "latents", latent_maker(*source), LatentsFile(out / "latents.npz", labels)
+        made, make, files = "latents", latent_decoder(*source), LatentsFile(out / "latents.npz", labels)
     else:
-        made, make = "images", image_maker(space_of(*source), device)
+        made, make = "images", image_decoder(find_latent_space(*source), device)
         columns = grid_columns(command.grid, len(command.classes) or model.classes)
         files = ImageFiles(out, images=command.images, grid=command.grid, columns=columns, npz=command.npz)
     with tqdm(total=settings.count, unit="img", disable=None) as bar:
         for part in torch.arange(settings.count).split(settings.batch):
             x = generate(
-                network_of(network), labels[part].to(device), part.to(device), config=settings, model=model, path=path
+                prediction_only(network),
+                labels[part].to(device),
+                part.to(device),
+                config=settings,
+                model=model,
+                path=path,
             )
             files.add(make(x))
             bar.update(len(part))

@@ -1,20 +1,21 @@
-"""How much arithmetic the model takes, and how much a device could do.
+"""FLOPs of the model, and peak FLOP/s of devices.
 
     FLOPs = 2 x multiply-adds of all matrix products, attention's two included
 
-Norms, activations, softmax, embeddings of position and class, losses and the optimizer are not counted: they are a
-matter of bytes. A backward pass counts as two forwards (one product for the input's gradient, one for the weight's);
-what is recomputed in it does not count, so that a number means the same with and without recomputation.
+Norms, activations, softmax, position and class embeddings, losses and the optimizer are limited by memory bandwidth and
+not counted. A backward pass counts as two forward passes (one product for the input's gradient, one for the weight's).
+Recomputation in the backward pass is not counted, so that figures with and without it are comparable.
 """
 
 from __future__ import annotations
 
-from sra_fast.config import ModelConfig, refuse_unless
+from sra_fast.config import ModelConfig
+from sra_fast.errors import Refused
 
-FREQUENCIES = 256  # width of the sinusoidal time embedding, as model.transformer.FREQUENCIES, without bringing in torch
+FREQUENCIES = 256  # width of the sinusoidal time embedding, as model.transformer.FREQUENCIES, without importing torch
 
 # Dense peaks in FLOP/s by CUDA device name: bf16, TF32 and plain fp32. Data sheets advertise the tensor cores' rate
-# with 2:4 sparsity, marked by an asterisk; the dense number is half of that, and is the one here. None: not published.
+# with 2:4 sparsity, marked by an asterisk; the dense rate, used here, is half of it. None: not published.
 A100 = {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12}  # "NVIDIA A100 Tensor Core GPU" data sheet, 2021
 H100_SXM = {"bf16": 989.4e12, "tf32": 494.7e12, "fp32": 66.9e12}  # "H100 Tensor Core GPU Architecture", v1.04, table 2
 H200_SXM = {"bf16": 989.4e12, "tf32": 494.7e12, "fp32": 66.9e12}  # "H200" data sheet: half of 1979* and 989*, and 67
@@ -42,23 +43,26 @@ def forward_flops(config: ModelConfig, blocks: int | None = None) -> int:
 
     Args:
         config: with input size and channels filled in.
-        blocks: stop after so many blocks, without the final layer, as the teacher does at its tap; None = all blocks
-            and the final layer.
+        blocks: stop after this many blocks, without the final layer, as the teacher does at its tap; None = all
+            blocks and the final layer.
 
     Raises:
-        Refused: if the model has fewer blocks, or its sizes are still to be read from the data.
+        Refused: if the model has fewer blocks, or its input size or channels are not filled in.
     """
-    refuse_unless(config.tokens > 0, "model.input-size", config.input_size, "must be positive")
-    refuse_unless(config.channels > 0, "model.channels", config.channels, "must be positive")
-    run = config.depth if blocks is None else blocks
-    refuse_unless(0 <= run <= config.depth, "blocks", run, f"must be in [0, model.depth = {config.depth}]")
+    if config.tokens <= 0:
+        raise Refused("model.input-size", config.input_size, "must be positive")
+    if config.channels <= 0:
+        raise Refused("model.channels", config.channels, "must be positive")
+    depth = config.depth if blocks is None else blocks
+    if not 0 <= depth <= config.depth:
+        raise Refused("blocks", depth, f"must be in [0, model.depth = {config.depth}]")
     tokens, width, patch = config.tokens, config.hidden, config.patch**2
     block = tokens * width * 3 * width  # qkv
     block += 2 * tokens * tokens * width  # q k^T, and its softmax times v, over all heads
     block += tokens * width * width  # proj
     block += 2 * tokens * width * config.mlp_ratio * width  # fc1, fc2
     block += width * 6 * width  # adaLN modulation, once per image
-    total = run * block
+    total = depth * block
     total += tokens * patch * config.channels * width  # patch embedding
     total += FREQUENCIES * width + width * width  # time embedder
     if blocks is None:
@@ -72,8 +76,8 @@ def head_flops(config: ModelConfig) -> int:
 
 
 def training_flops(config: ModelConfig, teacher_tap: int | None) -> int:
-    """FLOPs of one training step, per image: three forwards of the student and its head (one forward, and a backward
-    of two), one of the teacher.
+    """FLOPs of one training step, per image: forward and backward pass of the student and its head (three forwards),
+    and one forward pass of the teacher.
 
     Args:
         config: as in `forward_flops`.
@@ -85,16 +89,16 @@ def training_flops(config: ModelConfig, teacher_tap: int | None) -> int:
 
 
 def dense_peak_flops(device_name: str, precision: str) -> float | None:
-    """The data sheet's dense peak in FLOP/s, None for a device or precision that the table does not hold: names are
-    compared whole, because a laptop part, a MIG slice or a variant has other numbers under a similar name.
+    """The data sheet's dense peak in FLOP/s; None for a device or precision that the table does not have. Names must
+    match exactly, because laptop GPUs, MIG slices and variants have other peaks under similar names.
 
     Args:
         device_name: from `torch.cuda.get_device_name`.
         precision: bf16, tf32 or fp32.
 
     Raises:
-        ValueError: for another precision.
+        Refused: for another precision.
     """
     if precision not in PRECISIONS:
-        raise ValueError(f"precision: {precision!r} given; must be one of {', '.join(PRECISIONS)}")
+        raise Refused("precision", precision, f"must be one of {', '.join(PRECISIONS)}")
     return PEAKS.get(device_name, {}).get(precision)

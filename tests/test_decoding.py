@@ -12,7 +12,14 @@ from small_vae import save_kl
 
 from sra_fast.data.source import open_source
 from sra_fast.errors import Refused
-from sra_fast.sampling.decoding import BATCH, LatentSpace, image_maker, latent_maker, latent_space, space_of
+from sra_fast.sampling.decoding import (
+    BATCH,
+    LatentSpace,
+    image_decoder,
+    latent_decoder,
+    latent_space,
+    find_latent_space,
+)
 
 CPU = torch.device("cpu")
 
@@ -43,7 +50,7 @@ def test_pixels_have_no_space(tmp_path):
     write_images(tmp_path / "data")
     assert space(tmp_path) is None
     x = torch.rand(2, 1, 8, 8)
-    assert image_maker(None, CPU)(x) is x
+    assert image_decoder(None, CPU)(x) is x
 
 
 @pytest.mark.parametrize("given", [LatentSpace("a", 0.5, (1.0, 2.0)), LatentSpace("", (0.5, 1.0), 0.0)])
@@ -54,8 +61,8 @@ def test_what_a_run_writes_is_read_from_all_its_parts(tmp_path, given):
     given.write(run)
     assert LatentSpace.of_run(run) == given
     for weights in (run, checkpoint, checkpoint / "ema.safetensors", run / "exported.safetensors"):
-        assert space_of(weights, "", 4) == given
-        assert space_of(weights, "mine", 4) == LatentSpace("mine", given.scale, given.shift)
+        assert find_latent_space(weights, "", 4) == given
+        assert find_latent_space(weights, "mine", 4) == LatentSpace("mine", given.scale, given.shift)
     assert LatentSpace.of_run(tmp_path) is None
 
 
@@ -73,14 +80,14 @@ def test_a_damaged_note_is_refused_by_name(tmp_path, content):
 def test_weights_of_no_run_take_the_vae_s_own_space(tmp_path, monkeypatch):
     vae, names = stand_in(monkeypatch)
     weights = tmp_path / "ema.safetensors"
-    assert space_of(weights, "a vae", 4) == LatentSpace("a vae", vae.scale, vae.shift)
+    assert find_latent_space(weights, "a vae", 4) == LatentSpace("a vae", vae.scale, vae.shift)
     assert names == ["a vae"]
-    assert space_of(weights, "", 3) is None
+    assert find_latent_space(weights, "", 3) is None
     with pytest.raises(Refused, match=r"vae: '' given; must be named: these weights make 4 channels, not pixels$"):
-        space_of(weights, "", 4)
+        find_latent_space(weights, "", 4)
 
 
-@pytest.mark.parametrize("make", [space_of, latent_maker])
+@pytest.mark.parametrize("make", [find_latent_space, latent_decoder])
 def test_weights_of_no_run_are_refused_with_a_vae_of_other_channels(tmp_path, monkeypatch, make):
     stand_in(monkeypatch, channels=16)
     with pytest.raises(Refused, match="vae: 'a vae' given; it decodes 16 channels; must decode 4"):
@@ -98,7 +105,7 @@ def test_latents_of_a_run_are_unscaled_without_a_vae(tmp_path, monkeypatch):
     z = x.float() / torch.tensor([1.0, 2.0, 4.0, 8.0])[:, None, None] + 0.5
     for weights in (run, checkpoint, checkpoint / "ema.safetensors", run / "exported.safetensors"):
         for vae in ("", "another"):
-            found = latent_maker(weights, vae, 4)(x)
+            found = latent_decoder(weights, vae, 4)(x)
             assert found.dtype == torch.float32
             assert torch.equal(found, z)
     assert names == []
@@ -108,9 +115,9 @@ def test_latents_of_no_run_are_scaled_as_a_named_vae_says(tmp_path, monkeypatch)
     vae, names = stand_in(monkeypatch)
     x = torch.randn(3, 4, 2, 2)
     with pytest.raises(Refused, match="latents: True given; needs a run, or --vae for its scale and shift"):
-        latent_maker(tmp_path / "ema.safetensors", "", 4)
+        latent_decoder(tmp_path / "ema.safetensors", "", 4)
     assert names == []
-    z = latent_maker(tmp_path / "ema.safetensors", "a vae", 4)(x)
+    z = latent_decoder(tmp_path / "ema.safetensors", "a vae", 4)(x)
     assert torch.equal(z, x / vae.scale + vae.shift)
     assert (names, vae.given) == (["a vae"], [])
 
@@ -121,13 +128,13 @@ def test_a_run_on_pixels_has_no_latents(tmp_path):
     (tmp_path / "runs/a/config.json").write_text("{}")
     for weights in (tmp_path / "runs/a", checkpoint, checkpoint / "ema.safetensors"):
         with pytest.raises(Refused) as caught:
-            latent_maker(weights, "", 3)
+            latent_decoder(weights, "", 3)
         assert str(caught.value) == f"latents: True given; but the run {tmp_path / 'runs/a'} makes pixels"
 
 
 def test_samples_are_unscaled_and_decoded_in_small_batches(monkeypatch):
     vae, names = stand_in(monkeypatch)
-    make = image_maker(LatentSpace("a vae", (1.0, 2.0, 4.0, 8.0), (0.0, 1.0, 0.0, 0.0)), CPU)
+    make = image_decoder(LatentSpace("a vae", (1.0, 2.0, 4.0, 8.0), (0.0, 1.0, 0.0, 0.0)), CPU)
     x = torch.randn(2 * BATCH + 3, 4, 2, 2)
     images = make(x)
     assert names == ["a vae"]
@@ -141,7 +148,7 @@ def test_samples_are_unscaled_and_decoded_in_small_batches(monkeypatch):
 
 def test_one_factor_serves_all_channels(monkeypatch):
     vae, _ = stand_in(monkeypatch, channels=2)
-    image_maker(LatentSpace("a vae", 0.5, 0.25), CPU)(torch.ones(1, 2, 2, 2))
+    image_decoder(LatentSpace("a vae", 0.5, 0.25), CPU)(torch.ones(1, 2, 2, 2))
     assert vae.given[0].flatten().tolist() == [2.25] * 8
 
 
@@ -153,31 +160,31 @@ def test_what_training_made_of_a_mean_is_undone(tmp_path, monkeypatch):
     vae, _ = stand_in(monkeypatch)
     raw, _ = source.load(source.held_out)
     x = (raw.float() - source.stored.shift[:, None, None]) * source.stored.scale[:, None, None]
-    image_maker(latent_space(config, source), CPU)(x)
+    image_decoder(latent_space(config, source), CPU)(x)
     rows = torch.from_numpy(stored.rows[source.held_out.index]).float()
     assert torch.allclose(torch.cat(vae.given), rows, atol=1e-6)
 
 
 def test_a_vae_of_other_channels_is_one_line(monkeypatch):
     stand_in(monkeypatch, channels=16)
-    make = image_maker(LatentSpace("a vae", 1.0, 0.0), CPU)
+    make = image_decoder(LatentSpace("a vae", 1.0, 0.0), CPU)
     with pytest.raises(Refused, match="vae: 'a vae' given; it decodes 16 channels; must decode 4"):
         make(torch.zeros(1, 4, 2, 2))
 
 
 def test_no_vae_is_one_line_with_the_cure(tmp_path):
     with pytest.raises(Refused, match=r"none is named by these latents; --data.vae or --vae .*sample --latents"):
-        image_maker(LatentSpace("", 1.0, 0.0), CPU)
+        image_decoder(LatentSpace("", 1.0, 0.0), CPU)
     pytest.importorskip("diffusers")
     with pytest.raises(Refused) as caught:
-        image_maker(LatentSpace(str(tmp_path / "nowhere"), 1.0, 0.0), CPU)
+        image_decoder(LatentSpace(str(tmp_path / "nowhere"), 1.0, 0.0), CPU)
     assert str(tmp_path / "nowhere") in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_vae_of_diffusers_makes_images(tmp_path):
     folder = save_kl(tmp_path / "vae", scaling_factor=0.5)
-    images = image_maker(LatentSpace(str(folder), 0.5, 0.0), CPU)(torch.randn(2, 4, 4, 4))
+    images = image_decoder(LatentSpace(str(folder), 0.5, 0.0), CPU)(torch.randn(2, 4, 4, 4))
     assert (images.shape, images.dtype) == ((2, 3, 16, 16), torch.float32)
-    found = space_of(tmp_path / "ema.safetensors", str(folder), 4)
+    found = find_latent_space(tmp_path / "ema.safetensors", str(folder), 4)
     assert json.loads(json.dumps([found.scale, found.shift])) == [0.5, 0.0]

@@ -1,12 +1,12 @@
-"""What a run's samples are worth, measured against real images the network has never seen.
+"""Evaluation of samples against held-out real images.
 
-    class accuracy       share of samples that a judge trained on real training images recognises as the class asked for
-    Frechet distance     of samples to held-out images in pixel space; beside it that of training to held-out images
-    nearest-train ratio  mean distance of samples to their nearest training image, over that of held-out images:
-                         1 is as far from the training set as new real images are, 0 is a copy of it
+    class accuracy       share of samples that a classifier trained on the real training images assigns to their class
+    Frechet distance     between samples and held-out images, in pixel space; for reference, also between training and
+                         held-out images
+    nearest-train ratio  mean distance of samples to their nearest training image, divided by that of held-out images:
+                         1 for new images, 0 for copies of the training set
 
-Features are the pixels themselves, in [0, 1], flattened: honest for small images, meaningless for large ones, which
-are refused.
+Features are the flattened pixels in [0, 1]: meaningful for small images only; large ones are refused.
 """
 
 from __future__ import annotations
@@ -19,41 +19,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sra_fast.config import EvaluateConfig, ModelConfig, SampleConfig, refuse_unless
+from sra_fast.config import EvaluateConfig, ModelConfig, SampleConfig
+from sra_fast.errors import Refused
 from sra_fast.evaluation.frechet import frechet_distance
 from sra_fast.evaluation.judge import Judge, require_scikit_learn
 from sra_fast.model.transformer import Transformer
 from sra_fast.sampling.generate import balanced_labels, generate
+from sra_fast.sampling.guidance import Network
 from sra_fast.sampling.images import to_uint8
 
 LARGEST_IMAGE = 3 * 32 * 32  # values
-LARGEST_SET = 20_000  # images; the judge's training time grows with the square
+LARGEST_SET = 20_000  # images; training the classifier takes quadratic time
 
 
 @dataclass(frozen=True)
 class Report:
-    """Figures of one evaluation, under the names of summary.json."""
+    """Results of one evaluation, with the names of summary.json."""
 
     class_accuracy: float
     class_accuracy_guided: float
-    real_accuracy: float  # the judge on real held-out images: how far it can be trusted
+    real_accuracy: float  # of the classifier on held-out images: an upper limit for samples
     frechet_distance: float
     frechet_distance_real: float
     nearest_train_ratio: float
 
-    def failures(self, bars: EvaluateConfig) -> list[str]:
-        """One line for each bar that is not reached."""
+    def failures(self, config: EvaluateConfig) -> list[str]:
+        """One line for each threshold that is missed."""
         ratio = _ratio(self.frechet_distance, self.frechet_distance_real)
         checks = [
-            ("class_accuracy", self.class_accuracy, ">=", bars.min_class_accuracy),
-            ("class_accuracy_guided", self.class_accuracy_guided, ">=", bars.min_class_accuracy_guided),
-            ("frechet_distance / frechet_distance_real", ratio, "<=", bars.max_frechet_ratio),
-            ("nearest_train_ratio", self.nearest_train_ratio, ">=", bars.min_nearest_ratio),
+            ("class_accuracy", self.class_accuracy, ">=", config.min_class_accuracy),
+            ("class_accuracy_guided", self.class_accuracy_guided, ">=", config.min_class_accuracy_guided),
+            ("frechet_distance / frechet_distance_real", ratio, "<=", config.max_frechet_ratio),
+            ("nearest_train_ratio", self.nearest_train_ratio, ">=", config.min_nearest_ratio),
         ]
         return [
-            f"{name}: {value:.4g}; must be {sign} {bar:g}"
-            for name, value, sign, bar in checks
-            if bar and not (value >= bar if sign == ">=" else value <= bar)
+            f"{name}: {value:.4g}; must be {sign} {limit:g}"
+            for name, value, sign, limit in checks
+            if limit and not (value >= limit if sign == ">=" else value <= limit)  # so that NaN fails
         ]
 
     def as_dict(self) -> dict[str, float]:
@@ -61,29 +63,36 @@ class Report:
 
 
 def features(x: Tensor) -> np.ndarray:
-    """Images (N, C, H, W) in [-1, 1] -> (N, H W C) float64 pixels in [0, 1], rounded to 8 bits as they would be
-    saved."""
+    """Images (N, C, H, W) in [-1, 1] -> (N, H W C) float64 pixels in [0, 1], rounded to 8 bits as in a file."""
     return to_uint8(x).reshape(len(x), -1) / 255.0
 
 
 def nearest_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean over a's rows of the Euclidean distance to the nearest row of b."""
+    """Mean Euclidean distance from the rows of a to their nearest row of b."""
     distances = torch.cdist(torch.from_numpy(a), torch.from_numpy(b), compute_mode="donot_use_mm_for_euclid_dist")
     return float(distances.min(dim=1).values.mean())
 
 
-def refuse_unless_possible(values: int, classes: int, train: Sized, held_out: Sized) -> None:
-    """Refuse what `evaluate` cannot judge, before a run is spent on it.
+def check_inputs(values: int, classes: int, train: Sized, held_out: Sized) -> None:
+    """Check that `evaluate` can run; training calls this before it starts.
 
     Args:
-        values: per image, C H W.
-        classes: of the model.
-        train, held_out: anything with the sets' lengths.
+        values: values per image, C H W.
+        classes: number of classes.
+        train, held_out: the sets, or anything of their lengths.
+
+    Raises:
+        Refused: if the images or the training set are too large, there are too few images or classes, or scikit-learn
+            is not installed.
     """
-    refuse_unless(values <= LARGEST_IMAGE, "evaluate: values per image", values, f"must be at most {LARGEST_IMAGE}")
-    refuse_unless(len(train) <= LARGEST_SET, "evaluate: training images", len(train), f"must be at most {LARGEST_SET}")
-    refuse_unless(len(held_out) > 1, "evaluate: held-out images", len(held_out), "must be at least 2")
-    refuse_unless(classes > 1, "evaluate: classes", classes, "must be at least 2")
+    if values > LARGEST_IMAGE:
+        raise Refused("evaluate: values per image", values, f"must be at most {LARGEST_IMAGE}")
+    if len(train) > LARGEST_SET:
+        raise Refused("evaluate: training images", len(train), f"must be at most {LARGEST_SET}")
+    if len(held_out) < 2:
+        raise Refused("evaluate: held-out images", len(held_out), "must be at least 2")
+    if classes < 2:
+        raise Refused("evaluate: classes", classes, "must be at least 2")
     require_scikit_learn()
 
 
@@ -98,37 +107,37 @@ def evaluate(
     config: EvaluateConfig,
     progress: Callable[[int], object] | None = None,
 ) -> Report:
-    """Generate `config.samples` images without guidance and as many with, classes in equal shares, and compare them
-    with real ones.
+    """Generate `config.samples` images without guidance and as many with, equally many of each class, and compare them
+    with real images.
 
     Args:
         network: in evaluation mode; usually the EMA.
         train, held_out: (images (N, C, H, W) float32 in [-1, 1], labels (N,) int64).
-        model, path, sample: as `sampling.generate`; guidance and count come from `config`.
-        progress: called with the number of images after each batch.
+        model, path, sample: as in `sampling.generate`; guidance and count are those of `config`.
+        progress: called after each batch with the number of images in it.
     """
     device = next(network.parameters()).device
-    refuse_unless_possible(train[0][0].numel(), model.classes, train[0], held_out[0])
+    check_inputs(train[0][0].numel(), model.classes, train[0], held_out[0])
     labels = balanced_labels(config.samples, model.classes).to(device)
+    indices = torch.arange(config.samples, device=device)
 
     def samples(guidance: float) -> np.ndarray:
         settings = replace(sample, guidance=guidance)
-        indices = torch.arange(config.samples, device=device)
-        return features(
-            generate(network_of(network), labels, indices, config=settings, model=model, path=path, progress=progress)
+        x = generate(
+            prediction_only(network), labels, indices, config=settings, model=model, path=path, progress=progress
         )
+        return features(x)
 
-    real, real_labels = features(train[0]), train[1].cpu().numpy()
-    unseen, unseen_labels = features(held_out[0]), held_out[1].cpu().numpy()
-    plain, guided, wanted = samples(1.0), samples(config.guidance), labels.cpu().numpy()
-    judge = Judge(real, real_labels)
+    real, new = features(train[0]), features(held_out[0])
+    unguided, guided = samples(1.0), samples(config.guidance)
+    judge, sample_labels = Judge(real, train[1].cpu().numpy()), labels.cpu().numpy()
     return Report(
-        class_accuracy=judge.accuracy(plain, wanted),
-        class_accuracy_guided=judge.accuracy(guided, wanted),
-        real_accuracy=judge.accuracy(unseen, unseen_labels),
-        frechet_distance=frechet_distance(plain, unseen),
-        frechet_distance_real=frechet_distance(real, unseen),
-        nearest_train_ratio=_ratio(nearest_distance(plain, real), nearest_distance(unseen, real)),
+        class_accuracy=judge.accuracy(unguided, sample_labels),
+        class_accuracy_guided=judge.accuracy(guided, sample_labels),
+        real_accuracy=judge.accuracy(new, held_out[1].cpu().numpy()),
+        frechet_distance=frechet_distance(unguided, new),
+        frechet_distance_real=frechet_distance(real, new),
+        nearest_train_ratio=_ratio(nearest_distance(unguided, real), nearest_distance(new, real)),
     )
 
 
@@ -136,6 +145,6 @@ def _ratio(a: float, b: float) -> float:
     return a / b if b else math.inf
 
 
-def network_of(model: Transformer) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The prediction alone, as samplers call it."""
+def prediction_only(model: Transformer) -> Network:
+    """The network as samplers call it: without features."""
     return lambda x, t, labels: model(x, t, labels)[0]

@@ -1,4 +1,4 @@
-"""A classifier trained on the real training images, which says whether a generated image looks like its class."""
+"""A classifier trained on the real training images, to check that generated images show their class."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sra_fast.errors import Refused
 
 
 def require_scikit_learn() -> None:
-    """Refuse to go on without scikit-learn."""
+    """Refuse to continue without scikit-learn."""
     try:
         import sklearn.svm  # noqa: F401
     except ImportError as error:
@@ -33,5 +33,5 @@ class Judge:
         self._machine = SVC(kernel="rbf", C=10.0, gamma="scale").fit(features, labels)
 
     def accuracy(self, features: np.ndarray, labels: np.ndarray) -> float:
-        """Share of images recognised as their class."""
+        """Share of images that are assigned to their class."""
         return float((self._machine.predict(features) == labels).mean())

@@ -1,7 +1,7 @@
 """Sampling of denoising diffusion on a respaced chain: DDPM (ancestral, learned variance) and DDIM (eta = 0).
 
 A chain of K steps keeps K of the 1,000 original ones and their abar, from which follow its betas, beta_k = 1 - abar_k /
-abar_{k-1}. The network is always told the original step. Nothing is clipped. Both take K network calls.
+abar_{k-1}. The network always gets the original step. Nothing is clipped. Both make K network calls.
 
     x_0 = (x_k - sqrt(1 - abar_k) noise) / sqrt(abar_k)
     DDPM:  x_{k-1} ~ N(mean(x_k, x_0), exp(f log beta_k + (1 - f) log beta~_k)),  f = (v + 1) / 2;  no noise at the last
@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from sra_fast.config import refuse_unless
+from sra_fast.errors import Refused
 from sra_fast.objective.ddpm import DIFFUSION_STEPS, betas, posterior
 
 Prediction = Callable[[Tensor, int], Tensor]
@@ -29,13 +29,13 @@ Prediction = Callable[[Tensor, int], Tensor]
 
 
 class Transition(NamedTuple):
-    """From x_k to x_{k-1}: the numbers of one step."""
+    """Coefficients of the step from x_k to x_{k-1}."""
 
-    step: int  # the original step that the network is told
+    step: int  # the original step, as the network gets it
     kept: float  # abar_k
     kept_before: float  # abar_{k-1}; 1 at k = 0
     beta: float
-    variance: float  # beta~_k; 0 at k = 0, whose noise is never drawn
+    variance: float  # beta~_k; 0 at k = 0, where no noise is drawn
     mean_of_x0: float
     mean_of_xt: float
 
@@ -46,9 +46,10 @@ def kept_steps(steps: int) -> list[int]:
     Raises:
         Refused: outside [2, 1000]. (One step would be step 0 alone, which cannot start from noise.)
     """
-    refuse_unless(2 <= steps <= DIFFUSION_STEPS, "sample.steps", steps, f"must be in [2, {DIFFUSION_STEPS}] for dit")
+    if not 2 <= steps <= DIFFUSION_STEPS:
+        raise Refused("sample.steps", steps, f"must be in [2, {DIFFUSION_STEPS}] for dit")
     stride = (DIFFUSION_STEPS - 1) / (steps - 1)
-    # Summed, not multiplied: the published code accumulates the stride, and its rounding errors decide ties.
+    # Summed, not multiplied: the published code accumulates the stride, and its rounding errors break ties.
     return [round(position) for position in accumulate(repeat(stride, steps - 1), initial=0.0)]
 
 
@@ -61,7 +62,7 @@ def chain(steps: int) -> list[Transition]:
 
 
 def _data(x: Tensor, noise: Tensor, kept: float) -> Tensor:
-    """x_0 that x_k and its noise imply."""
+    """x_0 implied by x_k and its noise."""
     return (x - (1 - kept) ** 0.5 * noise) / kept**0.5
 
 
@@ -72,7 +73,7 @@ def ddpm(prediction: Prediction, x: Tensor, *, steps: int, noise: Callable[[int]
         prediction: see `Prediction`.
         x: (B, C, H, W) float64, standard normal.
         steps: length of the chain, in [2, 1000].
-        noise: step j in [0, steps - 1), counted from the noisy end -> standard normal, like x. The last asks for none.
+        noise: step j in [0, steps - 1), counted from the noisy end -> standard normal, like x; none at the last.
 
     Returns:
         Like x.
@@ -88,7 +89,7 @@ def ddpm(prediction: Prediction, x: Tensor, *, steps: int, noise: Callable[[int]
 
 
 def ddim(prediction: Prediction, x: Tensor, *, steps: int) -> Tensor:
-    """Deterministic sampling: eta = 0. Arguments as `ddpm`; v is not used."""
+    """Deterministic sampling (eta = 0). Arguments as in `ddpm`; v is ignored."""
     for now in reversed(chain(steps)):
         predicted_noise = prediction(x, now.step).chunk(2, dim=1)[0]
         data = _data(x, predicted_noise, now.kept)

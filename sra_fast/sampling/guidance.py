@@ -13,31 +13,31 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sra_fast.config import refuse_unless
+from sra_fast.errors import Refused
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 """x (B, C, H, W) float32, t (B,) float32, labels (B,) int64 -> velocity (B, C, H, W), or noise and v (B, 2C, H, W)."""
 
 Guided = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-"""A network that is also told the noise level, 0 = data and 1 = noise, and answers in float64."""
+"""A `Network` that also takes the noise level, 0 = data and 1 = noise, and returns float64."""
 
 
 def guided(network: Network, *, scale: float, low: float, high: float, null_label: int, channels: int = 0) -> Guided:
-    """`network` under guidance.
+    """Apply guidance to `network`.
 
-    At low <= level <= high the conditional and the null batch go through the network as one of 2B rows. Elsewhere, and
-    everywhere at scale 1, it is called once with the B conditional rows.
+    At low <= level <= high the network is called with the conditional and the null batch as one of 2B rows, otherwise,
+    and always at scale 1, with the B conditional rows only.
 
     Args:
         scale: s; 1 = no guidance, 0 = the null class.
         low, high: noise levels, both included.
-        null_label: the class that stands for "no label".
-        channels: guide only the first so many; the rest come from the conditional half (the public DiT guides 3 of 4).
-            0 = all C. Of a prediction with more channels than x, those after C, the variance, are never guided.
+        null_label: the class for "no label".
+        channels: guide only the first N channels; the rest are the conditional prediction (the public DiT guides 3 of
+            4). 0 = all C. Channels after C, the variance of dit, are never guided.
 
     Returns:
-        (x, t, labels, level) -> (B, C or 2C, H, W) float64. The level is a number on the host, so that choosing never
-        waits for the device.
+        A function (x, t, labels, level) -> (B, C or 2C, H, W) float64. The level is a number on the host, so that the
+        choice never waits for the device.
 
     Raises:
         Refused: from the returned function, when `channels` exceeds C.
@@ -47,7 +47,8 @@ def guided(network: Network, *, scale: float, low: float, high: float, null_labe
         if scale == 1 or not low <= level <= high:
             return network(x, t, labels).double()
         count = x.shape[1]
-        refuse_unless(channels <= count, "sample.guidance-channels", channels, f"must be at most {count}, x's channels")
+        if channels > count:
+            raise Refused("sample.guidance-channels", channels, f"must be at most {count}, the channels of x")
         both = torch.cat([labels, torch.full_like(labels, null_label)])  # (2B,)
         prediction = network(torch.cat([x, x]), torch.cat([t, t]), both).double()  # (2B, C or 2C, H, W)
         conditional, null = prediction.chunk(2)

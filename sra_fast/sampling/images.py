@@ -1,7 +1,6 @@
-"""Pixels from samples, and the files they go to: a grid or single PNGs to look at, an npz for the ADM evaluation suite;
-or an npz of latents.
+"""Output files of sampling: a PNG grid, single PNGs, an npz for the ADM evaluation suite, or an npz of latents.
 
-Every file is written under a temporary name beside its own and renamed, so that a reader never finds half of one.
+Every file is written under a temporary name and renamed, so that it is never seen incomplete.
 """
 
 from __future__ import annotations
@@ -14,21 +13,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sra_fast.config import refuse_unless
+from sra_fast.errors import Refused
 from sra_fast.files import replacing
 
-GAP = 96  # between black and white, to be told from either
-SMALLEST_TILE = 32  # pixels; smaller images are magnified in a grid
+GAP = 96  # grey level, distinct from black and white
+SMALLEST_TILE = 32  # pixels; a grid magnifies smaller images
 
 
 def to_uint8(x: Tensor) -> np.ndarray:
-    """Images (N, C, H, W) in [-1, 1], any floating dtype and device, as (N, H, W, C) uint8 on the host.
+    """Convert images (N, C, H, W) in [-1, 1], any floating dtype and device, to (N, H, W, C) uint8 on the host.
 
-    Rounds 127.5 (x + 1) to the nearest level, the inverse of pixels / 127.5 - 1. The public SRA code truncates instead,
-    which darkens by half a level on average.
+    Rounds 127.5 (x + 1) to the nearest level, the inverse of pixels / 127.5 - 1. The public SRA code truncates, which
+    darkens images by half a level on average.
 
     Raises:
-        Refused: when a value is not finite.
+        Refused: if a value is not finite.
     """
     _check_finite(x)
     levels = ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -36,20 +35,21 @@ def to_uint8(x: Tensor) -> np.ndarray:
 
 
 def grid_columns(count: int, classes: int) -> int:
-    """Columns of a grid of samples with labels in turn: one per class where there are few, else about a square."""
+    """Columns of a grid of samples with labels 0, 1, 2, ...: one per class for 4 to 16 classes, else about a square."""
     return classes if 4 <= classes <= 16 else max(1, math.isqrt(count))
 
 
 def save_grid(path: str | Path, pixels: np.ndarray, columns: int) -> None:
-    """One PNG of all images, row by row, with grey gaps of one pixel.
+    """Write one PNG of all images, row by row, with grey gaps of one pixel.
 
     Args:
-        pixels: (N, H, W, C) uint8, C = 1 or 3. Magnified by the smallest whole number that makes both sides at least
-            32 pixels.
+        pixels: (N, H, W, C) uint8, C = 1 or 3. Magnified by the smallest integer that makes both sides at least 32
+            pixels.
         columns: images per row.
     """
     _check(pixels)
-    refuse_unless(columns > 0, "columns", columns, "must be positive")
+    if columns <= 0:
+        raise Refused("columns", columns, "must be positive")
     factor = max(1, -(-SMALLEST_TILE // min(pixels.shape[1:3])))
     tiles = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
     count, height, width, channels = tiles.shape
@@ -63,36 +63,42 @@ def save_grid(path: str | Path, pixels: np.ndarray, columns: int) -> None:
 
 
 def save_each(folder: str | Path, pixels: np.ndarray, first: int = 0) -> None:
-    """One PNG per image of (N, H, W, C) uint8: `folder`/000000.png and so on, counted from `first`."""
+    """Write one PNG per image of (N, H, W, C) uint8: `folder`/000000.png and so on, numbered from `first`."""
     _check(pixels)
     for i, image in enumerate(pixels, start=first):
         _save_png(Path(folder) / f"{i:06d}.png", image)
 
 
 def save_npz(path: str | Path, pixels: np.ndarray) -> None:
-    """The array `arr_0`, (N, H, W, 3) uint8, as the ADM evaluation suite reads it; one channel is repeated to three."""
+    """Write the array `arr_0`, (N, H, W, 3) uint8, as the ADM evaluation suite reads it. Grey is repeated to RGB."""
     _check(pixels)
     with replacing(Path(path)) as partial, partial.open("wb") as file:
         np.savez(file, np.broadcast_to(pixels, (*pixels.shape[:3], 3)))
 
 
 class ImageFiles:
-    """All images that a command makes, in `out`: images/ as they come, grid.png and samples.npz at the end."""
+    """Writes images to a folder batch by batch: images/ at once, grid.png and samples.npz at the end.
+
+    Args:
+        out: the folder.
+        images, npz: whether to write images/ and samples.npz.
+        grid: number of images in the grid; 0 = no grid.
+        columns: images per row of the grid.
+    """
 
     def __init__(self, out: Path, *, images: bool, grid: int, columns: int, npz: bool) -> None:
-        """`images`, `npz`: whether to write images/ and samples.npz; `grid`: images in the grid, 0 = no grid."""
         self._out, self._images, self._grid, self._columns, self._npz = out, images, grid, columns, npz
-        self._made: list[np.ndarray] = []
+        self._batches: list[np.ndarray] = []
 
     def add(self, x: Tensor) -> None:
-        """The next images, as `to_uint8` takes them."""
+        """Add images (B, C, H, W) in [-1, 1]."""
         pixels = to_uint8(x)
-        if self._images:  # as they come: a long run that is stopped has not been for nothing
-            save_each(self._out / "images", pixels, first=sum(map(len, self._made)))
-        self._made.append(pixels)
+        if self._images:  # at once, so that an interrupted run keeps its images
+            save_each(self._out / "images", pixels, first=sum(map(len, self._batches)))
+        self._batches.append(pixels)
 
     def finish(self) -> None:
-        pixels = np.concatenate(self._made)
+        pixels = np.concatenate(self._batches)
         if self._grid:
             save_grid(self._out / "grid.png", pixels[: self._grid], self._columns)
         if self._npz:
@@ -100,31 +106,36 @@ class ImageFiles:
 
 
 class LatentsFile:
-    """All latents that a command makes, in one npz: `z` (N, C, h, w) float32 and `labels` (N,) int64."""
+    """Collects latents batch by batch and writes one npz: `z` (N, C, h, w) float32 and `labels` (N,) int64.
+
+    Args:
+        path: the file.
+        labels: (N,) int64, of all latents.
+    """
 
     def __init__(self, path: Path, labels: Tensor) -> None:
-        """`labels` (N,) int64 are those of all latents to come."""
         self._path, self._labels = path, labels
-        self._made: list[np.ndarray] = []
+        self._batches: list[np.ndarray] = []
 
     def add(self, z: Tensor) -> None:
-        """The next latents (B, C, h, w) float32. Raises Refused when a value is not finite."""
+        """Add latents (B, C, h, w) float32, which must be finite."""
         _check_finite(z)
-        self._made.append(z.cpu().numpy())
+        self._batches.append(z.cpu().numpy())
 
     def finish(self) -> None:
         with replacing(self._path) as partial, partial.open("wb") as file:
-            np.savez(file, z=np.concatenate(self._made), labels=self._labels.cpu().numpy())
+            np.savez(file, z=np.concatenate(self._batches), labels=self._labels.cpu().numpy())
 
 
 def _check_finite(x: Tensor) -> None:
     bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
-    refuse_unless(bad == 0, "samples", f"{bad} of {len(x)} not finite", "every value must be finite")
+    if bad:
+        raise Refused("samples", f"{bad} of {len(x)} not finite", "every value must be finite")
 
 
 def _check(pixels: np.ndarray) -> None:
-    fits = pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.size > 0 and pixels.shape[-1] in (1, 3)
-    refuse_unless(fits, "pixels", f"{pixels.dtype} {pixels.shape}", "must be uint8 (N, H, W, 1 or 3), not empty")
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.size == 0 or pixels.shape[-1] not in (1, 3):
+        raise Refused("pixels", f"{pixels.dtype} {pixels.shape}", "must be uint8 (N, H, W, 1 or 3), not empty")
 
 
 def _save_png(path: Path, image: np.ndarray) -> None:

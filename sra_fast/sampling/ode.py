@@ -1,11 +1,11 @@
 """The probability-flow ODE dx/dt = v(x, t) from noise (t = 1) to data (t = 0), on equal steps.
 
-Euler, and Heun's trapezoid of two slopes; Heun's last step is Euler's, as in Karras et al., "Elucidating the Design
-Space of Diffusion-Based Generative Models", 2022, algorithm 1, and in the public SRA code. Network calls: steps, and
-2 steps - 1.
+Euler's method, and Heun's, which averages the slopes at both ends of a step; its last step is Euler's. They make steps
+and 2 steps - 1 network calls. Source: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative
+Models", 2022, algorithm 1, and the public SRA code.
 
-The public code lets the noise level at the start of a Heun step decide whether its second slope is guided; here each
-slope's own does.
+Each slope is guided by its own noise level; in the public code the level at the start of a Heun step decides for both
+slopes.
 """
 
 from __future__ import annotations

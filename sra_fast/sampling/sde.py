@@ -1,12 +1,12 @@
-"""The reverse-time SDE of SiT by Euler and Maruyama.
+"""The reverse-time SDE of SiT, integrated by the Euler-Maruyama method.
 
     dx = (v - w s / 2) dt + sqrt(w) dB      v: velocity, s: score, w(t) = 2 t, time running from 1 (noise) to 0 (data)
 
     s(x, t) = (alpha v - alpha' x) / (sigma (alpha' sigma - alpha sigma'))
 
 Every w gives the same marginals in the limit of small steps. w = 2 t is twice sigma on the linear path, the form
-"sigma" of SiT's code; on the cosine path the public SRA code keeps 2 t, which is not twice that path's sigma, and so do
-we. The times are equally spaced from 1 to 0.04, then 0; the last step adds no noise.
+"sigma" of SiT's code; on the cosine path w stays 2 t as in the public SRA code, although that is not twice sigma there.
+The times are equally spaced from 1 to 0.04, then 0; the last step adds no noise.
 
 Sources: Ma et al., "SiT", 2024, section 2 (reverse-time SDE; score from velocity); the public SRA code (times, w).
 """
@@ -26,10 +26,10 @@ LAST_TIME = 0.04  # published: from here one long step without noise
 
 
 def score_from_velocity(path: str, x: Tensor, velocity: Tensor, t: float) -> Tensor:
-    """grad log p_t(x) of a path ("linear" or "cosine"), for 0 < t <= 1: float64, the shape of x and velocity.
+    """grad log p_t(x) of a path ("linear" or "cosine"), for 0 < t <= 1: float64, shaped like x and velocity.
 
-    The public code's ((alpha/alpha') v - x) / (sigma^2 - (alpha/alpha') sigma' sigma), multiplied through by alpha',
-    which nears zero on the cosine path as t does. At t = 1, where alpha is zero, it is the noise's own score, -x.
+    The public code's ((alpha/alpha') v - x) / (sigma^2 - (alpha/alpha') sigma' sigma), with numerator and denominator
+    multiplied by alpha', because alpha' approaches 0 with t on the cosine path. At t = 1 it is -x, the noise's score.
     """
     time = torch.tensor(t, dtype=torch.float64)
     alpha, sigma, d_alpha, d_sigma = (value.item() for value in path_coefficients(path, time))
@@ -42,8 +42,8 @@ def euler_maruyama(velocity: Velocity, x: Tensor, *, path: str, steps: int, nois
     Args:
         velocity: see `Velocity`.
         x: (B, ...) float64, standard normal.
-        path: whose score the velocity implies.
-        noise: step k in [0, steps - 1) -> standard normal, like x. The last step asks for none.
+        path: "linear" or "cosine", for the score.
+        noise: step k in [0, steps - 1) -> standard normal, like x. The last step draws none.
 
     Returns:
         Like x.

@@ -27,7 +27,7 @@ from sra_fast.data.rows import Moments
 from sra_fast.errors import Refused
 from sra_fast.files import write_json
 from sra_fast.hardware import Hardware
-from sra_fast.sampling.decoding import LatentSpace, image_maker
+from sra_fast.sampling.decoding import LatentSpace, image_decoder
 from sra_fast.sampling.images import save_grid, to_uint8
 from sra_fast.tools.findings import FEW, Findings, Sheet, Statistics, Sums, printable
 
@@ -269,7 +269,7 @@ def _sheet(moments: Moments, rows: list[int], options: InspectCommand, out: Path
         return _saved(out, z.byte().permute(0, 2, 3, 1).numpy(), "the pixels as they are stored")
     vae, device = options.vae or moments.vae, Hardware.choose(options.device).device
     try:
-        make = image_maker(LatentSpace(vae, 1.0, 0.0), device)
+        make = image_decoder(LatentSpace(vae, 1.0, 0.0), device)
         parts = [make(part.to(device)).cpu() for part in _bar(z.split(4), "decoding", "batch")]
         return _saved(out, to_uint8(torch.cat(parts)), f"the means decoded by {vae}")
     except Refused as error:

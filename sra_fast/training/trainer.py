@@ -23,14 +23,14 @@ from sra_fast.data.source import open_source
 from sra_fast.distributed import refuse_several_processes
 from sra_fast.errors import Refused
 from sra_fast.evaluation import evaluate as evaluation
-from sra_fast.evaluation.evaluate import Report, network_of
+from sra_fast.evaluation.evaluate import Report, prediction_only
 from sra_fast.files import write_json
 from sra_fast.hardware import Hardware, set_deterministic
 from sra_fast.model.backends import resolve
 from sra_fast.model.layout import apart, joined
 from sra_fast.model.transformer import Ops, Transformer, around
 from sra_fast.objective.alignment import alignment_weight
-from sra_fast.sampling.decoding import image_maker, latent_space
+from sra_fast.sampling.decoding import image_decoder, latent_space
 from sra_fast.sampling.generate import balanced_labels, generate
 from sra_fast.sampling.images import grid_columns, save_grid, to_uint8
 from sra_fast.step.runner import StepRunner, choose_execution
@@ -75,7 +75,7 @@ class Trainer:
             )
             model = self.config.model
             values = model.channels * model.input_size**2
-            evaluation.refuse_unless_possible(values, model.classes, self.source.train, self.source.held_out)
+            evaluation.check_inputs(values, model.classes, self.source.train, self.source.held_out)
 
     def run(self) -> int:
         """Train, evaluate, write the summary. Returns the exit code: 0, 1 below a bar, 128 + signal when stopped."""
@@ -296,14 +296,14 @@ class Trainer:
 
     @cached_property
     def _image_maker(self) -> Callable[[Tensor], Tensor]:
-        return image_maker(self.space, self.hardware.device)
+        return image_decoder(self.space, self.hardware.device)
 
     def _preview(self) -> None:
         """A PNG grid of samples, a column per class where there are few."""
         c, device = self.config, self.hardware.device
         labels = balanced_labels(c.sample.count, c.model.classes).to(device)
         indices = torch.arange(c.sample.count, device=device)
-        predict = network_of(self._average())
+        predict = prediction_only(self._average())
         path = self.folder / "samples" / f"{self.progress.images_seen:012d}.png"
         try:
             make_images = self._image_maker
