@@ -162,29 +162,29 @@ def _adaln_backward(
 
 
 def _strides(tensor: Tensor | None, axes: int) -> tuple[int, ...]:
-    """Strides of the first axes; zeros for a missing tensor, as placeholders."""
+    """Strides of the first axes; zeros for a missing tensor."""
     return (0,) * axes if tensor is None else tensor.stride()[:axes]
 
 
-def _empty_like(tensor: Tensor | None) -> Tensor | None:
-    """Contiguous, unlike torch.empty_like's."""
+def _allocate_like(tensor: Tensor | None) -> Tensor | None:
+    """An uninitialized contiguous tensor, whatever the strides; None for None."""
     return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
-def _forward_outputs(x: Tensor, gated: bool) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """Empty (x' or None, h, mean, rstd)."""
+def _allocate_outputs(x: Tensor, gated: bool) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Uninitialized (x' or None, h, mean, rstd)."""
     mean, rstd = (torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for _ in range(2))
-    return _empty_like(x if gated else None), _empty_like(x), mean, rstd
+    return _allocate_like(x if gated else None), _allocate_like(x), mean, rstd
 
 
 def _forward(
     x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """Launch the forward kernel: (x' or None, h, mean, rstd)."""
+    """Launch the forward kernel. Returns (x' or None, h, mean, rstd)."""
     batch, tokens, width = x.shape
     main, tail, warps, stages = rows.tiles(width)
     chunks = rows.chunks(batch, tokens, FORWARD_TOKENS)
-    outputs = _forward_outputs(x, gated=branch is not None)
+    outputs = _allocate_outputs(x, gated=branch is not None)
     if batch * chunks:
         with torch.cuda.device_of(x):
             _adaln_forward[(batch * chunks,)](
@@ -199,11 +199,11 @@ def _backward(
     grad_residual: Tensor | None, grad_h: Tensor, residual: Tensor, branch: Tensor | None, gate: Tensor | None,
     scale: Tensor, mean: Tensor, rstd: Tensor, shift_dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Launch the backward kernel: gradients of (x, branch or None, shift, scale, and gate if there is one)."""
+    """Launch the backward kernel. Returns the gradients of x, branch (or None), shift, scale and, if gated, gate."""
     batch, tokens, width = residual.shape
     main, tail, warps, stages = rows.tiles(width)
     chunks = rows.chunks(batch, tokens, BACKWARD_TOKENS)
-    grad_x, grad_branch = _empty_like(residual), _empty_like(branch)
+    grad_x, grad_branch = _allocate_like(residual), _allocate_like(branch)
     dtypes = (shift_dtype, scale.dtype) if gate is None else (shift_dtype, scale.dtype, gate.dtype)
     partials = torch.empty(len(dtypes), batch, chunks, width, dtype=torch.float32, device=residual.device)
     grad_shift, grad_scale, grad_gate = (*partials, None)[:3]
@@ -228,6 +228,11 @@ def _adaln(x, shift, scale, eps):
     return _forward(x, None, None, shift, scale, eps)[1:]
 
 
+@_adaln.register_fake
+def _(x, shift, scale, eps):
+    return _allocate_outputs(x, gated=False)[1:]
+
+
 @torch.library.custom_op(
     "sra_fast::adaln_backward",
     mutates_args=(),
@@ -240,6 +245,26 @@ def _adaln_grad(grad_h, x, scale, mean, rstd, shift_dtype):
     return grad_x, grad_shift, grad_scale
 
 
+@_adaln_grad.register_fake
+def _(grad_h, x, scale, mean, rstd, shift_dtype):
+    return _allocate_like(x), scale.new_empty(scale.shape, dtype=shift_dtype), scale.new_empty(scale.shape)
+
+
+def _adaln_setup(ctx, inputs, output) -> None:
+    x, shift, scale, _ = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, scale, mean, rstd)
+    ctx.shift_dtype = shift.dtype
+
+
+def _adaln_autograd(ctx, grad_h, *_):
+    return *_adaln_grad(grad_h, *ctx.saved_tensors, ctx.shift_dtype), None
+
+
+_adaln.register_autograd(_adaln_autograd, setup_context=_adaln_setup)
+
+
 @torch.library.custom_op(
     "sra_fast::gated_adaln",
     mutates_args=(),
@@ -248,6 +273,11 @@ def _adaln_grad(grad_h, x, scale, mean, rstd, shift_dtype):
 )
 def _gated_adaln(x, branch, gate, shift, scale, eps):
     return _forward(x, branch, gate, shift, scale, eps)
+
+
+@_gated_adaln.register_fake
+def _(x, branch, gate, shift, scale, eps):
+    return _allocate_outputs(x, gated=True)
 
 
 @torch.library.custom_op(
@@ -263,36 +293,13 @@ def _gated_adaln_grad(grad_residual, grad_h, *saved):
     return grad_x, grad_branch, grad_gate, grad_shift, grad_scale
 
 
-@_adaln.register_fake
-def _(x, shift, scale, eps):
-    return _forward_outputs(x, gated=False)[1:]
-
-
-@_adaln_grad.register_fake
-def _(grad_h, x, scale, mean, rstd, shift_dtype):
-    return x.new_empty(x.shape), scale.new_empty(scale.shape, dtype=shift_dtype), scale.new_empty(scale.shape)
-
-
-@_gated_adaln.register_fake
-def _(x, branch, gate, shift, scale, eps):
-    return _forward_outputs(x, gated=True)
-
-
 @_gated_adaln_grad.register_fake
 def _(grad_residual, grad_h, residual, branch, gate, scale, mean, rstd, shift_dtype):
     vectors = (gate.new_empty(gate.shape, dtype=dtype) for dtype in (gate.dtype, shift_dtype, scale.dtype))
-    return residual.new_empty(residual.shape), branch.new_empty(branch.shape), *vectors
+    return _allocate_like(residual), _allocate_like(branch), *vectors
 
 
-def _save_adaln(ctx, inputs, output) -> None:
-    x, shift, scale, _ = inputs
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(x, scale, mean, rstd)
-    ctx.shift_dtype = shift.dtype
-
-
-def _save_gated_adaln(ctx, inputs, output) -> None:
+def _gated_adaln_setup(ctx, inputs, output) -> None:
     _, branch, gate, shift, scale, _ = inputs
     residual, _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
@@ -300,17 +307,11 @@ def _save_gated_adaln(ctx, inputs, output) -> None:
     ctx.shift_dtype = shift.dtype
 
 
-_adaln.register_autograd(
-    lambda ctx, grad_h, *_: (*_adaln_grad(grad_h, *ctx.saved_tensors, ctx.shift_dtype), None),
-    setup_context=_save_adaln,
-)
-_gated_adaln.register_autograd(
-    lambda ctx, grad_residual, grad_h, *_: (
-        *_gated_adaln_grad(grad_residual, grad_h, *ctx.saved_tensors, ctx.shift_dtype),
-        None,
-    ),
-    setup_context=_save_gated_adaln,
-)
+def _gated_adaln_autograd(ctx, grad_residual, grad_h, *_):
+    return *_gated_adaln_grad(grad_residual, grad_h, *ctx.saved_tensors, ctx.shift_dtype), None
+
+
+_gated_adaln.register_autograd(_gated_adaln_autograd, setup_context=_gated_adaln_setup)
 
 
 def adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
