@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import tyro
 
 from sra_fast.config.checks import Section
 from sra_fast.config.run import Config, EvaluateConfig, SampleConfig
+from sra_fast.errors import Refused
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,10 @@ class SampleCommand:
     sample: SampleConfig = field(default_factory=SampleConfig)
     """Defaults are the run's own settings."""
 
+    def __post_init__(self) -> None:
+        if self.grid < 0:
+            raise Refused("grid", self.grid, "must not be negative")
+
 
 @dataclass(frozen=True)
 class EvaluateCommand:
@@ -176,6 +182,13 @@ class ExportCommand:
     """Output file: .safetensors (one set of weights) or .pt (both sets, in the public SiT-SRA and DiT-SRA layout)."""
     weights_key: Literal["ema", "model"] = "ema"
     """Set of weights for a .safetensors file."""
+
+    def __post_init__(self) -> None:
+        path = Path(self.out)
+        if path.suffix not in (".safetensors", ".pt"):
+            raise Refused("out", self.out, "must end in .safetensors or .pt")
+        if not path.parent.is_dir():
+            raise Refused("out", self.out, f"the folder {path.parent} does not exist")
 
 
 @dataclass(frozen=True)

@@ -151,20 +151,6 @@ class KernelsConfig(Section):
     adamw_ema: Choice | None = None
     """AdamW, the EMA, and the low-precision copies of both."""
 
-    def resolve(self, architecture: str = "cpu") -> dict[str, str]:
-        """{op: "fused" or "reference"}, decided once for a run. Refuses what cannot be had on an architecture, "cpu" or
-        a GPU's, such as "sm_90"."""
-        from sra_fast import kernels  # here, because it brings in torch, which --help can do without
-
-        choices = {}
-        for op, implementations in kernels.IMPLEMENTATIONS.items():
-            unnamed = "reference" if self.default not in ("auto", *implementations) else self.default
-            choices[op] = getattr(self, op) or unnamed
-        try:
-            return kernels.resolve(choices, architecture)
-        except ValueError as error:
-            raise Refused(str(error)) from error
-
 
 @dataclass(frozen=True)
 class SampleConfig(Section):
