@@ -1,10 +1,10 @@
-"""Packages of the distribution, and the compiled operators, which CMakeLists.txt builds.
+"""Packages of the distribution and the compiled ops, which CMakeLists.txt builds.
 
-`sra_fast/kernels` is a symbolic link to `kernels/` at the top of the tree, so that imports, editors and type checkers
-agree on one name, `sra_fast.kernels`, whether or not the tree is installed.
+`sra_fast/kernels` is a symbolic link to `kernels/`, so that imports, editors and type checkers know the folder by one
+name, `sra_fast.kernels`, whether or not the project is installed.
 
-The library is on LibTorch's stable ABI and touches no Python: one wheel, py3-none-<platform>, serves every torch from
-2.10 on. Where it cannot be built the package is complete without it, and says at run time what is missing.
+The library uses LibTorch's stable ABI and no Python API: one wheel, py3-none-<platform>, works with torch 2.10 and
+later. If it cannot be built, the package installs without it and reports at run time what is missing.
 """
 
 from __future__ import annotations
@@ -22,55 +22,60 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 
 
-class BuildOperators(build_ext):
-    """CMake instead of setuptools' own compiler."""
+class BuildOps(build_ext):
+    """Builds the library with CMake."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
 
     def run(self) -> None:
-        if self.inplace:  # setuptools builds elsewhere and copies what there is
+        if self.inplace:  # setuptools builds in a temporary folder and copies the result, if there is one
             for extension in self.extensions:
                 (ROOT / self.get_ext_filename(extension.name)).unlink(missing_ok=True)
         super().run()
 
-    def build_extension(self, extension: Extension) -> None:
-        library = Path(self.get_ext_fullpath(extension.name)).resolve()
-        library.unlink(missing_ok=True)  # an old one must not pass for the new
-        cmake = shutil.which(
-            "cmake", path=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
-        )
+    def build_extension(self, ext: Extension) -> None:
+        library = Path(self.get_ext_fullpath(ext.name)).resolve()
+        library.unlink(missing_ok=True)  # a stale library must not be taken for the result of a failed build
+        search_path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+        cmake = shutil.which("cmake", path=search_path)
         if not cmake:
-            return self.say("cmake is not installed")
-        output = f"-DSRA_OUTPUT={library.parent}"
-        for gpu in ("ON", "OFF"):
-            build = Path(self.build_temp).resolve() / f"cuda-{gpu}".lower()
-            configure = [cmake, "-S", ROOT, "-B", build, output, f"-DSRA_CUDA={gpu}", "-DSRA_TESTS=OFF"]
+            return warn("cmake is not installed")
+        for cuda in ("ON", "OFF"):
+            build = Path(self.build_temp).resolve() / f"cuda-{cuda.lower()}"
+            options = {
+                "Python3_EXECUTABLE": sys.executable,  # compiles against the torch of this interpreter
+                "SRA_OUTPUT": library.parent,
+                "SRA_CUDA": cuda,
+                "SRA_TESTS": "OFF",
+            }
+            configure = [cmake, "-S", ROOT, "-B", build, *(f"-D{name}={value}" for name, value in options.items())]
             compile = [cmake, "--build", build, "--parallel", str(os.cpu_count())]
-            if all(self.ran([*configure, f"-DPython3_EXECUTABLE={sys.executable}"], compile)):
+            if succeeds(configure) and succeeds(compile):
                 return None
-            if gpu == "ON":
-                self.say("trying again without GPU code")
-        return self.say("see the compiler's messages with pip install -v")
-
-    def ran(self, *commands: list[object]):
-        for command in commands:
-            yield subprocess.run([str(word) for word in command]).returncode == 0
-
-    def say(self, why: str) -> None:
-        print(f"sra_fast: the compiled operators are not built: {why}", file=sys.stderr)
+            if cuda == "ON":
+                warn("trying again without GPU code")
+        return warn("see the compiler's messages with pip install -v")
 
 
-class AnyPython(bdist_wheel):
-    """A wheel for every Python 3 of a platform; for every platform, if there is no library in it."""
+class PlatformWheel(bdist_wheel):
+    """Tags the wheel for any Python 3, and for any platform if it has no library."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        built = any(Path(self.bdist_dir).rglob("_ops.so")) if self.bdist_dir else False
-        return "py3", "none", super().get_tag()[2] if built else "any"
+        has_library = bool(self.bdist_dir) and any(Path(self.bdist_dir).rglob("_ops.so"))
+        return "py3", "none", super().get_tag()[2] if has_library else "any"
+
+
+def succeeds(command: list[str | Path]) -> bool:
+    return subprocess.run(command).returncode == 0
+
+
+def warn(reason: str) -> None:
+    print(f"sra_fast: the compiled ops are not built: {reason}", file=sys.stderr)
 
 
 setup(
     packages=find_packages(include=["sra_fast", "sra_fast.*"]),
     ext_modules=[Extension("sra_fast._ops", sources=[], optional=True)],
-    cmdclass={"build_ext": BuildOperators, "bdist_wheel": AnyPython},
+    cmdclass={"build_ext": BuildOps, "bdist_wheel": PlatformWheel},
 )
