@@ -1,4 +1,4 @@
-"""Running steps under the profiler: what is traced, what is written, what is printed."""
+"""`sra-fast profile`: trace training steps, and write and print where their time goes."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from typing import Any, TypeVar
 
 import torch
 
-from sra_fast.config import DIGITS_FOLDER, Config, ProfileConfig, refuse_unless, to_dict
+from sra_fast.config import DIGITS_FOLDER, Config, ProfileConfig, to_dict
 from sra_fast.data.stream import Batch
 from sra_fast.distributed import refuse_several_processes
 from sra_fast.errors import Refused
 from sra_fast.files import replacing, write_json
 from sra_fast.hardware import Hardware, set_deterministic
-from sra_fast.model.backends import resolve
-from sra_fast.model.transformer import Ops
+from sra_fast.model.backends import EXECUTIONS, Backends
 from sra_fast.step.graph import WARM_UP
-from sra_fast.step.runner import EXECUTIONS, StepRunner, choose_execution
+from sra_fast.step.ring import MetricRing
+from sra_fast.step.runner import StepRunner
 from sra_fast.step.state import TrainState
-from sra_fast.step.step import MetricRing, TrainingStep
+from sra_fast.step.step import TrainingStep
 from sra_fast.tools.breakdown import CATEGORIES, STAGES, Breakdown, Event, Stages, breakdown, stages_of
 
 FORMAT_VERSION = 1
-LARGEST_TRACE = 16 * 2**20  # bytes; TensorBoard takes long to open more
-LATENTS = {"input_size": 32, "channels": 4, "classes": 1000}  # ImageNet at 256 pixels behind the SD autoencoder
+LARGEST_TRACE = 16 * 2**20  # bytes; TensorBoard opens larger traces slowly
+LATENTS = {"input_size": 32, "channels": 4, "classes": 1000}  # ImageNet at 256 pixels, encoded by the SD autoencoder
 
 T = TypeVar("T")
 
@@ -46,18 +46,20 @@ def profile(config: Config, settings: ProfileConfig, report: Callable[[str], Non
     """Trace steps of a run on random images; no data set is read. Returns the exit code.
 
     Raises:
-        Refused: on anything that keeps it from starting; nothing has been written then.
+        Refused: if it cannot start; nothing has been written then.
     """
     refuse_several_processes()
     hardware = Hardware.choose(config.train.device, config.train.precision)
-    gpu = hardware.device.type == "cuda"
-    refuse_unless(gpu or not settings.nvtx, "profile.nvtx", settings.nvtx, "needs an NVIDIA GPU, and none is used here")
+    if settings.nvtx and hardware.device.type != "cuda":
+        raise Refused("profile.nvtx", settings.nvtx, "needs an NVIDIA GPU, and none is used here")
     config, out = with_sizes(config), Path(settings.out)
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
-    refuse_unless(existing.is_dir(), "profile.out", settings.out, f"must be a folder, but {existing} is a file")
-    resolved, executions = resolve(config, hardware), _executions(config, hardware)
+    if not existing.is_dir():
+        raise Refused("profile.out", settings.out, f"must be a folder, but {existing} is a file")
+    backends = Backends.resolve(config, hardware)
+    executions = _executions(backends)
     if settings.nvtx:
-        with _step(config, resolved, hardware, executions[-1], settings.warmup) as step:
+        with _step(config, hardware, executions[-1], settings.warmup) as step:
             _with_nvtx(step, settings)
         report(f"{settings.steps} steps, {executions[-1]}, ran between cudaProfilerStart and cudaProfilerStop")
         return 0
@@ -65,21 +67,24 @@ def profile(config: Config, settings: ProfileConfig, report: Callable[[str], Non
     for execution in executions:
         report(f"tracing  {EXECUTIONS[execution]}")
         path = out / f"{config.run.name}-{execution}.{time.time_ns()}.pt.trace.json.gz"
-        job = (config, resolved, hardware, settings, execution, path, stages)
-        entry, stages = _traced(*job) if len(executions) == 1 else _in_its_own_process(_traced, *job)
+        arguments = (config, hardware, settings, execution, path, stages)
+        if len(executions) == 1:
+            entry, stages = _trace_execution(*arguments)
+        else:
+            entry, stages = _run_in_process(_trace_execution, *arguments)
         traces.append(entry)
         for line in _table(entry):
             report(line)
         if path.stat().st_size > LARGEST_TRACE:
             report(f"{path} has {path.stat().st_size / 2**20:.0f} MiB; fewer --profile.steps make it smaller")
-    write_json(out / "profile.json", {**_circumstances(config, resolved, hardware), "traces": traces})
-    report(f"profile.json and traces are in {out}; to look at them: tensorboard --logdir {out}")
+    write_json(out / "profile.json", {**_circumstances(config, backends, hardware), "traces": traces})
+    report(f"profile.json and traces are in {out}; view them with: tensorboard --logdir {out}")
     return 0
 
 
 def with_sizes(config: Config) -> Config:
-    """The configuration with the model's sizes filled in, which training reads from its data: those of --data.images
-    where the preset has some, else of ImageNet latents."""
+    """Fill in the model's sizes, which training takes from its data: those of --data.images if set, else of ImageNet
+    latents."""
     data, model = config.data, config.model
     sizes = LATENTS
     if data.images:
@@ -88,30 +93,28 @@ def with_sizes(config: Config) -> Config:
     return replace(config, model=replace(model, **{name: getattr(model, name) or sizes[name] for name in sizes}))
 
 
-def _executions(config: Config, hardware: Hardware) -> tuple[str, ...]:
-    """What to trace. Kernels in a CUDA graph have lost the ranges they were launched in, so that for a run that replays
-    one, the same step is traced without it first; only the replays have the idle time of training."""
-    chosen = choose_execution(config.train.execution, hardware.device)
-    return ("compiled", "graph") if chosen == "graph" else (chosen,)
+def _executions(backends: Backends) -> tuple[str, ...]:
+    """What to trace. Kernels replayed by a CUDA graph carry no ranges; their stages are taken from a trace of the same
+    step without the graph. Only the replays show the idle time of training."""
+    return ("compiled", "graph") if backends.execution == "graph" else (backends.execution,)
 
 
 @contextmanager
-def _step(
-    config: Config, resolved: dict[str, str], hardware: Hardware, execution: str, warmup: int
-) -> Iterator[Callable[[], None]]:
-    """One whole step, executed as training executes it, after `warmup` others. Its batch is always the same and comes
-    from the host's memory, as from a decoder on the CPU."""
+def _step(config: Config, hardware: Hardware, execution: str, warmup: int) -> Iterator[Callable[[], None]]:
+    """A function that executes one training step, after `warmup` steps. Its batch is always the same and comes from
+    host memory, as from a decoder on the CPU."""
     model, size, device = config.model, config.train.batch, hardware.device
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(size, model.channels, model.input_size, model.input_size, generator=generator)
     batch = Batch(x, torch.randint(model.classes, (size,), generator=generator), torch.arange(size))
     if config.deterministic:
         set_deterministic(True)
-    state = TrainState.create(config, Ops.select(resolved), device, hardware.dtype)
-    step, ring = TrainingStep(config, resolved, device), MetricRing(1, device)
-    runner = StepRunner(step, state, ring, execution, resolved["attention"], say=lambda line: None)
+    backends = Backends.resolve(config, hardware)
+    state = TrainState.create(config, backends, device, hardware.dtype)
+    step, ring = TrainingStep(config, backends, device), MetricRing(1, device)
+    runner = StepRunner(step, state, ring, execution, report_failure=lambda line: None)
     with _kernels_of_compiled_steps(execution):
-        # A graph is captured after ordinary steps of its own, and its first replay uploads it.
+        # A graph is captured after WARM_UP ordinary steps, and uploaded by its first replay.
         for _ in range(warmup + (WARM_UP + 1 if execution == "graph" else 0)):
             runner(batch, config.optim.lr, config.align.weight)
         if runner.failure:
@@ -120,46 +123,51 @@ def _step(
 
 
 def _kernels_of_compiled_steps(execution: str) -> AbstractContextManager:
-    """In here a CPU's compiled kernels show in traces."""
+    """Within this context, traces show the CPU kernels of compiled steps."""
     if execution == "eager":
         return nullcontext()
-    from torch._inductor import config  # here, because it brings in all of the compiler
+    # Private, but the public way, `torch.compile(options=...)`, would have to go through TrainingStep.compile. Imported
+    # here because it loads the whole compiler.
+    from torch._inductor import config
 
     return config.patch({"cpp.enable_kernel_profile": True})
 
 
-def _traced(
+def _trace_execution(
     config: Config,
-    resolved: dict[str, str],
     hardware: Hardware,
     settings: ProfileConfig,
     execution: str,
     path: Path,
     stages: Stages | None,
 ) -> tuple[dict[str, Any], Stages]:
-    """(figures of one execution, the stages of its kernels), with its trace written to `path`."""
+    """(figures of one execution, stages of its kernels). Writes the trace to `path`.
+
+    Args:
+        stages: of the same step's kernels without a CUDA graph, for a graph.
+    """
     gpu = hardware.device.type == "cuda"
-    with _step(config, resolved, hardware, execution, settings.warmup) as step:
+    with _step(config, hardware, execution, settings.warmup) as step:
         untraced_ms = _ms_per_step(step, settings.steps, gpu)
         events = _trace(step, settings, path, gpu)
     if gpu and not any(event.get("cat") == "kernel" for event in events):
         raise Refused(f"{path}: no GPU kernel was recorded; another profiler may be using CUPTI")
-    found = breakdown(events, stages=stages)
-    return _entry(found, execution, path, untraced_ms, config.train.batch, settings.top), stages_of(events)
+    figures = _entry(breakdown(events, stages=stages), execution, path, untraced_ms, config.train.batch, settings.top)
+    return figures, stages_of(events)
 
 
-def _in_its_own_process(function: Callable[..., T], *arguments: Any) -> T:
-    """One trace in a process: CUDA graphs captured after CUPTI was in use in theirs have been seen to lose all kernels
-    or to crash (pytorch/pytorch pull request 112507), and what CUPTI leaves behind slows what is timed after it."""
+def _run_in_process(function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function in a process of its own. A CUDA graph captured after CUPTI was used in the same process may lose
+    all kernels or crash (pytorch/pytorch pull request 112507), and CUPTI slows down what is timed after it."""
     try:
         with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
             return pool.submit(function, *arguments).result()
     except BrokenProcessPool as error:
-        raise Refused("profile: the process that traced the steps died; nothing is known of them") from error
+        raise Refused("profile: the process that traced the steps died") from error
 
 
 def _ms_per_step(step: Callable[[], None], steps: int, gpu: bool) -> float:
-    """Time of a step without the profiler, whose own work makes the host slower."""
+    """Time of a step without the profiler, which slows down the host."""
     if gpu:
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -171,8 +179,9 @@ def _ms_per_step(step: Callable[[], None], steps: int, gpu: bool) -> float:
 
 
 def _trace(step: Callable[[], None], settings: ProfileConfig, path: Path, gpu: bool) -> list[Event]:
-    """Trace steps into a file that TensorBoard's plugin knows by its name, `<worker>.<time>.pt.trace.json.gz`, and
-    return its events. The first step traced fills the device's queue and the last one only ends the window."""
+    """Trace steps and return the events. TensorBoard's plugin recognises the file by its name,
+    `<worker>.<time>.pt.trace.json.gz`. The first traced step fills the device's queue, and the last only ends the
+    window."""
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if gpu else [])]
     active = settings.steps + 2
     with TemporaryDirectory() as folder:
@@ -195,7 +204,7 @@ def _trace(step: Callable[[], None], settings: ProfileConfig, path: Path, gpu: b
 
 
 def _with_nvtx(step: Callable[[], None], settings: ProfileConfig) -> None:
-    """Steps that Nsight Systems records: every op and every range of the step is an NVTX range."""
+    """Run steps for Nsight Systems to record, with an NVTX range for every op and every range of the step."""
     torch.cuda.synchronize()
     with torch.cuda.profiler.profile(), torch.autograd.profiler.emit_nvtx(record_shapes=settings.shapes):
         for number in range(settings.steps):
@@ -204,27 +213,27 @@ def _with_nvtx(step: Callable[[], None], settings: ProfileConfig) -> None:
         torch.cuda.synchronize()
 
 
-def _entry(found: Breakdown, execution: str, path: Path, untraced_ms: float, batch: int, top: int) -> dict[str, Any]:
-    """One trace, in JSON values."""
+def _entry(result: Breakdown, execution: str, path: Path, untraced_ms: float, batch: int, top: int) -> dict[str, Any]:
+    """Figures of one trace, as JSON values."""
     return {
         "execution": execution,
         "file": path.name,
-        "steps": found.steps,
-        "ms_per_step": found.step_ms,
+        "steps": result.steps,
+        "ms_per_step": result.step_ms,
         "untraced_ms_per_step": untraced_ms,
         "untraced_images_per_s": 1e3 * batch / untraced_ms,
         "breakdown": {
-            name: {"ms": found.ms[name], "share": found.shares[name], "busy_ms": found.busy_ms.get(name, 0.0)}
+            name: {"ms": result.ms[name], "share": result.shares[name], "busy_ms": result.busy_ms.get(name, 0.0)}
             for name in CATEGORIES
         },
-        "stages_ms": {name.removeprefix(STAGES): ms for name, ms in found.stages_ms.items()},
-        "kernels_per_step": sum(kernel.calls for kernel in found.kernels),
-        "top_kernels": [asdict(kernel) for kernel in found.kernels[:top]],
+        "stages_ms": {name.removeprefix(STAGES): ms for name, ms in result.stages_ms.items()},
+        "kernels_per_step": sum(kernel.calls for kernel in result.kernels),
+        "top_kernels": [asdict(kernel) for kernel in result.kernels[:top]],
     }
 
 
-def _circumstances(config: Config, resolved: dict[str, str], hardware: Hardware) -> dict[str, Any]:
-    """What the figures hold for."""
+def _circumstances(config: Config, backends: Backends, hardware: Hardware) -> dict[str, Any]:
+    """Machine, versions and configuration that the figures were measured with."""
     model, train = config.model, config.train
     return {
         "format_version": FORMAT_VERSION,
@@ -246,13 +255,13 @@ def _circumstances(config: Config, resolved: dict[str, str], hardware: Hardware)
             "precision": hardware.precision,
             "method": config.align.method,
         },
-        "resolved": resolved,
+        "resolved": backends.names,
         "config": to_dict(config),
     }
 
 
 def _table(entry: dict[str, Any]) -> Iterator[str]:
-    """A trace for people."""
+    """Lines that print the figures of one trace."""
     yield (
         f"{entry['execution']}: {entry['ms_per_step']:.2f} ms a step (mean of {entry['steps']}), "
         f"{entry['untraced_ms_per_step']:.2f} ms without the profiler ({entry['untraced_images_per_s']:.1f} images/s)"
