@@ -1,4 +1,4 @@
-"""Packages of the distribution and the compiled ops, which CMakeLists.txt builds.
+"""Packages of the distribution and the compiled operators, which CMakeLists.txt builds.
 
 `sra_fast/kernels` is a symbolic link to `kernels/`, so that imports, editors and type checkers know the folder by one
 name, `sra_fast.kernels`, whether or not the project is installed.
@@ -71,7 +71,7 @@ def succeeds(command: list[str | Path]) -> bool:
 
 
 def warn(reason: str) -> None:
-    print(f"sra_fast: the compiled ops are not built: {reason}", file=sys.stderr)
+    print(f"sra_fast: the compiled operators are not built: {reason}", file=sys.stderr)
 
 
 setup(

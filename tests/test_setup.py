@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PLATFORM = f"py3-none-{re.sub('[-.]', '_', sysconfig.get_platform())}"
 LIBRARY = "sra_fast/_ops.so"
-NOT_BUILT = "sra_fast: the compiled ops are not built: "
+NOT_BUILT = "sra_fast: the compiled operators are not built: "
 RETRY, SEE_MESSAGES = "trying again without GPU code", "see the compiler's messages with pip install -v"
 # Logs its arguments and writes a library, unless NO_NVCC or NO_COMPILER makes it fail.
 FAKE_CMAKE = """#!/bin/sh
