@@ -1,17 +1,16 @@
-"""Where the time of a step went, read from a trace of torch.profiler (Chrome's trace events, times in us).
+"""Breakdown of a step's time by category of work, from a trace of torch.profiler (Chrome trace events, times in us).
 
-What was busy, and when, comes from the device's kernels, copies and fills. A trace without any is a CPU's: there every
-op is busy for its self time, the time in it that no op called by it takes, so that no moment counts twice.
+On a GPU, the device's kernels, copies and fills count as busy. In a trace without any, from a CPU, every op is busy for
+its self time, which excludes the ops it calls.
 
-    window   from the first kernel of one step to the first kernel of another, on the busiest stream: whole periods
-             with the gaps between steps, however far the host and its copies run ahead (on a CPU, from the beginning
-             of a step to that of another)
-    moment   one with nothing busy is idle; one with several kernels at once, on several streams, belongs to the first
-             of their categories in the order of CATEGORIES
-    share    of the window; the shares of CATEGORIES add up to 1
+    window   from the first kernel of one step to the first kernel of a later one, on the busiest stream: whole periods,
+             including the gaps between steps, however far ahead the host runs (on a CPU, between beginnings of steps)
+    overlap  a moment with several kernels on several streams counts for the first of their categories in the order of
+             CATEGORIES; a moment with none is idle
+    share    of the window; the shares of all categories add up to 1
 
-So communication counts where nothing hides it, and idle where the device truly waits; `busy_ms` has each category's
-own time, whatever ran beside it.
+So communication counts only where nothing hides it, and idle only where the whole device waits. `busy_ms` has the time
+in which a category was busy at all.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -28,19 +27,19 @@ from typing import Any, NamedTuple
 GEMM, ATTENTION, NORM, OPTIMIZER, OTHER, COMMUNICATION, IDLE = CATEGORIES = (
     "gemm",
     "attention",
-    "norm_elementwise",  # whatever is a matter of bytes: normalisation, elementwise, reductions, copies, random draws
+    "norm_elementwise",  # limited by memory bandwidth: norms, elementwise, reductions, copies, random draws
     "optimizer",
-    "other",  # what no rule knows: nothing, on a GPU; views, allocation, dispatch and autograd's own work, on a CPU
+    "other",  # matched by no rule: nothing on a GPU; on a CPU views, allocation, dispatch and autograd's own work
     "communication",
     "idle",
 )
-STAGES = "sra_fast::"  # the step's record_function ranges begin with it
+STAGES = "sra_fast::"  # prefix of the step's record_function ranges
 UPDATE = "sra_fast::update"
 STEP = re.compile(r"ProfilerStep#(\d+)")
 
-# First match wins. Kernels of PyTorch, cuBLAS, cuDNN and NCCL carry their names' C++ and template arguments, so that a
-# flash kernel's has "cutlass" in it; Inductor's carry the names of all ops fused into them, so that an elementwise
-# kernel's may have "mm" or "attention" in it.
+# The first match wins. Kernel names of PyTorch, cuBLAS, cuDNN and NCCL include C++ template arguments, so a flash
+# kernel's contains "cutlass". Inductor's contain the names of all fused ops, so an elementwise kernel's may contain
+# "mm" or "attention".
 _VIEWS = (
     r"as_strided|(unsafe_)?view|reshape|transpose|permute|expand|slice|select|narrow|split|chunk|t|alias|detach|"
     r"squeeze|unsqueeze|flatten|unflatten|unbind"
@@ -55,37 +54,43 @@ RULES = tuple(
         (OPTIMIZER, r"^(sra_fast::)?\w*(adamw|gradient_norm)\w*$|\bsra::|FusedAdam|^aten::_fused_adam"),
         (NORM, r"^(graph_\d+_)?(triton|cpp)_"),
         (NORM, r"^(sra_fast::)?\w*(adaln|gated_residual|alignment|perturb)\w*$"),
-        # cuDNN's backward has two helpers that name no attention.
+        # Two helpers of cuDNN's backward pass do not have attention in their names.
         (ATTENTION, r"flash|fmha|sdpa|attention|cudnn::fusion::(compute_dot_do_o|convert_dq)"),
         (GEMM, r"gemm|gemv|cutlass|cublas|nvjet|xmma|splitK|convolve|[dw]grad_|fprop"),
         (GEMM, r"^aten::_?(addmm|mm|bmm|baddbmm|addbmm|addmv|mv|dot)(_\w*)?$|^mkl\w*::\w*linear"),
         (GEMM, r"^aten::_?(\w*_)?convolution"),
         (NORM, r"^Mem(cpy|set)|\bat::|at_cuda_detail|\bcub::|\bcudnn::|elementwise|reduce_kernel"),
-        (OTHER, rf"^aten::_?({_VIEWS}|{_CALLERS})(_\w*)?$"),  # compute nothing themselves, as all others of aten do
+        (OTHER, rf"^aten::_?({_VIEWS}|{_CALLERS})(_\w*)?$"),  # these compute nothing themselves, unlike other aten ops
         (NORM, r"^aten::"),
     )
 )
 Event = dict[str, Any]
 Stages = Mapping[str, Sequence[str]]
+"""{name of a kernel: the stages of its calls in one step, in order}"""
 
 
 class Span(NamedTuple):
-    """Something busy from `start` to `end` (us)."""
+    """A time in which a kernel or CPU op is busy, in us."""
 
     start: float
     end: float
     name: str
     stage: str = ""
-    """The innermost of the step's ranges that it was launched in."""
+    """The innermost range of the step that it was launched in."""
     step: int = -1
-    """Number of the step that launched it, of those traced; only of a GPU's."""
+    """Index of the traced step that launched it (GPU only); -1 = unknown."""
+    stream: tuple[Any, ...] = ()
     calls: int = 1
-    """0 for what is left of a CPU op after an op that it called."""
+    """0 for the rest of a CPU op after an op that it called."""
+
+    @property
+    def category(self) -> str:
+        return category(self.name, self.stage)
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """All calls of one kernel, per step. Times of kernels on several streams may add up to more than the step."""
+    """All calls of one kernel, per step. Overlapping kernels may add up to more than the step."""
 
     name: str
     category: str
@@ -96,82 +101,82 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Breakdown:
-    """One step, averaged over those traced."""
+    """The average traced step."""
 
     steps: int
     step_ms: float
     ms: dict[str, float]
-    """Category -> time attributed to it; adds up to step_ms."""
+    """{category: time attributed to it}; adds up to step_ms."""
     busy_ms: dict[str, float]
-    """Category -> time in which any kernel of it ran."""
+    """{category: time in which any kernel of it ran}."""
     stages_ms: dict[str, float]
-    """Range of the step -> time in which any kernel launched in it ran; "" = launched in none."""
+    """{range of the step: time in which any kernel launched in it ran}; "" = launched in none."""
     kernels: tuple[Kernel, ...]
     """Longest first."""
 
     @property
     def shares(self) -> dict[str, float]:
-        """Category -> share of the step's time."""
+        """{category: share of the step's time}."""
         return {category: ms / self.step_ms for category, ms in self.ms.items()}
 
 
 def breakdown(events: Sequence[Event], skip: int = 1, stages: Stages | None = None) -> Breakdown:
-    """Attribute the time of the traced steps.
+    """Attribute the time of the traced steps to categories, stages and kernels.
 
     Args:
         events: `traceEvents` of a trace with `ProfilerStep#` ranges.
-        skip: steps at the beginning to leave out, because the device's queue was still empty.
-        stages: from `stages_of` the same steps launched kernel by kernel, for the trace of a CUDA graph, whose kernels
-            were launched all at once and in no range.
+        skip: number of steps to leave out at the beginning, when the device's queue is still filling.
+        stages: for the trace of a CUDA graph, whose kernels are launched at once and outside all ranges: `stages_of`
+            the trace of the same step without the graph.
 
     Raises:
-        ValueError: if no whole step is left. The last step traced ends the window and is not part of it.
+        ValueError: if no whole step is left. The last traced step ends the window and is not part of it.
     """
-    complete = [event for event in events if event.get("ph") == "X"]
-    if found := _device(complete, stages or {}):
-        spans, first = found
-        bounds = [moment for _, moment in sorted(first.items())]
-    else:
-        spans, bounds = _host(complete)
-    bounds = bounds[skip:]
-    if len(bounds) < 2:
-        raise ValueError(f"{len(bounds)} steps with work in them after the first {skip}; at least 2 are needed")
-    start, end, steps = bounds[0], bounds[-1], len(bounds) - 1
-    spans = [s._replace(start=max(s.start, start), end=min(s.end, end), calls=s.calls * (start <= s.start < end))
-             for s in spans if s.end > start and s.start < end]  # fmt: skip
-    labels = [category(span.name, span.stage) for span in spans]
-    ms = 1e-3 / steps  # us of all steps -> ms of one
-    attributed = _attributed(spans, labels)
+    spans = _gpu_spans(events, stages or {})
+    starts = _gpu_step_starts(spans) if spans else _host_step_starts(events)
+    spans = spans or _cpu_spans(events)
+    starts = starts[skip:]
+    if len(starts) < 2:
+        raise ValueError(f"{len(starts)} steps with work in them after the first {skip}; at least 2 are needed")
+    start, end, steps = starts[0], starts[-1], len(starts) - 1
+    spans = [_clip(span, start, end) for span in spans if span.end > start and span.start < end]
+    to_ms = 1e-3 / steps  # us of all steps -> ms of one
+    attributed = attribute(spans)
     attributed[IDLE] = end - start - sum(attributed.values())
-    totals: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0])
-    for span, label in zip(spans, labels, strict=True):
-        total = totals[span.name, label]
-        total[0] += span.calls
-        total[1] += span.end - span.start
-    kernels = [
-        Kernel(name, label, calls / steps, time * ms, time / (end - start))
-        for (name, label), (calls, time) in totals.items()
-    ]
     return Breakdown(
         steps=steps,
-        step_ms=(end - start) * ms,
-        ms={label: attributed[label] * ms for label in CATEGORIES},
-        busy_ms={label: time * ms for label, time in _union(spans, labels).items()},
-        stages_ms={stage: time * ms for stage, time in _union(spans, [span.stage for span in spans]).items()},
-        kernels=tuple(sorted(kernels, key=lambda kernel: (-kernel.ms, kernel.name))),
+        step_ms=(end - start) * to_ms,
+        ms={category: attributed[category] * to_ms for category in CATEGORIES},
+        busy_ms={category: us * to_ms for category, us in busy_time(spans, lambda span: span.category).items()},
+        stages_ms={stage: us * to_ms for stage, us in busy_time(spans, lambda span: span.stage).items()},
+        kernels=_kernels(spans, steps, end - start),
     )
 
 
+def _clip(span: Span, start: float, end: float) -> Span:
+    calls = span.calls if start <= span.start < end else 0
+    return span._replace(start=max(span.start, start), end=min(span.end, end), calls=calls)
+
+
+def _kernels(spans: Iterable[Span], steps: int, window: float) -> tuple[Kernel, ...]:
+    calls: Counter[tuple[str, str]] = Counter()
+    us: Counter[tuple[str, str]] = Counter()
+    for span in spans:
+        calls[span.name, span.category] += span.calls
+        us[span.name, span.category] += span.end - span.start
+    kernels = [Kernel(*key, calls[key] / steps, time * 1e-3 / steps, time / window) for key, time in us.items()]
+    return tuple(sorted(kernels, key=lambda kernel: (-kernel.ms, kernel.name)))
+
+
 def stages_of(events: Sequence[Event], step: int = 1) -> Stages:
-    """The stages of all calls of a kernel in one step, in their order, from a GPU trace with ranges; empty for a CPU's.
+    """The stages of all kernel calls of one step of a GPU trace with ranges; empty for a CPU trace.
 
     Args:
         events: as for `breakdown`.
-        step: which of those traced.
+        step: index of the traced step.
     """
-    found = _device([event for event in events if event.get("ph") == "X"], {})
     stages: dict[str, list[str]] = defaultdict(list)
-    for span in sorted(found[0] if found else ()):
+    for span in sorted(_gpu_spans(events, {})):
         if span.step == step:
             stages[span.name].append(span.stage)
     return stages
@@ -179,99 +184,100 @@ def stages_of(events: Sequence[Event], step: int = 1) -> Stages:
 
 @cache
 def category(name: str, stage: str = "") -> str:
-    """What a kernel or CPU op counts as.
+    """The category of a kernel or CPU op.
 
     Args:
-        name: as the trace has it.
-        stage: range of the step that it was launched in. All that the update launches is the optimizer's, but for
-            communication.
+        name: its name in the trace.
+        stage: range of the step that it was launched in. All kernels of the update except communication count as the
+            optimizer's.
     """
-    found = next((label for label, pattern in RULES if pattern.search(name)), OTHER)
-    return OPTIMIZER if stage == UPDATE and found != COMMUNICATION else found
+    matched = next((category for category, pattern in RULES if pattern.search(name)), OTHER)
+    return OPTIMIZER if stage == UPDATE and matched != COMMUNICATION else matched
 
 
-def _device(events: Sequence[Event], known: Stages) -> tuple[list[Span], dict[int, float]] | None:
-    """(busy times of a GPU, number of each step -> its first), None without a GPU. Kernels know the call that launched
-    them by its correlation id, and with it their range and their step; all kernels of a CUDA graph share one launch."""
-    kernels = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    if not kernels:
-        return None
-    calls = [event for event in events if event.get("cat") in ("cuda_runtime", "cuda_driver")]
-    launched = {event["args"]["correlation"]: event["ts"] for event in calls if "correlation" in event.get("args", {})}
-    begun, ranges = _steps(events), _Ranges(events)
-    busy: Counter[Any] = Counter()
-    for event in kernels:
-        busy[event["pid"], event["tid"]] += event["dur"]
-    ((main, _),) = busy.most_common(1)
-    spans, first = [], {}
-    made: Counter[tuple[int, str]] = Counter()
-    for event in sorted(kernels, key=lambda event: event["ts"]):
-        moment, name = launched.get(event["args"].get("correlation"), -1.0), event["name"]
-        step = bisect_right(begun, moment) - 1  # -1: launched before the first step, or nobody knows when
-        alike, number = known.get(name, ()), made[step, name]
-        stage = ranges.at(moment) or (alike[number] if number < len(alike) else "")
-        made[step, name] += 1
-        spans.append(_span(event, stage, step))
-        if (event["pid"], event["tid"]) == main:
-            first.setdefault(step, event["ts"])
-    first.pop(-1, None)
-    return spans, first
+def _select(events: Iterable[Event], *categories: str) -> list[Event]:
+    """The complete events of Chrome's trace categories."""
+    return [event for event in events if event.get("ph") == "X" and event.get("cat") in categories]
 
 
-def _host(events: Sequence[Event]) -> tuple[list[Span], list[float]]:
-    """(self times of a CPU's ops, beginning of each step)."""
+def _gpu_spans(events: Sequence[Event], known_stages: Stages) -> list[Span]:
+    """Spans of a GPU's kernels, copies and fills. The correlation id of a kernel identifies the call that launched it,
+    and with it its range and step; all kernels of a CUDA graph have the same launch."""
+    calls = _select(events, "cuda_runtime", "cuda_driver")
+    launch_times = {e["args"]["correlation"]: e["ts"] for e in calls if "correlation" in e.get("args", {})}
+    steps, ranges = _host_step_starts(events), _Ranges(events)
+    spans: list[Span] = []
+    counts: Counter[tuple[int, str]] = Counter()
+    for event in sorted(_select(events, "kernel", "gpu_memcpy", "gpu_memset"), key=lambda event: event["ts"]):
+        name, launched = event["name"], launch_times.get(event["args"].get("correlation"), -1.0)
+        step = bisect_right(steps, launched) - 1  # -1: launched before the first step, or launch not recorded
+        known, number = known_stages.get(name, ()), counts[step, name]
+        stage = ranges.at(launched) or (known[number] if number < len(known) else "")
+        counts[step, name] += 1
+        spans.append(Span(event["ts"], event["ts"] + event["dur"], name, stage, step, (event["pid"], event["tid"])))
+    return spans
+
+
+def _gpu_step_starts(spans: Sequence[Span]) -> list[float]:
+    """Start of each step's first kernel on the busiest stream."""
+    busy: Counter[tuple[Any, ...]] = Counter()
+    for span in spans:
+        busy[span.stream] += span.end - span.start
+    ((busiest, _),) = busy.most_common(1)
+    starts: dict[int, float] = {}
+    for span in sorted(spans):
+        if span.stream == busiest and span.step >= 0:
+            starts.setdefault(span.step, span.start)
+    return [start for _, start in sorted(starts.items())]
+
+
+def _host_step_starts(events: Iterable[Event]) -> list[float]:
+    """When the host began each step."""
+    return sorted(event["ts"] for event in _select(events, "user_annotation") if STEP.fullmatch(event["name"]))
+
+
+def _cpu_spans(events: Sequence[Event]) -> list[Span]:
+    """Self times of a CPU's ops."""
     threads: dict[Any, list[Event]] = defaultdict(list)
-    for event in events:
-        if event.get("cat") == "cpu_op":
-            threads[event["pid"], event["tid"]].append(event)
-    stages = _Ranges(events)
-    spans = [span for ops in threads.values() for span in _self_times(ops, stages)]
-    return spans, _steps(events)
+    for event in _select(events, "cpu_op"):
+        threads[event["pid"], event["tid"]].append(event)
+    ranges = _Ranges(events)
+    return [span for ops in threads.values() for span in _self_times(ops, ranges)]
 
 
-def _self_times(ops: Iterable[Event], stages: _Ranges) -> Iterable[Span]:
-    """The ops of one thread without what the ops they call take; an op interrupted by three others has four spans."""
-    running: list[Span] = []  # from the outermost to the one that computes; `start` is where it last went on
+def _self_times(ops: Iterable[Event], ranges: _Ranges) -> Iterator[Span]:
+    """The ops of one thread without the ops they call; an op that calls three others gives four spans."""
+    running: list[Span] = []  # call stack, outermost first; `start` is where the op last resumed
 
-    def until(moment: float) -> Iterable[Span]:
+    def finish(moment: float) -> Iterator[Span]:
+        """Pop the ops that end by this moment."""
         while running and running[-1].end <= moment:
-            done = running.pop()
-            yield done
+            finished = running.pop()
+            yield finished
             if running:
-                running[-1] = running[-1]._replace(start=done.end)
+                running[-1] = running[-1]._replace(start=finished.end)
 
     for event in sorted(ops, key=lambda event: (event["ts"], -event["dur"])):
-        yield from until(event["ts"])
-        span = _span(event, stages.at(event["ts"]))
+        yield from finish(event["ts"])
+        span = Span(event["ts"], event["ts"] + event["dur"], event["name"], ranges.at(event["ts"]))
         if running:
-            # Times are rounded: what begins inside ends inside.
-            span = span._replace(end=min(span.end, running[-1].end))
+            span = span._replace(end=min(span.end, running[-1].end))  # rounding may put it past its caller's end
             yield running[-1]._replace(end=span.start)
             running[-1] = running[-1]._replace(calls=0)
         running.append(span)
-    yield from until(float("inf"))
-
-
-def _span(event: Event, stage: str, step: int = -1) -> Span:
-    return Span(event["ts"], event["ts"] + event["dur"], event["name"], stage, step)
-
-
-def _steps(events: Iterable[Event]) -> list[float]:
-    """When the host began each step."""
-    return sorted(e["ts"] for e in events if e.get("cat") == "user_annotation" and STEP.fullmatch(e["name"]))
+    yield from finish(float("inf"))
 
 
 class _Ranges:
-    """The step's own ranges. The backward pass launches from a thread of its own while the range waits in another, so
-    that threads do not matter."""
+    """The step's ranges of all threads: the backward pass launches kernels from another thread than the range's."""
 
     def __init__(self, events: Iterable[Event]) -> None:
-        found = [e for e in events if e.get("cat") == "user_annotation" and e["name"].startswith(STAGES)]
-        self._ranges = sorted((event["ts"], event["ts"] + event["dur"], event["name"]) for event in found)
+        ranges = [event for event in _select(events, "user_annotation") if event["name"].startswith(STAGES)]
+        self._ranges = sorted((event["ts"], event["ts"] + event["dur"], event["name"]) for event in ranges)
         self._starts = [start for start, _, _ in self._ranges]
 
     def at(self, moment: float) -> str:
-        """The innermost at that moment, or an empty string."""
+        """Name of the innermost range at that moment, or an empty string."""
         for index in reversed(range(bisect_right(self._starts, moment))):
             _, end, name = self._ranges[index]
             if moment < end:
@@ -279,27 +285,26 @@ class _Ranges:
         return ""
 
 
-def _attributed(spans: Sequence[Span], labels: Sequence[str]) -> Counter[str]:
-    """Category -> us in which it is the first of those busy."""
-    edges = [
-        edge
-        for span, label in zip(spans, labels, strict=True)
-        for edge in ((span.start, 1, label), (span.end, -1, label))
-    ]
-    time, active = Counter(dict.fromkeys(CATEGORIES, 0.0)), Counter()
+def attribute(spans: Sequence[Span]) -> Counter[str]:
+    """{category: us in which it is the first of the busy ones in the order of CATEGORIES}."""
+    edges = [(span.start, 1, span.category) for span in spans] + [(span.end, -1, span.category) for span in spans]
     edges.sort(key=lambda edge: edge[0])
-    for (moment, change, label), (following, _, _) in pairwise([*edges, (edges[-1][0], 0, "")] if edges else ()):
+    us, active = Counter(dict.fromkeys(CATEGORIES, 0.0)), Counter()
+    for (moment, change, label), (following, _, _) in pairwise(edges):
         active[label] += change
-        if following > moment and (busy := next((c for c in CATEGORIES if active[c]), None)):
-            time[busy] += following - moment
-    return time
+        busy = next((category for category in CATEGORIES if active[category]), None)
+        if busy:
+            us[busy] += following - moment
+    return us
 
 
-def _union(spans: Sequence[Span], labels: Sequence[str]) -> dict[str, float]:
-    """Label -> us in which any span of it is busy."""
-    time: Counter[str] = Counter()
-    reached: dict[str, float] = {}
-    for span, label in sorted(zip(spans, labels, strict=True)):
-        time[label] += max(0.0, span.end - max(span.start, reached.get(label, span.start)))
-        reached[label] = max(span.end, reached.get(label, span.end))
-    return dict(time)
+def busy_time(spans: Iterable[Span], key: Callable[[Span], str]) -> dict[str, float]:
+    """{key of a span: us in which any span with this key is busy}."""
+    us: Counter[str] = Counter()
+    covered_until: dict[str, float] = {}
+    for span in sorted(spans):
+        label = key(span)
+        covered = covered_until.get(label, span.start)
+        us[label] += max(0.0, span.end - max(span.start, covered))
+        covered_until[label] = max(span.end, covered)
+    return dict(us)
