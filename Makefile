@@ -1,17 +1,23 @@
-# make train   sets up .venv, trains the digits preset and judges the result       make test   sets up .venv and runs the tests
-# make bench   how fast this machine is, into benchmarks/results       make gpu-report   all that needs a GPU, in 8 minutes
-# Variables: PYTHON, VENV, RUN (name of the run), ARGS (more options of `sra-fast train` or of the report), TORCH and
-# TORCH_INDEX, BENCH (options of bench_step), PYTHON_RUN.
-# On a GPU machine with an environment of its own, bench and gpu-report install nothing: where there is no VENV and PYTHON
-# has a torch that sees a GPU, they run in it. PYTHON_RUN=/path/to/python says which, whatever else there is.
+# make train       set up .venv, train the digits preset and evaluate the result
+# make test        set up .venv and run the tests; make test-full adds the slow ones
+# make lint        check format, imports and types
+# make bench       measure this machine, into benchmarks/results
+# make gpu-report  everything that needs a GPU, in 8 minutes
+#
+# Variables: PYTHON, VENV, RUN (name of the run), ARGS (further options of `sra-fast train` or of the report), TORCH and
+# TORCH_INDEX (which build of torch), WORKERS (processes that run tests), BENCH (options of bench_step), PYTHON_RUN.
+#
+# bench and gpu-report can use an existing environment: if there is no VENV and the torch of PYTHON sees a GPU, they run
+# with PYTHON and install nothing. PYTHON_RUN=/path/to/python always takes precedence.
 
-PYTHON ?= python3
-VENV   ?= .venv
-RUN    ?= digits-$(shell date +%Y%m%d-%H%M%S)
-ARGS   ?=
+PYTHON  ?= python3
+VENV    ?= .venv
+RUN     ?= digits-$(shell date +%Y%m%d-%H%M%S)
+ARGS    ?=
+WORKERS ?= auto
 
-# Without an NVIDIA GPU the CPU build of torch, a tenth of the size of the CUDA build; pip's own index serves if it has that
-# build, else TORCH_INDEX. With a GPU the CUDA build, from pip's own index.
+# Without an NVIDIA GPU, the CPU build of torch, a tenth of the size of the CUDA build: from pip's own index if it has that
+# build, else from TORCH_INDEX. With a GPU, the CUDA build from pip's own index.
 ifeq ($(shell command -v nvidia-smi 2>/dev/null)$(shell uname -s),Linux)
   TORCH       ?= torch==2.13.0+cpu
   TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -19,17 +25,20 @@ endif
 TORCH       ?= torch>=2.11
 TORCH_INDEX ?=
 
-PIP   := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
-READY := $(VENV)/.ready
+PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+READY  := $(VENV)/.ready
+# Tests of one file share a worker, and with it their fixtures. One thread each: their tensors are small, and OpenMP threads
+# of several processes slow each other down.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile
 
 ifneq ($(filter bench gpu-report,$(MAKECMDGOALS)),)
   ifeq ($(PYTHON_RUN)$(wildcard $(READY)),)
     PYTHON_RUN := $(shell $(PYTHON) -c 'import torch; torch.cuda.is_available() and print("$(PYTHON)")' 2>/dev/null)
   endif
 endif
-# By its file, because an environment of another's has sra_fast not installed.
+# Run by path: the caller's Python may not have sra_fast installed.
 IN_TREE := $(or $(PYTHON_RUN),$(VENV)/bin/python) benchmarks/in_tree.py .
-# A step of SiT-S takes a CPU some seconds, one of SiT-XL a GPU a tenth of one.
+# On a CPU a step of SiT-S takes seconds; on a GPU one of SiT-XL takes a tenth of a second.
 CPU_RUNGS := public "bf16 teacher to its tap" "+ torch.compile" "+ no host reads" ours "ours eager" "ours fp32" "ours, plain SiT"
 BENCH ?= $(if $(shell command -v nvidia-smi 2>/dev/null),--size xl --batch 32,--size s --batch 8 --repeats 12 --warmup 2 --rungs $(CPU_RUNGS))
 
@@ -39,12 +48,12 @@ train: $(READY)
 	$(VENV)/bin/sra-fast train digits --run.name $(RUN) $(ARGS)
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-full: $(READY)
-	$(VENV)/bin/python -m pytest
+	$(PYTEST)
 
-# In an environment of another's the compiled operators are built beside the sources, if they can be.
+# With the caller's Python, try to build the compiled operators in place.
 OPERATORS := $(if $(PYTHON_RUN),sra_fast/_ops.so)
 sra_fast/_ops.so: setup.py CMakeLists.txt $(wildcard csrc/*)
 	-$(PYTHON_RUN) setup.py --quiet build_ext --inplace
@@ -64,6 +73,8 @@ setup: $(READY)
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*
+	$(VENV)/bin/pyright
 
 $(READY): pyproject.toml setup.py Makefile CMakeLists.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON=...")'
