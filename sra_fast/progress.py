@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -14,8 +15,9 @@ SECONDS_BETWEEN_LINES = 10.0
 class Progress(tqdm):
     """How much of some work is done, how fast it goes, and how long it will take.
 
-    On a terminal this is a tqdm bar. Elsewhere it prints a line at the start, at most one every ten seconds, and one at
-    the end. Use it as a context manager and call `update(n)`, or iterate over it to get the items of a sequence.
+    On a terminal this is a tqdm bar. Elsewhere it prints at most one line every ten seconds, and one at the end unless
+    the work raised an exception. Use it as a context manager and call `update(n)`, or iterate over it to get the items
+    of a sequence.
 
     Args:
         work: number of units in total, or the sequence to iterate over.
@@ -36,15 +38,28 @@ class Progress(tqdm):
     ) -> None:
         total, items = (work, None) if isinstance(work, int) else (len(work), work)
         options: dict[str, Any] = {"unit_scale": total >= 10_000}  # 12.5k instead of 12500
-        if not sys.stderr.isatty():
+        self._prints_lines = not sys.stderr.isatty()
+        if self._prints_lines:
             options |= {
                 "file": _LineFile(),
+                "delay": SECONDS_BETWEEN_LINES,
                 "mininterval": SECONDS_BETWEEN_LINES,
                 "position": 0,  # tqdm would place a second bar by moving the cursor
                 "bar_format": "{desc}: {percentage:.0f} %, {n_fmt}/{total_fmt} in {elapsed}, {remaining} left, "
                 "{rate_fmt}{postfix}",
             }
         super().__init__(items, description, total, unit=unit, initial=done, disable=hidden, **options)
+
+    def __iter__(self) -> Iterator[Any]:
+        with self:
+            for item in self.iterable:
+                yield item
+                self.update()
+
+    def __exit__(self, exc_type: type[BaseException] | None, *details: object) -> None:
+        if self._prints_lines:  # tqdm prints its last line only after this delay
+            self.delay = 0 if exc_type is None else math.inf
+        super().__exit__(exc_type, *details)
 
     def write(self, line: str) -> None:
         """Print a line on stderr without disturbing the bar."""

@@ -32,11 +32,22 @@ def test_a_log_file_gets_lines_and_no_carriage_returns(capsys: pytest.CaptureFix
     assert "loss=0.5" in lines[-1]
 
 
-def test_lines_come_every_ten_seconds_at_most_and_at_both_ends(capsys: pytest.CaptureFixture[str]) -> None:
+def test_short_work_gets_one_line_at_its_end(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(Progress(range(5), "reading", "file")) == [0, 1, 2, 3, 4]
-    first, last = capsys.readouterr().err.splitlines()
-    assert first.startswith("reading: 0 %, 0/5 in 00:00")
-    assert last.startswith("reading: 100 %, 5/5 in 00:00")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("reading: 100 %, 5/5 in 00:00")
+
+
+def fail(count: int) -> None:
+    with Progress(5, "reading") as bar:
+        bar.update(count)
+        raise OSError("disk full")
+
+
+def test_work_that_fails_leaves_stderr_to_the_error_message(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(OSError, match="disk full"):
+        fail(2)
+    assert capsys.readouterr().err == ""
 
 
 def test_hidden_progress_still_writes_messages(capsys: pytest.CaptureFixture[str]) -> None:
