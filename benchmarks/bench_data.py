@@ -1,36 +1,257 @@
-"""How fast training data come: packed latents against the public loader, our decoders against Pillow and DataLoader.
+"""How fast training data arrive: packed latents against the public loader, our decoders against Pillow and DataLoader.
 
-    python -m benchmarks.bench_data                         JPEGs of ImageNet's sizes are made up
-    python -m benchmarks.bench_data --jpegs DIR             all .jpg and .JPEG files below a folder
-    python -m benchmarks.bench_data --vae DIR_OR_ID         and the rate of a VAE's encoder
+    python -m benchmarks.bench_data                         on generated JPEGs of ImageNet's sizes
+    python -m benchmarks.bench_data --jpegs DIR             on all .jpg and .JPEG files below a folder
+    python -m benchmarks.bench_data --vae DIR_OR_ID         also the rate of a VAE's encoder
 
-A sample is one epoch or several; candidates take turns; everything is in the page cache. On a GPU the encoder is
-measured in any case: without --vae, Stable Diffusion's, with random weights.
+A sample is one epoch or several; candidates take turns; everything is in the page cache. The public loader starts its
+workers anew in every epoch, as the public code does; with 0 workers it does not. On a GPU the encoder is always
+measured: without --vae it is Stable Diffusion's with random weights.
+
+Gates: loaders of latents must deliver the same rows in the same order, and a decoder's pixels may differ from Pillow's
+by 0.5 grey levels in the mean and 1.0 in one image.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
 
-from benchmarks.harness import options, timing
-from benchmarks.harness.rows import RESULTS
-from benchmarks.harness.throughput import fastest_step, report
+from benchmarks.harness import options
+from benchmarks.harness.rows import Row, folder, write
+from benchmarks.harness.stamp import stamp
+from benchmarks.harness.tables import data_table
+from benchmarks.harness.throughput import Candidate, measure_rows
 from benchmarks.harness.timing import GateFailed
-from benchmarks.rivals.image_decoders import bench_decoding, bench_encoding, write_jpegs
-from benchmarks.rivals.latent_loaders import bench_latents
+from benchmarks.rivals.image_decoders import JpegFiles
+from benchmarks.rivals.latent_loaders import PublicFiles
+from sra_fast.config import DataConfig
+from sra_fast.data import order
+from sra_fast.data.decoders import open_decoder
+from sra_fast.data.latent_stream import LatentStream
+from sra_fast.data.manifest import NAME, Manifest, Shard
+from sra_fast.data.packed import open_row_set
+from sra_fast.data.rows import Rows
 from sra_fast.errors import Refused
+from sra_fast.vae import open_vae
+
+SHAPE = (8, 32, 32)  # of the SD autoencoder's moments at 256 pixels
+ROWS_PER_SHARD = 4096  # as `sra-fast prepare` writes them
+LOADER_WORKERS = (0, 1, 2)
+THREADS = sorted({1, min(8, os.cpu_count() or 1)})
+DECODER_WORKERS = sorted({0, *THREADS, 2})
+READERS = {"pillow": "Pillow", "dali": "DALI"}  # DALI may not be installed and comes last
+MAX_MEAN_DIFFERENCE, MAX_IMAGE_DIFFERENCE = 0.5, 1.0  # grey levels of 255
+JPEG_SIZES = ((500, 375), (375, 500), (500, 333), (500, 375), (640, 480), (333, 500), (400, 300), (1200, 900))
+
+
+def write_latents(root: Path, count: int) -> None:
+    """Write the same moments to root/packed and root/public: float16 values, which float32 represents exactly."""
+    generator, classes, shards, pairs = np.random.default_rng(0), 1000, [], []
+    (root / "packed").mkdir(parents=True)
+    for number, first in enumerate(range(0, count, ROWS_PER_SHARD)):
+        size = min(ROWS_PER_SHARD, count - first)
+        moments = generator.standard_normal((size, *SHAPE), dtype=np.float32).astype(np.float16)
+        labels = np.arange(first, first + size) % min(classes, count)
+        files = [f"{kind}-{number:05d}.npy" for kind in ("moments", "labels")]
+        for name, values in zip(files, (moments, labels), strict=True):
+            np.save(root / "packed" / name, values)
+        shards.append(Shard(files[0], size, "", files[1], ""))
+        for row, (values, label) in enumerate(zip(moments.astype(np.float32), labels.tolist(), strict=True), first):
+            pairs.append([f"{row // 1000:05d}/img-mean-std-{row:08d}.npy", label])
+            path = root / "public" / "vae-sd" / pairs[-1][0]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, values)
+    (root / "public" / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": pairs}))
+    names = tuple(f"{label}" for label in range(min(classes, count)))
+    facts = {"posterior": True, "scale": 0.18215, "shift": 0.0, "vae": "", "crop": "adm", "resolution": 256}
+    manifest = Manifest(count, names, SHAPE, "float16", **facts, shards=tuple(shards))
+    (root / "packed" / NAME).write_text(json.dumps(asdict(manifest)))
+
+
+def write_jpegs(root: Path, count: int, divisor: int = 1) -> list[Path]:
+    """Write pictures with smooth areas, edges and noise, of ImageNet's usual sizes divided by `divisor`."""
+    root.mkdir(parents=True, exist_ok=True)
+    paths, generator = [], np.random.default_rng(0)
+    for number in range(count):
+        width, height = (side // divisor for side in JPEG_SIZES[number % len(JPEG_SIZES)])
+        y, x = np.mgrid[0:height, 0:width] / max(width, height)
+        a, b, c, d = generator.uniform(2, 12, (4, 3, 1, 1))
+        planes = 128 + 60 * np.sin(a * x + b * y) + 40 * np.sign(np.sin(c * x - d * y))
+        planes += generator.normal(0, 6, planes.shape)
+        buffer = io.BytesIO()
+        Image.fromarray(planes.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)).save(buffer, "JPEG", quality=90)
+        paths.append(root / f"{number:05d}.jpg")
+        paths[-1].write_bytes(buffer.getvalue())
+    return paths
+
+
+def write_vae(root: Path, channels: Sequence[int] = (128, 256, 512, 512)) -> None:
+    """Write an AutoencoderKL of Stable Diffusion's shape, 83.7 M parameters, with random weights. Needs diffusers."""
+    from diffusers import AutoencoderKL
+
+    blocks = len(channels)
+    AutoencoderKL(
+        block_out_channels=tuple(channels),
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        layers_per_block=2,
+        latent_channels=4,
+    ).save_pretrained(root)
+
+
+def check_rows(name: str, batches: Iterator, reference: Iterator, count: int) -> None:
+    """Raise `GateFailed` unless two loaders deliver equal rows and labels, batch by batch."""
+    for number in range(count):
+        (x, labels), (expected, expected_labels) = next(batches)[:2], next(reference)[:2]
+        if not (torch.equal(x.float(), expected.float()) and torch.equal(labels, expected_labels)):
+            raise GateFailed(f"{name}: batch {number} has other rows than the reference")
+
+
+def check_pixels(name: str, x: Tensor, reference: Tensor) -> float:
+    """The mean difference of (N, C, H, W) in [-1, 1], in grey levels. Raises `GateFailed` if it is too large."""
+    difference = (x - reference).abs().mean((1, 2, 3)) * 127.5
+    worst, mean = float(difference.max()), float(difference.mean())
+    if not (worst <= MAX_IMAGE_DIFFERENCE and mean <= MAX_MEAN_DIFFERENCE):  # NaN fails too
+        raise GateFailed(f"{name}: pixels are off by {mean:.2f} levels in the mean and {worst:.2f} for an image")
+    return mean
+
+
+def bench_latents(args: argparse.Namespace, root: Path) -> list[Row]:
+    """Rows of all loaders of latents."""
+    write_latents(root, args.rows)
+    batch, steps = args.batch, args.rows // args.batch
+    public, every_row = PublicFiles(root / "public"), np.arange(args.rows)
+    with ExitStack() as stack:
+
+        def stream(layout: str) -> LatentStream:
+            rows = Rows(open_row_set(root / layout), every_row)
+            return stack.enter_context(LatentStream(rows, seed=0, batch=batch, first_image=0))
+
+        def loader(workers: int, **sampling: Any) -> DataLoader:
+            return DataLoader(public, batch, num_workers=workers, drop_last=True, **sampling)
+
+        def iterate(batches: Any, count: int) -> None:
+            for _ in zip(range(count), batches, strict=False):
+                pass
+
+        in_order = order.rows(0, 0, steps * batch, args.rows).tolist()
+        for layout in ("packed", "public"):
+            check_rows(f"ours, {layout}", stream(layout), iter(loader(0, sampler=in_order)), steps)
+        for workers in LOADER_WORKERS[1:]:
+            check_rows(f"public, {workers} workers", iter(loader(workers, sampler=in_order)), stream("packed"), steps)
+        params = {"batch": batch, "rows": args.rows}
+        images = steps * batch
+        candidates = {
+            # Eight epochs: one is too short to time.
+            "ours, packed": Candidate(partial(iterate, stream("packed"), 8 * steps), 8 * images, True, params),
+            "ours, public files": Candidate(partial(iterate, stream("public"), steps), images, True, params),
+        }
+        for workers in LOADER_WORKERS:
+            run = partial(iterate, loader(workers, shuffle=True), steps)
+            candidates[f"public, {workers} workers"] = Candidate(run, images, False, params)
+        return _measure("latents", candidates, args, torch.device("cpu"), int(np.prod(SHAPE)) * 2)
+
+
+def bench_decoding(args: argparse.Namespace, files: Sequence[Path], device: torch.device) -> list[Row]:
+    """Rows of all installed decoders, with their output on the device."""
+    config, batch = DataConfig(resolution=args.resolution, channels=3), args.decode_batch
+    decoders = {}
+    try:
+        for reader, title in READERS.items():
+            for threads in THREADS:
+                decoder = open_decoder(replace(config, reader=reader, threads=threads), device)
+                decoders[f"ours, {title}, {threads} threads"] = decoder
+    except Refused as error:
+        print(f"DALI not run: {error}")
+
+    def decode(decoder: Any) -> Iterator[Tensor]:
+        for first in range(0, len(files), batch):
+            yield decoder.decode([path.read_bytes() for path in files[first : first + batch]])
+
+    def decode_all(decoder: Any) -> None:
+        for _ in range(args.passes):
+            for _ in decode(decoder):
+                pass
+
+    def load_all(loader: DataLoader) -> None:
+        for x in loader:
+            x.to(device).float().div_(127.5).sub_(1)
+
+    rival = JpegFiles(files, args.resolution, args.passes)
+    reference = torch.stack([_decoded(rival, index) for index in range(len(files))]).float().div_(127.5).sub_(1)
+    params = {"files": len(files), "made_up": not args.jpegs, "resolution": args.resolution, "batch": batch}
+    images = args.passes * len(files)
+    candidates = {}
+    for name, decoder in decoders.items():
+        difference = check_pixels(name, torch.cat([x.cpu() for x in decode(decoder)]), reference)
+        candidates[name] = Candidate(partial(decode_all, decoder), images, True, params, round(difference, 3))
+    for workers in DECODER_WORKERS:
+        loader = DataLoader(rival, batch, num_workers=workers, pin_memory=device.type == "cuda")
+        candidates[f"Pillow, DataLoader, {workers} workers"] = Candidate(
+            partial(load_all, loader), images, False, params
+        )
+    size = sum(path.stat().st_size for path in files) // len(files)
+    threads = torch.get_num_threads()
+    # With more threads the rival's conversion to floats would leave torch's threads spinning, at its expense.
+    torch.set_num_threads(1)
+    try:
+        return _measure("decode on a GPU" if device.type == "cuda" else "decode", candidates, args, device, size)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _decoded(images: JpegFiles, index: int) -> Tensor:
+    try:
+        return images[index]
+    except Exception as error:  # Pillow raises many kinds of errors for a damaged file
+        raise Refused(f"--jpegs: {images.files[index]}: cannot be decoded ({error})") from error
+
+
+def bench_encoding(args: argparse.Namespace, device: torch.device, root: Path) -> list[Row]:
+    """The row of a VAE's encoder; without --vae, of one with random weights if diffusers is installed."""
+    is_gpu = device.type == "cuda"
+    if not args.vae:
+        if find_spec("diffusers") is None:
+            print("encoder not run: needs `pip install diffusers`")
+            return []
+        write_vae(root)
+    vae = open_vae(args.vae or str(root), device, torch.bfloat16 if is_gpu else torch.float32)
+    side = args.resolution
+    x = torch.rand(args.decode_batch if is_gpu else 4, 3, side, side, device=device) * 2 - 1
+    origin = "random weights" if not args.vae else "a folder" if Path(args.vae).exists() else args.vae
+    params = {"resolution": side, "batch": len(x), "dtype": "bf16" if is_gpu else "fp32"}
+    encode = Candidate(lambda: vae.encode(x), len(x), True, params)
+    return _measure("encode", {f"{vae.kind} ({origin})": encode}, args, device, x[0].numel() * 4)
+
+
+def _measure(
+    name: str, candidates: dict[str, Candidate], args: argparse.Namespace, device: torch.device, size: int
+) -> list[Row]:
+    private = (args.jpegs, args.vae)
+    return measure_rows(name, candidates, device, repeats=args.repeats, bytes_per_image=size, private=private)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program. Returns its exit code: 1 if a gate failed, or what was asked for could not be measured."""
+    """The program. Returns its exit code: 1 if a gate failed or a part could not be measured."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_data", description=__doc__.splitlines()[0])
-    parser.add_argument("--jpegs", type=Path, help="folder of JPEG files; default: some are made")
+    parser.add_argument("--jpegs", type=Path, help="folder of JPEG files; default: generated ones")
     parser.add_argument("--vae", help="also measure this VAE's encoder: a folder or an id on the hub")
     parser.add_argument("--rows", type=options.positive, default=8192, help="of the generated latents")
     parser.add_argument("--batch", type=options.positive, default=256, help="of latents")
@@ -38,51 +259,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--decode-batch", type=options.positive, default=32)
     parser.add_argument("--passes", type=options.positive, default=3, help="over the JPEGs in a sample")
     parser.add_argument("--repeats", type=options.positive, default=7, help="samples of each")
-    parser.add_argument("--device", type=options.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that all works; nothing is written")
-    chosen = parser.parse_args(arguments)
-    made_up, shrunk = 96, 1
-    if chosen.quick:
-        chosen.rows, chosen.batch, chosen.resolution, chosen.repeats, chosen.passes = 96, 16, 64, 2, 1
-        chosen.decode_batch, made_up, shrunk = 4, 8, 4
-    if chosen.rows < chosen.batch:
-        parser.error(f"--rows: {chosen.rows} given; must be at least --batch, {chosen.batch}")
-    made, device, failed = [], chosen.device, False
+    parser.add_argument("--device", type=options.device, default=options.default_device())
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs; writes nothing")
+    args = parser.parse_args(arguments)
+    jpegs, divisor = 96, 1
+    if args.quick:
+        args.rows, args.batch, args.resolution, args.repeats, args.passes = 96, 16, 64, 2, 1
+        args.decode_batch, jpegs, divisor = 4, 8, 4
+    if args.rows < args.batch:
+        parser.error(f"--rows: {args.rows} given; must be at least --batch, {args.batch}")
     with tempfile.TemporaryDirectory() as name:
-        if chosen.jpegs:
-            found = (path for path in chosen.jpegs.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
-            files = sorted(path for path in found if path.is_file())
+        temporary = Path(name)
+        if args.jpegs:
+            paths = sorted(path for path in args.jpegs.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+            files = [path for path in paths if path.is_file()]
             if not files:
-                parser.error(f"--jpegs: {str(chosen.jpegs)!r} given; has no .jpg or .jpeg files")
+                parser.error(f"--jpegs: {str(args.jpegs)!r} given; has no .jpg or .jpeg files")
         else:
-            files = write_jpegs(Path(name) / "jpegs", made_up, shrunk)
-        parts = [
-            lambda: bench_latents(chosen, Path(name) / "latents"),
-            lambda: bench_decoding(chosen, files, torch.device("cpu")),
-        ]
-        if device.type == "cuda":
-            parts.append(lambda: bench_decoding(chosen, files, device))
-        if device.type == "cuda" or chosen.vae:
-            parts.append(lambda: bench_encoding(chosen, device, Path(name) / "vae"))
-        for part in parts:
-            try:
-                made += part()
-            except GateFailed as failure:
-                print(f"no number: {failure}")
-                return 1
-            except (Refused, torch.OutOfMemoryError) as error:
-                print(f"not run: {(str(error) or type(error).__name__).splitlines()[0]}")
-                failed = True
-    gathered = os.environ.get("SRA_FAST_RESULTS")  # of a report, whose other parts are beside it
-    others = Path(gathered).parent.glob("*/step*.json") if gathered else ()
-    step = fastest_step([*RESULTS.glob("*/step*.json"), *others])
-    for kind in dict.fromkeys(row["name"] for row in made):
-        print(report([row for row in made if row["name"] == kind], step if kind == "latents" else None))
-    if made and (not chosen.quick or "SRA_FAST_RESULTS" in os.environ):
-        stamp = timing.stamp(device) | {"command": made[0]["command"]}
-        path = timing.write(timing.folder(stamp), "data-jpegs" if chosen.jpegs else "data", made, stamp)
+            files = write_jpegs(temporary / "jpegs", jpegs, divisor)
+        try:
+            rows, failed = _run_parts(args, files, temporary)
+        except GateFailed as error:
+            print(f"no number: {error}")
+            return 1
+    for kind in dict.fromkeys(row["name"] for row in rows):
+        print(f"{kind}\n\n{data_table([row for row in rows if row['name'] == kind])}\n")
+    if rows and (not args.quick or "SRA_FAST_RESULTS" in os.environ):
+        now = stamp(args.device) | {"command": rows[0]["command"]}
+        path = write(folder(now), "data-jpegs" if args.jpegs else "data", rows, now)
         print(f"raw samples in {path}")
     return int(failed)
+
+
+def _run_parts(args: argparse.Namespace, files: Sequence[Path], temporary: Path) -> tuple[list[Row], bool]:
+    """(rows, whether a part could not run); the parts that can still do."""
+    is_gpu = args.device.type == "cuda"
+    parts = [lambda: bench_latents(args, temporary / "latents")]
+    for device in [torch.device("cpu"), args.device] if is_gpu else [args.device]:
+        parts.append(lambda device=device: bench_decoding(args, files, device))
+    if is_gpu or args.vae:
+        parts.append(lambda: bench_encoding(args, args.device, temporary / "vae"))
+    rows, failed = [], False
+    for part in parts:
+        try:
+            rows += part()
+        except (Refused, torch.OutOfMemoryError) as error:
+            print(f"not run: {(str(error) or type(error).__name__).splitlines()[0]}")
+            failed = True
+    return rows, failed
 
 
 if __name__ == "__main__":

@@ -4,24 +4,27 @@
     python -m benchmarks.bench_kernels --ops attention --sizes xl
     pytest benchmarks/bench_kernels.py --benchmark-only --benchmark-save-data -k "adaln and compiled"
 
-Bytes and FLOPs are spelled out in kernel_cases.py. On a GPU a sample is one replay of a CUDA graph, as a training step
-is, from a cold L2 cache: an op of a step finds there what other ops left. On a CPU caches are warm, and small inputs
-may exceed the roof. An implementation whose results disagree with the reference gets no number. cuDNN's and Liger's
-nearest ops (rival_norms.py) have rows where they are installed.
+Bytes and FLOPs are spelled out in kernel_cases.py. On a GPU a sample is one replay of a CUDA graph, as in a training
+step, from a cold L2 cache, because the ops in between have evicted its inputs. On a CPU caches are warm, and small
+inputs may exceed the roof. An implementation whose results disagree with the reference gets no number. cuDNN's and
+Liger's nearest ops (rivals/norms.py) have rows if they are installed.
 
-pytest-benchmark times the same calls by its own clock, to the end of the device's work and with the launch before it;
-the row of benchmarks/timing.py, of the same calls, is beside it under extra_info.
+pytest-benchmark records the same samples; the row is beside them under extra_info.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from benchmarks.harness import options, timing
+from benchmarks.harness import options
+from benchmarks.harness.roofs import roofs
+from benchmarks.harness.rows import Row, Samples, folder, row, table, write
+from benchmarks.harness.stamp import stamp
+from benchmarks.harness.timing import GateFailed, measure
 from benchmarks.kernel_cases import OPS, Case, check, make_case, prepared, truth
 from benchmarks.rivals.norms import RIVALS
 from sra_fast.config import SIZES
@@ -29,62 +32,56 @@ from sra_fast.config import SIZES
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def default_device() -> torch.device:
-    """The GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def defaults(device: torch.device) -> dict[str, Any]:
-    """Sizes, batch, dtype, samples and warm-up that suit a device."""
+    """Sizes, batch, dtype, samples and warm-up for a device."""
     if device.type == "cuda":
         return {"sizes": ["s", "xl"], "batch": 32, "dtype": "bf16", "repeats": 100, "warmup": 5}
     return {"sizes": ["s"], "batch": 4, "dtype": "fp32", "repeats": 30, "warmup": 3}
 
 
-def measure(case: Case, which: str, device: torch.device, repeats: int, warmup: int) -> dict[str, timing.Samples]:
-    """Samples of every implementation that agrees with the reference, interleaved; the others' say what is off."""
+def measure_case(case: Case, which: str, device: torch.device, repeats: int, warmup: int) -> dict[str, Samples]:
+    """Interleaved samples of the implementations that agree with the reference; those of the others hold an error."""
     right = truth(case, which)
-    refused = {}
-    gpu = device.type == "cuda"
-    clock = {"device": device, "cold_l2": gpu, "graph": gpu}
+    failed = {}
+    is_gpu = device.type == "cuda"
+    how = {"device": device, "cold_l2": is_gpu, "graph": is_gpu}
     for name in case.implementations:
         try:
             check(case, name, which, truth(case, which, name) if name in case.another_function else right)
-            if name in RIVALS:  # alone first: what it cannot do must not end the others' turns
-                timing.measure({name: prepared(case, name, which)}, repeats=1, warmup=1, **clock)
-        except timing.GateFailed as failure:
-            refused[name] = timing.Samples(error=f"disagrees with the reference: {failure}")
+            if name in RIVALS:  # alone first: an error must not end the other candidates' measurement
+                measure({name: prepared(case, name, which)}, repeats=1, warmup=1, **how)
+        except GateFailed as error:
+            failed[name] = Samples(error=f"disagrees with the reference: {error}")
         except Exception as error:  # other people's code may raise anything; ours may not
             if name not in RIVALS:
                 raise
-            refused[name] = timing.Samples(error=f"failed ({(str(error) or type(error).__name__).splitlines()[0]})")
+            failed[name] = Samples(error=f"failed ({(str(error) or type(error).__name__).splitlines()[0]})")
     del right
-    agreeing = {name: prepared(case, name, which) for name in case.implementations if name not in refused}
-    taken = timing.measure(agreeing, repeats=repeats, warmup=warmup, **clock)
-    return {name: taken.get(name) or refused[name] for name in case.implementations}
+    calls = {name: prepared(case, name, which) for name in case.implementations if name not in failed}
+    taken = measure(calls, repeats=repeats, warmup=warmup, **how)
+    return {name: taken.get(name) or failed[name] for name in case.implementations}
 
 
-def rows(case: Case, fixed: dict[str, Any], device: torch.device, roofs: dict[str, Any], chosen: Any) -> list:
-    """Rows of all passes and implementations of a case; `fixed` are the params they share."""
-    made = []
-    for which in case.passes:
-        torch._dynamo.reset()  # its limit of recompilations is per function, not per shape
-        taken = measure(case, which, device, chosen.repeats, chosen.warmup)
-        stamp = timing.stamp(device)
-        for name, samples in taken.items():
-            params = {**fixed, "pass": which, "implementation": name}
-            if name in case.another_function:
-                params["another_function"] = True
-            flops = case.flops(which) or None
-            made.append(
-                timing.row(case.op, params, samples, stamp=stamp, bytes=case.bytes(which), flops=flops, roofs=roofs)
-            )
-    return made
+def case_rows(
+    case: Case, which: str, args: argparse.Namespace, size: str, device_roofs: dict[str, Any] | None = None
+) -> list[Row]:
+    """Rows of all implementations of a case in one pass; `args` are those of the command."""
+    torch._dynamo.reset()  # its limit of recompilations is per function, not per shape
+    taken = measure_case(case, which, args.device, args.repeats, args.warmup)
+    now = stamp(args.device)
+    shared = {"size": size, "batch": args.batch, "dtype": "fp32" if case.op == "perturb" else args.dtype, "pass": which}
+    amounts = {"bytes": case.bytes(which), "flops": case.flops(which) or None}
+    rows = []
+    for name, samples in taken.items():
+        params = {**shared, "implementation": name}
+        if name in case.another_function:
+            params["another_function"] = True
+        rows.append(row(case.op, params, samples, stamp=now, roofs=device_roofs, **amounts))
+    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program. Returns its exit code: 1 if an implementation disagrees with the reference."""
-    device = default_device()
+    """The program. Returns its exit code: 1 if an implementation of ours disagrees with the reference."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=", ".join(OPS))
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="default: s and xl on a GPU, s on a CPU")
@@ -93,74 +90,82 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--implementations", nargs="+", metavar="NAME", help="only these, and the reference")
     parser.add_argument("--repeats", type=options.positive, help="samples of each; default: 100 on a GPU, 30 on a CPU")
     parser.add_argument(
-        "--warmup", type=options.positive, help="calls before the first sample; default: 5 on a GPU, 3 on a CPU"
+        "--warmup", type=options.positive, help="calls before sampling; default: 5 on a GPU, 3 on a CPU"
     )
-    parser.add_argument("--device", type=options.device, default=device)
-    chosen = parser.parse_args(arguments)
-    device = chosen.device
-    for name, value in defaults(device).items():
-        if getattr(chosen, name) is None:
-            setattr(chosen, name, value)
-    roofs, stamp, made, path = timing.roofs(device), timing.stamp(device), [], None
+    parser.add_argument("--device", type=options.device, default=options.default_device())
+    args = parser.parse_args(arguments)
+    for name, value in defaults(args.device).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    device_roofs, now = roofs(args.device), stamp(args.device)
+    rows: list[Row] = []
     known: set[str] = set()
-    for size in chosen.sizes:
-        for op in chosen.ops:
-            case = make_case(op, size, chosen.batch, device, DTYPES[chosen.dtype], chosen.implementations)
+    for size in args.sizes:
+        for op in args.ops:
+            case = make_case(op, size, args.batch, args.device, DTYPES[args.dtype], args.implementations)
             known |= set(case.implementations)
-            fixed = {"size": size, "batch": chosen.batch, "dtype": "fp32" if op == "perturb" else chosen.dtype}
-            made += rows(case, fixed, device, roofs, chosen)
-            path = timing.write(timing.folder(stamp), "kernels", made, stamp)  # again and again: a kill costs one op
-    if unknown := set(chosen.implementations or ()) - known:
+            for which in case.passes:
+                rows += case_rows(case, which, args, size, device_roofs)
+            path = write(folder(now), "kernels", rows, now)  # after each op, so that a kill costs only one
+    if unknown := set(args.implementations or ()) - known:
         parser.error(f"--implementations: {', '.join(sorted(unknown))} given; there were {', '.join(sorted(known))}")
-    print(timing.table(made))
+    print(table(rows))
     print(f"raw samples in {path}")
-    off = [row for row in made if row.get("error", "").startswith("disagrees")]
-    for row in off:
-        print(f"no number: {row['error']}")
-    return 1 if any(row["params"]["implementation"] not in RIVALS for row in off) else 0
+    wrong = {row["error"]: row["params"] for row in rows if row.get("error", "").startswith("disagrees")}
+    for error in wrong:
+        print(f"no number: {error}")
+    return int(any(params["implementation"] not in RIVALS for params in wrong.values()))
+
+
+class Replay:
+    """A clock for pytest-benchmark that shows samples taken elsewhere: each call takes as long as the next one."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.durations: Iterator[float] = iter(())
+
+    def now(self) -> float:
+        """The timer."""
+        return self.seconds
+
+    def load(self, samples_ms: Sequence[float]) -> None:
+        """Samples to show."""
+        self.durations = iter([ms / 1e3 for ms in samples_ms])
+
+    def __call__(self) -> None:
+        self.seconds += next(self.durations)
+
+
+REPLAY = Replay()
 
 
 def pytest_generate_tests(metafunc: Any) -> None:
-    """A test per op, size, pass and implementation that this device has. Inputs come with the test."""
-    device = default_device()
+    """A test per op, size, pass and implementation that this device has."""
+    import pytest  # the command does not need it
+
+    device = options.default_device()
     chosen = defaults(device)
+    replayed = pytest.mark.benchmark(timer=REPLAY.now)
     tests = []
     for size in chosen["sizes"]:
         for op in OPS:
             case = make_case(op, size, 1, device, DTYPES[chosen["dtype"]])
-            tests += [(op, size, which, name) for which in case.passes for name in case.implementations]
+            for which in case.passes:
+                tests += [pytest.param(op, size, which, name, marks=replayed) for name in case.implementations]
     metafunc.parametrize(("op", "size", "which", "implementation"), tests)
 
 
 def test_kernel(benchmark: Any, op: str, size: str, which: str, implementation: str) -> None:
-    """One row of pytest-benchmark: every round is one call, from a cold cache to the end of the device's work."""
-    device = default_device()
-    chosen = defaults(device)
-    torch._dynamo.reset()
-    case = make_case(op, size, chosen["batch"], device, DTYPES[chosen["dtype"]], [implementation])
-    check(case, implementation, which, truth(case, which, implementation))
-    call = prepared(case, implementation, which)
-    gpu = device.type == "cuda"
-    flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device) if gpu else None
-
-    def cold() -> None:
-        if flush is not None:
-            flush.zero_()
-            torch.cuda.synchronize(device)
-
-    def synchronised() -> None:
-        call()
-        if gpu:
-            torch.cuda.synchronize(device)
-
-    repeats, warmup = chosen["repeats"], chosen["warmup"]
-    benchmark.pedantic(synchronised, setup=cold, rounds=repeats, iterations=1, warmup_rounds=warmup)
-    taken = timing.measure({"it": call}, device=device, repeats=repeats, warmup=1, cold_l2=gpu, graph=gpu)["it"]
-    fixed = {"size": size, "batch": chosen["batch"], "dtype": "fp32" if op == "perturb" else chosen["dtype"]}
-    params = {**fixed, "pass": which, "implementation": implementation}
-    flops = case.flops(which) or None
-    stamp = timing.stamp(device)
-    benchmark.extra_info["row"] = timing.row(op, params, taken, stamp=stamp, bytes=case.bytes(which), flops=flops)
+    """One row, measured as the command measures it and recorded by pytest-benchmark."""
+    device = options.default_device()
+    args = argparse.Namespace(device=device, **defaults(device))
+    case = make_case(op, size, args.batch, device, DTYPES[args.dtype], [implementation])
+    rows = {row["params"]["implementation"]: row for row in case_rows(case, which, args, size)}
+    measured = rows[implementation]
+    assert "error" not in measured, measured["error"]
+    REPLAY.load(measured["samples_ms"])
+    benchmark.pedantic(REPLAY, rounds=len(measured["samples_ms"]), iterations=1)
+    benchmark.extra_info["row"] = measured
 
 
 if __name__ == "__main__":

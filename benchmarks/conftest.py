@@ -1,4 +1,4 @@
-"""pytest-benchmark's files carry the same stamp as ours, so that compare.py refuses what cannot be compared."""
+"""pytest-benchmark's files carry our stamp too, so that compare.py refuses to compare different machines."""
 
 from __future__ import annotations
 

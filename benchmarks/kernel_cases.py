@@ -1,8 +1,8 @@
 """What bench_kernels.py times: each op with inputs as the model makes them, its implementations, its bytes and FLOPs.
 
-B images of T tokens of width D; e bytes per element. Bytes count each input and each output of a pass once, and no
-intermediate: what a perfect kernel would move. A backward pass reads the gradients of the outputs and the inputs that
-its formula needs, and writes the gradients of the inputs.
+B images of T tokens of width D. Bytes count each input and each output of a pass once and no intermediate: what a
+perfect kernel would move. A backward pass reads the gradients of the outputs and the inputs that its formula needs, and
+writes the gradients of the inputs.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from torch import Tensor
 from benchmarks.harness.timing import GateFailed
 from benchmarks.rivals.norms import ANOTHER_FUNCTION, rivals
 from sra_fast.config import Config, preset
-from sra_fast.kernels import IMPLEMENTATIONS
+from sra_fast.kernels import registry
 from sra_fast.kernels.perturb import Settings, Stored
 from sra_fast.model.attention import attention, available
 
 TOKENS = 256
 COMPILED = "compiled"  # torch.compile of the reference: the rival that a fused kernel has to beat
 REFERENCE = {"attention": "math"}  # by op; "eager" for the others
-# Of values that are not compared in fp64: words are equal in every bit, but logarithm and cosine differ between
-# libraries by a few units in the last place.
+# Without a reference in fp64: random words agree in every bit, but logarithm and cosine differ between libraries by a
+# few units in the last place.
 ULPS = 16
+
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -34,41 +36,39 @@ class Case:
     """One op at one shape.
 
     Attributes:
-        op, width: op and width D.
+        op: its name.
         inputs: as they are passed.
-        learns: which inputs have a gradient; none: there is no backward pass.
-        implementations: name -> function of the inputs that returns a tensor or several.
-        forward_bytes, backward_bytes, forward_flops: of a pass, see above; FLOPs are 2 per multiply-add, and a backward
-            pass has twice those of a forward one, recomputation left out.
-        in_fp64: whether the reference in fp64 is the truth; else the reference as it is.
-        another_function: implementations that compute something else from the same inputs, moving the same bytes, and
-            the reference of that.
+        differentiable: which inputs have a gradient; if none has, there is no backward pass.
+        implementations: name -> function of the inputs that returns one tensor or several.
+        forward_bytes, backward_bytes: of each pass, see above.
+        forward_flops: 2 per multiply-add; the backward pass has twice as many, without recomputation.
+        in_fp64: whether the truth is the reference in fp64; else it is the reference as it stands.
+        another_function: implementations that compute something else with the same memory traffic -> its reference.
     """
 
     op: str
-    width: int
     inputs: tuple[Tensor, ...]
-    learns: tuple[bool, ...]
-    implementations: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]]
+    differentiable: tuple[bool, ...]
+    implementations: dict[str, Function]
     forward_bytes: int
     backward_bytes: int = 0
     forward_flops: int = 0
     in_fp64: bool = True
-    another_function: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
+    another_function: dict[str, Function] = field(default_factory=dict)
 
     @property
     def reference(self) -> str:
-        """Name of the implementation that says what is right."""
+        """Name of the implementation that the others must agree with."""
         return REFERENCE.get(self.op, "eager")
 
-    def reference_of(self, name: str) -> Callable[..., Tensor | tuple[Tensor, ...]]:
-        """What says what is right of an implementation."""
+    def reference_of(self, name: str) -> Function:
+        """The function that an implementation must agree with."""
         return self.another_function.get(name) or self.implementations[self.reference]
 
     @property
     def passes(self) -> tuple[str, ...]:
-        """What is timed."""
-        return ("forward", "forward+backward") if any(self.learns) else ("forward",)
+        """The passes to time."""
+        return ("forward", "forward+backward") if any(self.differentiable) else ("forward",)
 
     def bytes(self, which: str) -> int:
         """Bytes of one of `passes`."""
@@ -89,34 +89,33 @@ def make_case(
         size: s, b, l or xl.
         batch: B.
         device, dtype: of the inputs; perturb draws in fp32 whatever the dtype.
-        names: of implementations to keep, with the reference; None = all.
+        names: implementations to keep besides the reference; None = all.
 
     Returns:
-        The case with "eager", "compiled" and, where there is one and a GPU, "fused" and rivals that are installed; of
-        attention, with every backend that this device has for the shape.
+        The case with "eager", "compiled" and, on a GPU, "fused" and the rivals that are installed; for attention, with
+        every backend that this device has for the shape.
     """
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        # Random numbers, not zeros, which draw less power and run faster than any real data will.
+        # Random numbers: zeros draw less power and run faster than real data.
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     case = _MAKERS[op](preset(f"sit-{size}-2"), batch, normal)
     kept = dict(case.implementations)
-    fused = IMPLEMENTATIONS.get(op, {}).get("fused")
+    fused = registry.OPS[op].fused if op in registry.OPS else None
     if device.type != "cuda" and getattr(fused, "__module__", "").startswith("sra_fast.kernels"):
         kept.pop("fused")  # a Triton kernel
     if names is not None:
-        kept = {name: call for name, call in kept.items() if name in (*names, case.reference)}
+        kept = {name: function for name, function in kept.items() if name in (*names, case.reference)}
     return replace(case, implementations=kept)
 
 
-def _ours(op: str, bind: Callable[[Callable], Callable] = lambda function: function) -> dict[str, Callable]:
-    """eager, compiled and fused; `bind` adds the arguments that are no tensors."""
-    found = IMPLEMENTATIONS[op]
-    reference = bind(found["reference"])
-    fused = {name: bind(function) for name, function in found.items() if name != "reference"}
-    return {"eager": reference, COMPILED: torch.compile(reference, dynamic=False), **fused}
+def _implementations(op: str, bind: Callable[[Function], Function] = lambda function: function) -> dict[str, Function]:
+    """eager, compiled and, if there is a kernel, fused; `bind` adds the arguments that are no tensors."""
+    reference, fused = registry.OPS[op][:2]
+    functions = {"eager": bind(reference), COMPILED: torch.compile(bind(reference), dynamic=False)}
+    return functions | ({"fused": bind(fused)} if fused else {})
 
 
 def _adaln(config: Config, batch: int, normal: Callable[..., Tensor]) -> Case:
@@ -126,10 +125,9 @@ def _adaln(config: Config, batch: int, normal: Callable[..., Tensor]) -> Case:
     rows, vectors = x.nbytes, shift.numel() * x.element_size()
     return Case(
         "adaln",
-        width,
         (x, shift, scale),
         (True, True, True),
-        {**_ours("adaln"), **rivals(x.device)},
+        {**_implementations("adaln"), **rivals(x.device)},
         forward_bytes=2 * rows + 2 * vectors,  # read x, shift, scale; write h
         backward_bytes=3 * rows + 3 * vectors,  # read x, dh, scale; write dx, dshift, dscale
         another_function=ANOTHER_FUNCTION,
@@ -143,10 +141,9 @@ def _gated_adaln(config: Config, batch: int, normal: Callable[..., Tensor]) -> C
     rows, vectors = x.nbytes, gate.numel() * x.element_size()
     return Case(
         "gated_adaln",
-        width,
         (x, branch, gate, shift, scale),
         (True,) * 5,
-        _ours("gated_adaln"),
+        _implementations("gated_adaln"),
         forward_bytes=4 * rows + 3 * vectors,  # read x, branch, gate, shift, scale; write x', h
         # read x', branch, dx', dh, gate, scale; write dx, dbranch, dgate, dshift, dscale
         backward_bytes=6 * rows + 5 * vectors,
@@ -160,25 +157,22 @@ def _gated_residual(config: Config, batch: int, normal: Callable[..., Tensor]) -
     rows, vectors = x.nbytes, gate.numel() * x.element_size()
     return Case(
         "gated_residual",
-        width,
         (x, branch, gate),
         (True,) * 3,
-        _ours("gated_residual"),
+        _implementations("gated_residual"),
         forward_bytes=3 * rows + vectors,  # read x, branch, gate; write x'
         backward_bytes=3 * rows + 2 * vectors,  # read dx', branch, gate; write dbranch, dgate; dx is dx' itself
     )
 
 
 def _alignment(config: Config, batch: int, normal: Callable[..., Tensor]) -> Case:
-    width = config.model.hidden
-    student = normal(batch, TOKENS, width)
-    teacher = student + normal(batch, TOKENS, width)
+    student = normal(batch, TOKENS, config.model.hidden)
+    teacher = student + normal(batch, TOKENS, config.model.hidden)
     return Case(
         "alignment",
-        width,
         (student, teacher),
         (True, False),
-        _ours("alignment", lambda function: lambda s, t: function(s, t, "cosine")),
+        _implementations("alignment", lambda function: lambda s, t: function(s, t, "cosine")),
         forward_bytes=2 * student.nbytes + 4,  # read student, teacher; write one float32
         backward_bytes=3 * student.nbytes + 4,  # read both again and the loss's gradient; write the student's
     )
@@ -199,13 +193,17 @@ def _perturb(config: Config, batch: int, normal: Callable[..., Tensor]) -> Case:
     )
     stored = Stored(True, torch.zeros(4, device=x.device), torch.full((4,), 0.18215, device=x.device))
     moments = torch.cat([x, x.abs()], dim=1).half()
+
+    def bind(function: Function) -> Function:
+        # The last field of NoisedBatch is DiT's.
+        return lambda *batch: tuple(function(*batch, settings, stored))[:7]
+
     return Case(
         "perturb",
-        config.model.hidden,
         (moments, labels, number),
         (False,) * 3,
-        _ours("perturb", lambda function: lambda *batch: tuple(function(*batch, settings, stored))),
-        # read the moments; write x_t, the teacher's and the target; read labels and numbers (int64), write both times
+        _implementations("perturb", bind),
+        # read the moments; write x_t, x_teacher and the target; read labels and numbers (int64); write both times
         # (float32) and the labels
         forward_bytes=moments.nbytes + 3 * x.nbytes + batch * (2 * 8 + 2 * 4 + 8),
         in_fp64=False,
@@ -215,14 +213,15 @@ def _perturb(config: Config, batch: int, normal: Callable[..., Tensor]) -> Case:
 def _attention(config: Config, batch: int, normal: Callable[..., Tensor]) -> Case:
     width, heads = config.model.hidden, config.model.heads
     qkv = normal(batch, TOKENS, 3, heads, width // heads)
-    backends = available(qkv.device, qkv.dtype, width // heads)
     rows = qkv.nbytes // 3
     return Case(
         "attention",
-        width,
         (qkv,),
         (True,),
-        {name: lambda qkv, name=name: attention(qkv, name) for name in backends},
+        {
+            name: lambda qkv, name=name: attention(qkv, name)
+            for name in available(qkv.device, qkv.dtype, width // heads)
+        },
         forward_bytes=4 * rows,  # read q, k, v; write the output
         backward_bytes=7 * rows,  # read q, k, v and the output's gradient; write those of q, k, v
         forward_flops=2 * 2 * batch * TOKENS * TOKENS * width,  # q k^T, and its softmax times v, over all heads
@@ -241,80 +240,76 @@ OPS = tuple(_MAKERS)
 
 
 def prepared(case: Case, name: str, which: str) -> Callable[[], list[Tensor]]:
-    """One pass of one implementation over the case's inputs: a call that returns the outputs, and with a backward pass
-    the gradients after them. Gradients of the outputs are fixed random numbers."""
+    """A call of one pass of an implementation over the case's inputs, which returns the outputs followed by the
+    gradients of a backward pass. Gradients of the outputs are fixed random numbers."""
     return _prepared(case, case.implementations[name], which)
 
 
-def _prepared(case: Case, function: Callable[..., Tensor | tuple[Tensor, ...]], which: str) -> Callable[[], list]:
+def _prepared(case: Case, function: Function, which: str, dtype: torch.dtype | None = None) -> Callable[[], list]:
+    """As `prepared`; with `dtype`, inputs are converted to it."""
+    inputs = [x.detach().to(dtype) if dtype else x.detach() for x in case.inputs]
     if which == "forward":
 
         def forward() -> list[Tensor]:
             with torch.no_grad():
-                return _listed(function(*case.inputs))
+                return _as_list(function(*inputs))
 
         return forward
-    leaves = [x.detach().requires_grad_(learns) for x, learns in zip(case.inputs, case.learns, strict=True)]
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    above = upstream(case)
+    leaves = [x.requires_grad_(wanted) for x, wanted in zip(inputs, case.differentiable, strict=True)]
+    trained = [leaf for leaf in leaves if leaf.requires_grad]
+    grad_out = [gradient.to(dtype) if dtype else gradient for gradient in output_gradients(case)]
 
-    def both() -> list[Tensor]:
-        outputs = _listed(function(*leaves))
-        return [out.detach() for out in outputs] + list(torch.autograd.grad(outputs, wanted, above))
+    def forward_and_backward() -> list[Tensor]:
+        outputs = _as_list(function(*leaves))
+        return [out.detach() for out in outputs] + list(torch.autograd.grad(outputs, trained, grad_out))
 
-    return both
+    return forward_and_backward
 
 
-def upstream(case: Case) -> list[Tensor]:
-    """Gradients of the outputs."""
+def output_gradients(case: Case) -> list[Tensor]:
+    """Random gradients of the outputs, the same in every call."""
     with torch.no_grad():
-        outputs = _listed(case.implementations[case.reference](*case.inputs))
+        outputs = _as_list(case.implementations[case.reference](*case.inputs))
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(out.shape, generator=generator).to(out) for out in outputs]
 
 
-def _listed(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
+def _as_list(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
 
 def truth(case: Case, which: str, name: str = "") -> list[Tensor]:
-    """What is right, of an implementation that computes another function too: the reference in fp64 on the same inputs
-    and output gradients, or as it is."""
-    function = case.reference_of(name)
-    if not case.in_fp64:
-        return _prepared(case, function, which)()
-    leaves = [x.detach().double().requires_grad_(learns) for x, learns in zip(case.inputs, case.learns, strict=True)]
-    outputs = _listed(function(*leaves))
-    right = [out.detach() for out in outputs]
-    if which == "forward":
-        return right
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    return right + list(torch.autograd.grad(outputs, wanted, [above.double() for above in upstream(case)]))
+    """The right results for an implementation: those of its reference, in fp64 if the case says so, for the same inputs
+    and output gradients."""
+    return _prepared(case, case.reference_of(name), which, torch.float64 if case.in_fp64 else None)()
 
 
 def check(case: Case, name: str, which: str, right: list[Tensor]) -> None:
     """Compare an implementation with the truth.
 
     Its largest error may be twice the reference's own at the same dtype, as another order of additions makes it, plus a
-    floor, because the reference may hit the truth by luck: one unit in the last place of the largest value, and of a
-    sum of n terms sqrt(n) such units of fp32, in which sums are taken. Integers are equal.
+    floor, because the reference may hit the truth by luck: one unit in the last place of the largest value, and for a
+    sum of n terms sqrt(n) such units of fp32, in which sums are taken. Integers must be equal.
 
     Raises:
-        GateFailed: naming the result that is off.
+        GateFailed: naming the result that is wrong.
     """
-    got, usual = prepared(case, name, which)(), _prepared(case, case.reference_of(name), which)()
-    for place, (value, own, best) in enumerate(zip(got, usual, right, strict=True)):
-        if value.shape != best.shape or value.dtype != own.dtype:
-            raise GateFailed(f"{case.op} {name}, {which}, result {place}: {value.shape} {value.dtype} made")
-        error = _largest(value.double() - best)
+    results, reference = prepared(case, name, which)(), _prepared(case, case.reference_of(name), which)()
+    for index, (result, usual, best) in enumerate(zip(results, reference, right, strict=True)):
+        label = f"{case.op} {name}, {which}, result {index}"
+        if result.shape != best.shape or result.dtype != usual.dtype:
+            raise GateFailed(
+                f"{label}: {result.dtype} of shape {tuple(result.shape)} is not what the reference returns"
+            )
+        error = _largest(result.double() - best)
         allowed = 0.0
-        if own.is_floating_point():
+        if usual.is_floating_point():
             terms = max(x.numel() for x in case.inputs) / max(1, best.numel())
-            units = torch.finfo(own.dtype).eps * (1 if case.in_fp64 else ULPS)
+            units = torch.finfo(usual.dtype).eps * (1 if case.in_fp64 else ULPS)
             units += torch.finfo(torch.float32).eps * math.sqrt(terms) if terms > 1 else 0
-            allowed = 2 * _largest(own.double() - best) + units * _largest(best)
-        if not error <= allowed:  # also of NaN
-            raise GateFailed(f"{case.op} {name}, {which}, result {place}: error {error:.3g}, allowed {allowed:.3g}")
+            allowed = 2 * _largest(usual.double() - best) + units * _largest(best)
+        if not error <= allowed:  # NaN fails too
+            raise GateFailed(f"{label}: error {error:.3g}, allowed {allowed:.3g}")
 
 
 def _largest(x: Tensor) -> float:

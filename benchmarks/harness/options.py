@@ -1,4 +1,4 @@
-"""Types of command-line options that benchmarks share: what cannot be is refused in one line."""
+"""Types of command-line options that the benchmarks share."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ import argparse
 import torch
 
 
+def default_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def positive(text: str) -> int:
-    """A whole number of at least 1."""
+    """An integer of at least 1."""
     try:
         value = int(text)
     except ValueError:
@@ -19,16 +24,16 @@ def positive(text: str) -> int:
 
 
 def depth(text: str) -> int:
-    """0, or blocks enough for a teacher behind a student."""
+    """0, or enough blocks for a teacher tap after the student tap."""
     if text != "0" and positive(text) < 3:
         raise argparse.ArgumentTypeError(
-            f"{text!r} given; must be 0 or at least 3: the teacher's tap is behind the student's"
+            f"{text!r} given; must be 0 or at least 3: the teacher's tap lies after the student's"
         )
     return int(text)
 
 
 def device(text: str) -> torch.device:
-    """A device that this machine has."""
+    """A device of this machine."""
     try:
         chosen = torch.device(text)
     except RuntimeError:

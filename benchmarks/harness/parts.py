@@ -1,7 +1,5 @@
-"""Programs run one after another under one budget of time: what crashes, hangs or runs out of memory takes nothing else
-with it.
-
-Each part is a process group of its own that gets a share of the time that is left, and is killed whole at its end.
+"""Programs run one after another within a time budget. A part that crashes, hangs or runs out of memory costs only
+itself: each runs in a process group of its own with a share of the remaining time, and is killed as a whole at its end.
 """
 
 from __future__ import annotations
@@ -20,12 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-LAUNCHER = Path(__file__).parents[1] / "in_tree.py"
+from benchmarks.harness.stamp import ROOT
 
+LAUNCHER = ROOT / "benchmarks" / "in_tree.py"
 OK, FAILED, NOT_RUN, NOT_HERE = "ok", "failed", "not run (time)", "not run"
-LEAST_S = 3.0  # below this nothing can even be imported
-SAID_LINES = 30
+MIN_SECONDS = 3.0  # in less than this nothing can even be imported
+STDERR_LINES = 30
 
 
 @dataclass(frozen=True)
@@ -35,18 +33,18 @@ class Part:
     Attributes:
         name: in the report.
         module, arguments: `python -m MODULE ARGUMENTS`; "{folder}" in an argument becomes the folder for its results.
-        share: of the time that is left when it begins, which it may use.
-        most_s: seconds that it may use however many are left.
-        must_end: whether taking longer than its share is a failure, and not merely a lack of time.
-        nothing_to_do: exit codes other than 0 that are no failure.
-        not_here: exit codes by which it says that this machine lacks what it needs; the last line it says is what.
+        share: of the remaining time that it may use.
+        max_seconds: that it may use however much time remains.
+        must_end: whether running out of its share is a failure rather than a lack of time.
+        nothing_to_do: non-zero exit codes that are no failure.
+        not_here: exit codes that say this machine lacks something; the last line of stderr names it.
     """
 
     name: str
     module: str
     arguments: tuple[str, ...] = ()
     share: float = 0.5
-    most_s: float = math.inf
+    max_seconds: float = math.inf
     must_end: bool = False
     nothing_to_do: tuple[int, ...] = ()
     not_here: tuple[int, ...] = ()
@@ -54,74 +52,74 @@ class Part:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a part."""
+    """How a part ended.
+
+    Attributes:
+        outcome: "ok", "failed", "not run (time)" or "not run".
+        reason: why it is not "ok".
+        stderr: the last lines of a failed part's stderr.
+    """
 
     name: str
     command: str
     seconds: float
     outcome: str
-    """"ok", "failed", "not run (time)" or "not run"."""
     reason: str = ""
-    """Why not ok."""
     stderr: tuple[str, ...] = ()
-    """The last lines of a failed part's stderr."""
 
     def json(self) -> dict[str, Any]:
-        """As it is written down."""
+        """The entry in report.json."""
         return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.outcome}, {self.seconds:.0f} s" + (f": {self.reason}" if self.reason else "")
 
 
 def run_parts(
     parts: Sequence[Part], budget_s: float, folder: Path, after_each: Callable[[list[Outcome]], None]
 ) -> list[Outcome]:
-    """Run all parts in order, as far as the budget goes.
+    """Run the parts in order, as far as the budget goes.
 
     Args:
         parts: the most important first.
-        budget_s: seconds for all together.
-        folder: each part's results go to a folder of its own in there, `<number>-<module>`; $SRA_FAST_RESULTS names it.
+        budget_s: seconds for all of them.
+        folder: holds a folder `<number>-<module>` for each part's results, which $SRA_FAST_RESULTS names.
         after_each: called with the outcomes so far.
     """
     end = time.monotonic() + budget_s
     outcomes: list[Outcome] = []
     for number, part in enumerate(parts):
-        left = end - time.monotonic()
-        limit = min(left * part.share, part.most_s)
-        place = folder / f"{number:02d}-{part.module.rpartition('.')[2]}"
-        place.mkdir(parents=True, exist_ok=True)
-        if limit < LEAST_S:
-            outcomes.append(Outcome(part.name, command(part, place), 0.0, NOT_RUN, f"{left:.0f} s were left"))
+        remaining = end - time.monotonic()
+        limit = min(remaining * part.share, part.max_seconds)
+        results = folder / f"{number:02d}-{part.module.rpartition('.')[2]}"
+        results.mkdir(parents=True, exist_ok=True)
+        if limit < MIN_SECONDS:
+            outcomes.append(Outcome(part.name, command(part, results), 0.0, NOT_RUN, f"{remaining:.0f} s were left"))
         else:
             print(f"\n== {part.name} (up to {limit:.0f} s)", flush=True)
-            outcomes.append(run_part(part, limit, place))
-            print(f"== {part.name}: {say(outcomes[-1])}", flush=True)
+            outcomes.append(run_part(part, limit, results))
+            print(f"== {part.name}: {outcomes[-1]}", flush=True)
         after_each(outcomes)
     return outcomes
 
 
-def say(outcome: Outcome) -> str:
-    """One line."""
-    return f"{outcome.outcome}, {outcome.seconds:.0f} s" + (f": {outcome.reason}" if outcome.reason else "")
+def command(part: Part, results: Path) -> str:
+    """The part's command line."""
+    return shlex.join(["python", "-m", part.module, *_arguments(part, results)])
 
 
-def command(part: Part, place: Path) -> str:
-    """As one would type it."""
-    return shlex.join(["python", "-m", part.module, *_arguments(part, place)])
+def _arguments(part: Part, results: Path) -> list[str]:
+    return [argument.replace("{folder}", str(results)) for argument in part.arguments]
 
 
-def _arguments(part: Part, place: Path) -> list[str]:
-    return [argument.replace("{folder}", str(place)) for argument in part.arguments]
-
-
-def run_part(part: Part, limit_s: float, place: Path) -> Outcome:
-    """Run one, for at most so long."""
-    words = [sys.executable, str(LAUNCHER), str(ROOT), part.module, *_arguments(part, place)]
-    began = time.monotonic()
+def run_part(part: Part, limit_s: float, results: Path) -> Outcome:
+    """Run one part for at most `limit_s` seconds."""
+    start = time.monotonic()
     with tempfile.TemporaryFile() as stderr:
         process = subprocess.Popen(
-            words,
+            [sys.executable, str(LAUNCHER), str(ROOT), part.module, *_arguments(part, results)],
             cwd=ROOT,
-            env={**os.environ, "SRA_FAST_RESULTS": str(place), "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "SRA_FAST_RESULTS": str(results), "PYTHONUNBUFFERED": "1"},
             stderr=stderr,
             start_new_session=True,
         )
@@ -130,22 +128,26 @@ def run_part(part: Part, limit_s: float, place: Path) -> Outcome:
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            _kill_group(process)  # also workers that a crash has left behind, with the GPU's memory
-        seconds = time.monotonic() - began
+            _kill_group(process)  # including workers that a crash has left behind, with the GPU's memory
+        seconds = time.monotonic() - start
         stderr.seek(0)
-        said = stderr.read().decode(errors="replace").splitlines()[-SAID_LINES:]
-    if code == 0:
-        return Outcome(part.name, command(part, place), seconds, OK)
-    if code in part.nothing_to_do:
-        return Outcome(part.name, command(part, place), seconds, OK, "nothing to do here")
-    if code in part.not_here:
-        return Outcome(part.name, command(part, place), seconds, NOT_HERE, said[-1] if said else f"exit code {code}")
+        lines = stderr.read().decode(errors="replace").splitlines()[-STDERR_LINES:]
+    outcome, reason = _judge(part, code, seconds, lines)
+    shown = tuple(lines) if outcome in (FAILED, NOT_RUN) else ()
+    return Outcome(part.name, command(part, results), seconds, outcome, reason, shown)
+
+
+def _judge(part: Part, code: int | None, seconds: float, stderr: list[str]) -> tuple[str, str]:
+    """(outcome, reason)."""
     if code is None:
-        outcome, reason = (FAILED if part.must_end else NOT_RUN), f"killed after {seconds:.0f} s, its share of the time"
-    else:
-        outcome = FAILED
-        reason = f"exit code {code}" if code > 0 else f"ended by signal {-code} ({signal.Signals(-code).name})"
-    return Outcome(part.name, command(part, place), seconds, outcome, reason, tuple(said))
+        return (FAILED if part.must_end else NOT_RUN), f"killed after {seconds:.0f} s, its share of the time"
+    if code == 0:
+        return OK, ""
+    if code in part.nothing_to_do:
+        return OK, "nothing to do here"
+    if code in part.not_here:
+        return NOT_HERE, stderr[-1] if stderr else f"exit code {code}"
+    return FAILED, f"exit code {code}" if code > 0 else f"ended by signal {-code} ({signal.Signals(-code).name})"
 
 
 def _kill_group(process: subprocess.Popen) -> None:

@@ -1,9 +1,9 @@
-"""Results of many programs as one folder: at most 8 files, none above 16 MiB, so that it travels and can be committed.
+"""Results of many programs as one folder of at most 8 files, none above 16 MiB, small enough to commit:
 
-report.json      the parts, with what became of each
+report.json      the parts and how each ended
 report.md        the same, and all tables
 step.json        rows of whole steps          kernels.json   all other rows
-steps.png        images/s                     profile.json   figures of a profiled step, and its traces
+steps.png        images/s                     profile.json   figures of a profiled step, beside its traces
 """
 
 from __future__ import annotations
@@ -20,45 +20,44 @@ from benchmarks.harness.rows import Row, markdown, read, table, write
 from sra_fast.errors import Refused
 from sra_fast.files import replacing, write_json
 
-MOST_FILES = 8
-LARGEST = 16 * 2**20  # bytes
+MAX_FILES = 8
+MAX_BYTES = 16 * 2**20
 PROFILE = "profile.json"
+FILES = ("report.json", "report.md", "step.json", "kernels.json", "steps.png", PROFILE)  # without traces
 
 
 def gather(staging: Path, out: Path, outcomes: Sequence[Outcome], stamp: dict[str, Any]) -> None:
-    """Write the folder anew from what the parts have left so far: a report that is itself killed keeps all of it.
+    """Write the folder anew from what the parts have left so far, so that a killed report keeps all of it.
 
     Args:
-        staging: folders of the parts.
-        out: the folder; other files in it are left alone.
-        outcomes: of the parts that had their turn.
-        stamp: of the whole.
+        staging: holds the folders of the parts.
+        out: the folder to write; other files in it are kept.
+        outcomes: of the parts so far.
+        stamp: of the report.
     """
     out.mkdir(parents=True, exist_ok=True)
     rows, remarks = _rows(staging)
-    kept = {"step": [row for row in rows if tables.is_step(row)]}
-    kept["kernels"] = [row for row in rows if not tables.is_step(row)]
-    for name, some in kept.items():
+    steps = [row for row in rows if tables.is_step(row)]
+    others = [row for row in rows if not tables.is_step(row)]
+    for name, some in (("step", steps), ("kernels", others)):
         if some:
             write(out, name, some, stamp)
     remarks += _copy_profile(staging, out)
-    remarks += chart(kept["step"], out / "steps.png")
+    remarks += chart(steps, out / "steps.png")
     for path in sorted(out.iterdir()):
-        if path.stat().st_size > LARGEST:
-            remarks.append(f"left out: {path.name}, {path.stat().st_size / 2**20:.0f} MiB")
+        if path.stat().st_size > MAX_BYTES:
+            remarks.append(_left_out(path))
             path.unlink()
-    write_json(
-        out / "report.json",
-        {"format_version": 1, "stamp": stamp, "parts": [outcome.json() for outcome in outcomes], "remarks": remarks},
-    )
+    parts = [outcome.json() for outcome in outcomes]
+    write_json(out / "report.json", {"format_version": 1, "stamp": stamp, "parts": parts, "remarks": remarks})
     with replacing(out / "report.md") as partial:
-        partial.write_text(_text(outcomes, kept["step"], kept["kernels"], stamp, remarks))
+        partial.write_text(_text(outcomes, steps, others, stamp, remarks))
 
 
 def _rows(staging: Path) -> tuple[list[Row], list[str]]:
-    """(all rows, remarks). A row that two parts have measured is the first one's that has numbers: what matters more
-    comes first, and takes its turns with more rivals."""
-    found: dict[tuple[str, str], Row] = {}
+    """(all rows, remarks). Of a row that two parts have measured the first with numbers counts: more important parts
+    run first, and take turns with more rivals."""
+    by_key: dict[tuple[str, str], Row] = {}
     remarks = []
     for path in sorted(staging.glob("*/*.json")):
         if path.name == PROFILE:
@@ -69,53 +68,54 @@ def _rows(staging: Path) -> tuple[list[Row], list[str]]:
             remarks.append(str(error))
             continue
         for row in content["rows"]:
-            # A model cut short for a quick look is another model.
-            if cut := re.search(r"-depth(\d+)$", content["name"]):
+            if cut := re.search(r"-depth(\d+)$", content["name"]):  # a model cut short is another model
                 row["params"].setdefault("depth", int(cut[1]))
             key = row["name"], str(sorted(row["params"].items()))
-            if key not in found or not found[key]["samples_ms"]:
-                found[key] = row
-    return list(found.values()), remarks
+            if key not in by_key or not by_key[key]["samples_ms"]:
+                by_key[key] = row
+    return list(by_key.values()), remarks
 
 
 def _copy_profile(staging: Path, out: Path) -> list[str]:
-    """Copy the newest profile and as many of its traces as may be, and say what was left out."""
+    """Copy the newest profile and as many of its traces as fit; returns remarks on those left out."""
     remarks: list[str] = []
     folders = sorted({path.parent for path in staging.glob(f"*/{PROFILE}")})
     if not folders:
         return remarks
     shutil.copy(folders[-1] / PROFILE, out / PROFILE)
-    places = MOST_FILES - len({"report.json", "report.md", "step.json", "kernels.json", "steps.png", PROFILE})
+    places = MAX_FILES - len(FILES)
     for trace in sorted(folders[-1].glob("*.pt.trace.json.gz"), key=lambda path: path.stat().st_size):
-        if places and trace.stat().st_size <= LARGEST:
+        if places and trace.stat().st_size <= MAX_BYTES:
             shutil.copy(trace, out / trace.name)
             places -= 1
         else:
-            remarks.append(f"left out: {trace.name}, {trace.stat().st_size / 2**20:.1f} MiB")
+            remarks.append(_left_out(trace))
     return remarks
 
 
+def _left_out(path: Path) -> str:
+    return f"left out: {path.name}, {path.stat().st_size / 2**20:.1f} MiB"
+
+
 def chart(rows: Sequence[Row], path: Path) -> list[str]:
-    """Bars of images/s by rung, one panel per model and batch. Remarks instead where it cannot be drawn."""
-    families = {
-        family: [row for row in found if row.get("images_per_s")] for family, found in tables.families(rows).items()
-    }
-    families = {family: found for family, found in families.items() if found}
-    if not families:
+    """Draw images/s as bars, one panel per model and batch. Returns why it could not be drawn."""
+    timed = [row for row in rows if row.get("images_per_s")]
+    if not timed:
         return ["no chart: no step was measured"]
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return ["no chart: matplotlib is not installed (pip install matplotlib)"]
-    heights = [0.3 * len(found) + 0.7 for found in families.values()]
+    families = tables.families(timed)
+    heights = [0.3 * len(family_rows) + 0.7 for family_rows in families.values()]
     figure = Figure(figsize=(8, sum(heights) + 0.3), layout="constrained")
     panels = figure.subplots(len(families), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for panel, (family, found) in zip(panels, families.items(), strict=True):
-        names = [row["params"]["rung"] for row in found]
+    for panel, (family, family_rows) in zip(panels, families.items(), strict=True):
+        names = [row["params"]["rung"] for row in family_rows]
         colours = ["tab:orange" if name.startswith("ours") else "tab:gray" for name in names]
-        bars = panel.barh(range(len(found)), [row["images_per_s"] for row in found], color=colours)
+        bars = panel.barh(range(len(names)), [row["images_per_s"] for row in family_rows], color=colours)
         panel.bar_label(bars, fmt="%.4g", padding=3)
-        panel.set_yticks(range(len(found)), names)
+        panel.set_yticks(range(len(names)), names)
         panel.invert_yaxis()
         panel.margins(x=0.12)
         panel.set_title(tables.title(family), loc="left", fontsize=10)
@@ -128,38 +128,34 @@ def chart(rows: Sequence[Row], path: Path) -> list[str]:
 def _text(
     outcomes: Sequence[Outcome], steps: Sequence[Row], others: Sequence[Row], stamp: dict[str, Any], remarks: list[str]
 ) -> str:
+    """report.md."""
     versions = ", ".join(f"{name} {version}" for name, version in stamp["versions"].items() if version)
     changed = " with changes" if stamp["dirty"] else ""
-    lines = [
+    commands = [[o.name, o.outcome, f"{o.seconds:.0f}", o.reason, f"`{o.command}`"] for o in outcomes]
+    blocks = [
         f"# {stamp['device']}, {stamp['date'][:10]}",
-        "",
         f"Commit {stamp['commit'] or 'unknown'}{changed}; {versions}; driver {stamp['driver'] or '-'}; power limit "
         f"{stamp['power_limit_w'] or '-'} W; {stamp['threads']} threads.",
-        "",
         f"`{stamp['command']}`",
-        "",
         "## Parts",
-        "",
-        markdown(
-            ("part", "outcome", "s", "why", "command"),
-            [[o.name, o.outcome, f"{o.seconds:.0f}", o.reason, f"`{o.command}`"] for o in outcomes],
-        ),
+        markdown(("part", "outcome", "s", "why", "command"), commands),
     ]
     for outcome in outcomes:
         if outcome.outcome == FAILED:
-            lines += ["", f"{outcome.name} failed: {outcome.reason}", "", "```", *outcome.stderr, "```"]
-    lines += [f"\n{remark}" for remark in remarks]
-    for family, found in tables.families(steps).items():
-        lines += ["", f"## {tables.title(family)}", "", tables.step_table(found), "", tables.alignment_cost(found)]
-    for title, wanted, made in (
+            stderr = "\n".join(("```", *outcome.stderr, "```"))
+            blocks += [f"{outcome.name} failed: {outcome.reason}", stderr]
+    blocks += remarks
+    for family, rows in tables.families(steps).items():
+        blocks += [f"## {tables.title(family)}", tables.step_table(rows), tables.alignment_cost(rows)]
+    for title, belongs, make_table in (
         ("Ops", tables.is_kernel, tables.kernel_table),
         ("Update", tables.is_update, tables.update_table),
         ("Data", tables.is_data, tables.data_table),
         ("Roofs", lambda row: row["name"] == "roof", table),
     ):
-        found = [row for row in others if wanted(row)]
-        if found:
-            lines += ["", f"## {title}", "", made(found)]
+        rows = [row for row in others if belongs(row)]
+        if rows:
+            blocks += [f"## {title}", make_table(rows)]
     if all(outcome.outcome == OK for outcome in outcomes):
-        lines += ["", "All parts ran."]
-    return "\n".join(lines) + "\n"
+        blocks.append("All parts ran.")
+    return "\n\n".join(filter(None, blocks)) + "\n"

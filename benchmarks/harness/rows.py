@@ -1,23 +1,58 @@
-"""Measurements kept: one row per candidate, files of rows with their stamp, and the table a person reads."""
+"""Measurements as rows: what a row holds, files of rows with their stamp, and the table that programs print."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sra_fast.config import refuse_unless
+import numpy as np
+
+from benchmarks.harness.stamp import ROOT
+from sra_fast.errors import Refused
 from sra_fast.files import read_json, write_json
 
-if TYPE_CHECKING:
-    from benchmarks.harness.timing import Samples
-
 FORMAT_VERSION = 1
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS = ROOT / "benchmarks" / "results"
+FIELDS_OF_STAMP = ("device", "versions", "clocks", "commit", "command")
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """All timings of one candidate, in the order they were taken.
+
+    Attributes:
+        ms: milliseconds per call: device time on a GPU, wall time on a CPU.
+        host_samples_ms: milliseconds per call until the call returns to the host; on a CPU the same as `ms`.
+        peak_memory_gib: highest memory in use, including everything else in the process: on a GPU allocated memory
+            during warm-up and one more call, on a CPU resident memory during one warm call. None if unknown.
+        error: why there are no samples.
+    """
+
+    ms: tuple[float, ...] = ()
+    host_samples_ms: tuple[float, ...] = ()
+    peak_memory_gib: float | None = None
+    error: str | None = None
+
+    def joined(self, other: Samples) -> Samples:
+        """These timings followed by those of another measurement of the same candidate."""
+        memory = [peak for peak in (self.peak_memory_gib, other.peak_memory_gib) if peak is not None]
+        host = self.host_samples_ms + other.host_samples_ms
+        return Samples(self.ms + other.ms, host, min(memory, default=None), self.error or other.error)
+
+    @property
+    def median_ms(self) -> float | None:
+        """The median, None without samples."""
+        return _percentile(self.ms, 50)
+
+
+def _percentile(values: Sequence[float], percent: float) -> float | None:
+    return float(np.percentile(values, percent)) if values else None
 
 
 def row(
@@ -33,29 +68,30 @@ def row(
     """One measurement with its circumstances, in JSON values.
 
     Args:
-        name: what was measured. Rows of whole training steps are named "step" or "step/..."; compare.py holds those to
-            its threshold for steps, and everything else to the one for kernels.
-        params: shape, dtype and switches; with the name they tell this row from all others.
+        name: what was measured. Rows of whole training steps are named "step" or "step/..."; compare.py holds them to
+            its threshold for steps, and all other rows to the one for kernels.
+        params: shape, dtype and switches; name and params identify a row.
         samples: the timings.
         stamp: from `stamp.stamp`.
-        bytes: that a call must read and write, each input and output once.
-        flops: of a call, 2 per multiply-add.
-        roofs: from `timing.roofs`. `roof_share` is the time that bytes or flops would take at them, whichever is
-            longer, over the measured median.
+        bytes: that one call must read and write, each input and output once.
+        flops: of one call, 2 per multiply-add.
+        roofs: from `roofs.roofs`. `roof_share` is the time that bytes or flops take at the roofs, whichever is longer,
+            over the measured median.
     """
+    median = samples.median_ms
     return {
         "name": name,
         "params": params,
         "samples_ms": list(samples.ms),
-        "median_ms": samples.median_ms,
-        "p20_ms": samples.p20_ms,
-        "p80_ms": samples.p80_ms,
-        "host_ms": samples.host_ms,
+        "median_ms": median,
+        "p20_ms": _percentile(samples.ms, 20),
+        "p80_ms": _percentile(samples.ms, 80),
+        "host_ms": _percentile(samples.host_samples_ms, 50),
         "bytes": bytes,
         "flops": flops,
-        "roof_share": _roof_share(samples.median_ms, bytes, flops, roofs),
+        "roof_share": _roof_share(median, bytes, flops, roofs),
         "peak_memory_gib": samples.peak_memory_gib,
-        **{field: stamp[field] for field in ("device", "versions", "clocks", "commit", "command")},
+        **{field: stamp[field] for field in FIELDS_OF_STAMP},
         **({"error": samples.error} if samples.error else {}),
     }
 
@@ -69,20 +105,20 @@ def _roof_share(ms: float | None, bytes: int | None, flops: int | None, roofs: d
 
 
 def folder(stamp: dict[str, Any], results: Path | None = None) -> Path:
-    """Where results of this stamp belong: `<results>/<device>-<date>-<commit>`, with benchmarks/results for None. Then
-    $SRA_FAST_RESULTS, if set, is the very folder: ab.py and gpu_report.py gather what other processes write."""
-    if results is None and (gathered := os.environ.get("SRA_FAST_RESULTS")):
-        return Path(gathered)
-    results = results or RESULTS
+    """The folder for results with this stamp: `<results>/<device>-<date>-<commit>`, by default below
+    benchmarks/results. Without `results`, $SRA_FAST_RESULTS overrides it: ab.py and gpu_report.py set it to collect
+    what other processes write."""
+    if results is None and (override := os.environ.get("SRA_FAST_RESULTS")):
+        return Path(override)
     device = "cpu" if stamp["kind"] == "cpu" else stamp["device"].lower().removeprefix("nvidia ")
     commit = (stamp["commit"] or "unknown")[:7]
-    return results / f"{re.sub('[^a-z0-9]+', '-', device)}-{stamp['date'][:10]}-{commit}"
+    return (results or RESULTS) / f"{re.sub('[^a-z0-9]+', '-', device)}-{stamp['date'][:10]}-{commit}"
 
 
-def write(results_dir: Path, name: str, rows: Sequence[Row], stamp: dict[str, Any]) -> Path:
-    """Write `<results_dir>/<name>.json` whole or not at all, and return its path. The folder is made."""
-    results_dir.mkdir(parents=True, exist_ok=True)
-    path = results_dir / f"{name}.json"
+def write(directory: Path, name: str, rows: Sequence[Row], stamp: dict[str, Any]) -> Path:
+    """Write `<directory>/<name>.json` atomically and return its path. Creates the directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}.json"
     write_json(path, {"format_version": FORMAT_VERSION, "name": name, "stamp": stamp, "rows": list(rows)})
     return path
 
@@ -94,12 +130,11 @@ def read(file: Path) -> dict[str, Any]:
         Refused: if it is anything else.
     """
     content = read_json(file)
-    fields = {"format_version", "name", "stamp", "rows"}
-    refuse_unless(
-        isinstance(content, dict) and fields <= set(content), str(file), "other content", "must be a file of results"
-    )
-    found = content["format_version"]
-    refuse_unless(found == FORMAT_VERSION, f"{file}: format_version", found, f"must be {FORMAT_VERSION}")
+    if not (isinstance(content, dict) and {"format_version", "name", "stamp", "rows"} <= set(content)):
+        raise Refused(str(file), "other content", "must be a file of results")
+    version = content["format_version"]
+    if version != FORMAT_VERSION:
+        raise Refused(f"{file}: format_version", version, f"must be {FORMAT_VERSION}")
     return content
 
 
@@ -107,42 +142,53 @@ COLUMNS = ("name", "params", "median ms", "p20 ... p80", "host ms", "GB/s", "TFL
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows as a Markdown table. A row without numbers says why."""
+    """Rows as a Markdown table. A row without numbers shows its error."""
     return markdown(COLUMNS, [_cells(row) for row in rows])
 
 
 def _cells(row: Row) -> list[str]:
-    start = [row["name"], say(row["params"])]
+    start = [row["name"], text_of(row["params"])]
     if row.get("error"):
-        return [*start, row["error"], *[""] * (len(COLUMNS) - 3)]
-    ms, share = row["median_ms"], row["roof_share"]
+        return [*start, row["error"]]
+    ms = row["median_ms"]
     return [
         *start,
         digits(ms),
-        f"{digits(row['p20_ms'])} ... {digits(row['p80_ms'])}",
+        spread(row),
         digits(row["host_ms"]),
         digits(row["bytes"] and row["bytes"] / ms / 1e6),
         digits(row["flops"] and row["flops"] / ms / 1e9),
-        "" if share is None else f"{share:.1%}",
+        percent(row["roof_share"]),
         digits(row["peak_memory_gib"]),
     ]
 
 
-def say(params: dict[str, Any]) -> str:
+def text_of(params: dict[str, Any]) -> str:
     """Parameters in one cell: a=1, b=x."""
     return ", ".join(f"{name}={value}" for name, value in params.items())
 
 
 def digits(value: float | None) -> str:
-    """Four significant digits, and an empty cell for None."""
+    """Four significant digits; '' for None."""
     if value is None:
         return ""
     return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
 
 
+def percent(share: float | None) -> str:
+    """0.25 as 25.0%; '' for None."""
+    return "" if share is None else f"{share:.1%}"
+
+
+def spread(row: Row) -> str:
+    """The 20th and 80th percentile."""
+    return f"{digits(row['p20_ms'])} ... {digits(row['p80_ms'])}"
+
+
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with its columns aligned, so that it also reads well in a terminal."""
-    cells = [[text.replace("|", "\\|") for text in line] for line in (head, *lines)]
+    """A Markdown table with aligned columns. Short lines are filled up with empty cells."""
+    filled = [[*line, *[""] * (len(head) - len(line))] for line in lines]
+    cells = [[text.replace("|", "\\|") for text in line] for line in (head, *filled)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
     padded = [[text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in cells]
     padded.insert(1, ["-" * width for width in widths])

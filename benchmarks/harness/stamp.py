@@ -1,4 +1,4 @@
-"""The circumstances of a measurement: without them a number cannot be compared with another."""
+"""The circumstances of a measurement, without which it cannot be compared with another."""
 
 from __future__ import annotations
 
@@ -43,14 +43,13 @@ CLOCKS = ("sm_mhz", "sm_max_mhz", "memory_mhz", "temperature_c", "power_w")
 
 
 def stamp(device: torch.device | str | None = None) -> dict[str, Any]:
-    """Everything a reader needs to judge a number or measure it again. Fields that do not apply, or that the system
-    does not tell, are None.
+    """What a reader needs to judge a number or to measure it again. Fields that do not apply or are unknown are None.
 
-    Clocks, power and throttle reasons are those of this moment: a stamp taken right after the measuring shows the
-    device under load, one taken before shows it idle.
+    Clocks, power and throttle reasons are those of this moment: take the stamp right after measuring, when the device
+    is still under load.
 
     Args:
-        device: that was measured; None = the GPU where there is one.
+        device: that was measured; None = the GPU if there is one.
 
     Returns:
         `kind` (cuda or cpu), `device` (GPU or CPU model), `cores` this process may use and torch's `threads`, `clocks`
@@ -58,17 +57,16 @@ def stamp(device: torch.device | str | None = None) -> dict[str, Any]:
         torch, triton, cudnn, cuda), `commit` ($SRA_FAST_COMMIT, else git's), `dirty`, `command`, `date` (UTC).
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    gpu = _gpu(device) if device.type == "cuda" else dict.fromkeys(QUERY)
+    is_gpu = device.type == "cuda"
+    gpu = _query_gpu(device) if is_gpu else dict.fromkeys(QUERY)
     commit, dirty = _commit()
     return {
         "kind": device.type,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model(),
+        "device": torch.cuda.get_device_name(device) if is_gpu else _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "clocks": {name: gpu[name] for name in CLOCKS} if device.type == "cuda" else None,
-        "power_limit_w": gpu["power_limit_w"],
-        "throttle_reasons": gpu["throttle_reasons"],
-        "driver": gpu["driver"],
+        "clocks": {name: gpu[name] for name in CLOCKS} if is_gpu else None,
+        **{name: gpu[name] for name in ("power_limit_w", "throttle_reasons", "driver")},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -84,7 +82,7 @@ def stamp(device: torch.device | str | None = None) -> dict[str, Any]:
 
 
 def command() -> str:
-    """How this process was started; the interpreter without its folder, which is this machine's own."""
+    """How this process was started, with the interpreter's name instead of its path."""
     return shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
 
 
@@ -96,12 +94,12 @@ def _installed(package: str) -> str | None:
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints, None where it is missing or fails."""
+    """What a command prints; None if it is missing or fails."""
     try:
-        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return ran.stdout.strip() if ran.returncode == 0 else None
+    return result.stdout.strip() if result.returncode == 0 else None
 
 
 def _cpu_model() -> str:
@@ -111,34 +109,34 @@ def _cpu_model() -> str:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """(hash, whether tracked files differ from it). A copy without .git names its commit in the environment, with
+    """(hash, whether tracked files differ from it). A copy without .git gets its commit from the environment, with
     "-dirty" at the end where that applies."""
-    if named := os.environ.get("SRA_FAST_COMMIT"):
-        return named.removesuffix("-dirty"), named.endswith("-dirty")
-    commit = _output("git", "rev-parse", "HEAD")
+    if commit := os.environ.get("SRA_FAST_COMMIT"):
+        return commit.removesuffix("-dirty"), commit.endswith("-dirty")
     changes = _output("git", "status", "--porcelain", "--untracked-files=no")
-    return commit, None if changes is None else bool(changes)
+    return _output("git", "rev-parse", "HEAD"), None if changes is None else bool(changes)
 
 
-def _gpu(device: torch.device) -> dict[str, Any]:
-    """nvidia-smi's answers about this GPU, which it is told by UUID: CUDA_VISIBLE_DEVICES may renumber."""
+def _query_gpu(device: torch.device) -> dict[str, Any]:
+    """nvidia-smi's values for this GPU, selected by UUID because CUDA_VISIBLE_DEVICES may renumber."""
     uuid = torch.cuda.get_device_properties(device).uuid
     fields = ",".join(QUERY.values())
-    line = _output("nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
-    return parse_query(line)
+    return parse_query(
+        _output("nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
+    )
 
 
 def parse_query(line: str | None) -> dict[str, Any]:
-    """One comma-separated answer to `QUERY` as numbers and names; None for everything the driver does not tell."""
+    """One comma-separated answer to `QUERY` as numbers and names; None for everything the driver does not report."""
     values = [value.strip() for value in line.split(",")] if line else []
     if len(values) != len(QUERY):
         return dict.fromkeys(QUERY)
-    told: dict[str, Any] = {}
+    parsed: dict[str, Any] = {}
     for name, value in zip(QUERY, values, strict=True):
         if value.strip("[]").lower() in ("n/a", "not supported", "unknown error"):
-            told[name] = None
+            parsed[name] = None
         elif name == "throttle_reasons":
-            told[name] = [reason for bit, reason in THROTTLE_REASONS.items() if int(value, 16) & bit]
+            parsed[name] = [reason for bit, reason in THROTTLE_REASONS.items() if int(value, 16) & bit]
         else:
-            told[name] = value if name == "driver" else float(value)
-    return told
+            parsed[name] = value if name == "driver" else float(value)
+    return parsed

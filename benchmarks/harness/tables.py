@@ -1,11 +1,10 @@
-"""Rows as the tables that people read, in reports and in the README: whole steps against each other, ops with their
-implementations side by side, ways to update, what delivers data."""
+"""Rows as the tables of reports and READMEs: steps, ops with their implementations side by side, updates, data."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.harness.rows import Row, digits, markdown
+from benchmarks.harness.rows import Row, digits, markdown, percent, spread
 
 STEP_HEAD = ("step", "images/s", "x public", "ms", "p20 ... p80", "TFLOP/s", "of roof", "of peak", "GiB")
 SUMMARY_HEAD = ("model", "tokens", "batch", "public", "best rival", "ours", "ours / public", "ours / best rival")
@@ -13,7 +12,7 @@ KERNEL_HEAD = ("op", "size", "batch", "dtype", "pass", "µs", "fastest", "GB/s",
 UPDATE_HEAD = ("update", "size", "ms", "p20 ... p80", "x defaults", "GB/s", "of roof", "GiB")
 DATA_HEAD = ("data", "by", "images/s", "x rival", "images/CPU-s", "x rival", "ms a batch", "p20 ... p80")
 
-Family = tuple[str, int, int, int]  # size, tokens, batch, and the depth where it is not the size's, else 0
+Family = tuple[str, int, int, int]  # size, tokens, batch, and the depth if it is not the size's, else 0
 
 
 def is_step(row: Row) -> bool:
@@ -37,17 +36,17 @@ def is_kernel(row: Row) -> bool:
 
 
 def families(rows: Sequence[Row]) -> dict[Family, list[Row]]:
-    """Rows of bench_step by what they train."""
-    found: dict[Family, list[Row]] = {}
+    """Rows of bench_step by model and batch."""
+    grouped: dict[Family, list[Row]] = {}
     for row in filter(is_step, rows):
         params = row["params"]
         family = (params["size"], params["tokens"], params["batch"], params.get("depth", 0))
-        found.setdefault(family, []).append(row)
-    return found
+        grouped.setdefault(family, []).append(row)
+    return grouped
 
 
 def model_name(family: Family) -> str:
-    """SiT-XL/2, or "SiT-XL/2 of 3 blocks" if that is not all of it."""
+    """SiT-XL/2, or "SiT-XL/2 of 3 blocks" if it is cut short."""
     return f"SiT-{family[0].upper()}/2" + (f" of {family[3]} blocks" if family[3] else "")
 
 
@@ -57,26 +56,26 @@ def title(family: Family) -> str:
 
 
 def step_table(rows: Sequence[Row]) -> str:
-    """One family's rungs, with the public recipe as the measure. "of roof" is the share of the matrix product measured
-    in the same run, "of peak" of the data sheet's."""
+    """One family's steps against the public recipe. "of roof" is the share of the matrix product measured in the same
+    run, "of peak" of the data sheet's."""
     public = _images_per_s(rows, "public")
     lines = []
     for row in rows:
-        ms = row["median_ms"]
+        ms, name = row["median_ms"], row["params"]["rung"]
         if not ms:
-            lines.append([row["params"]["rung"], row.get("error", ""), *[""] * (len(STEP_HEAD) - 2)])
+            lines.append([name, row.get("error", "")])
             continue
         speed = row["images_per_s"]
         lines.append(
             [
-                row["params"]["rung"],
+                name,
                 digits(speed),
                 f"{speed / public:.2f}" if public else "",
                 digits(ms),
-                _spread(row),
+                spread(row),
                 digits(row["flops"] and row["flops"] / ms / 1e9),
-                _share(row),
-                _share(row, "peak_share"),
+                percent(row["roof_share"]),
+                percent(row.get("peak_share")),
                 digits(row["peak_memory_gib"]),
             ]
         )
@@ -84,23 +83,22 @@ def step_table(rows: Sequence[Row]) -> str:
 
 
 def alignment_cost(rows: Sequence[Row]) -> str:
-    """What self-alignment adds to a step, in a sentence; empty if one of the two rows is missing."""
+    """What self-alignment adds to a step, in a sentence; '' if one of the two rows is missing."""
     ms = {row["params"]["rung"]: row["median_ms"] for row in rows}
     aligned, plain = ms.get("ours"), ms.get("ours, plain SiT")
     return f"A step with SRA takes {aligned / plain:.2f} x the time of plain SiT." if aligned and plain else ""
 
 
-def summary_table(found: dict[Family, Sequence[Row]]) -> str:
-    """Images/s of several families: the public recipe, the fastest of its rungs, and ours."""
+def summary_table(by_family: dict[Family, Sequence[Row]]) -> str:
+    """Images/s of several families: the public recipe, the fastest of its variants, and ours."""
     lines = []
-    for family, rows in found.items():
+    for family, rows in by_family.items():
         public, ours = _images_per_s(rows, "public"), _images_per_s(rows, "ours")
         rivals = [row.get("images_per_s") for row in rows if not row["params"]["rung"].startswith("ours")]
-        rival = max(filter(None, rivals), default=None)
-        ratios = [f"{ours / other:.2f}" if ours and other else "" for other in (public, rival)]
-        lines.append(
-            [model_name(family), str(family[1]), str(family[2]), digits(public), digits(rival), digits(ours), *ratios]
-        )
+        best = max(filter(None, rivals), default=None)
+        ratios = [f"{ours / other:.2f}" if ours and other else "" for other in (public, best)]
+        model = [model_name(family), str(family[1]), str(family[2])]
+        lines.append([*model, digits(public), digits(best), digits(ours), *ratios])
     return markdown(SUMMARY_HEAD, lines)
 
 
@@ -111,47 +109,45 @@ def kernel_table(rows: Sequence[Row]) -> str:
         shape = [str(row["params"].get(name, "")) for name in ("size", "batch", "dtype", "pass")]
         grouped.setdefault((row["name"], *shape), []).append(row)
     lines = []
-    for key, alike in grouped.items():
-        timed = [row for row in alike if row["median_ms"] and not row["params"].get("another_function")]
-        said = [f"{row['params']['implementation']} {_microseconds(row)}" for row in alike]
-        best = min(timed, key=lambda row: row["median_ms"], default=None)
-        tail = ["", "", ""]
-        if best:
-            tail = [best["params"]["implementation"], digits(best["bytes"] / best["median_ms"] / 1e6), _share(best)]
-        lines.append([*key, ", ".join(said), *tail])
+    for key, group in grouped.items():
+        medians = [f"{row['params']['implementation']} {_microseconds(row)}" for row in group]
+        timed = [row for row in group if row["median_ms"] and not row["params"].get("another_function")]
+        line = [*key, ", ".join(medians)]
+        if timed:
+            best = min(timed, key=lambda row: row["median_ms"])
+            rate = digits(best["bytes"] / best["median_ms"] / 1e6)
+            line += [best["params"]["implementation"], rate, percent(best["roof_share"])]
+        lines.append(line)
     return markdown(KERNEL_HEAD, lines)
+
+
+def _microseconds(row: Row) -> str:
+    if row["median_ms"]:
+        return digits(1e3 * row["median_ms"])
+    return "disagrees" if row.get("error", "").startswith("disagrees") else "-"
 
 
 def update_table(rows: Sequence[Row]) -> str:
     """Ways to do the work that follows the backward pass."""
     rows = list(filter(is_update, rows))
-    usual = {row["params"]["size"]: row["median_ms"] for row in rows if row["params"]["way"] == "torch, defaults"}
+    defaults = {row["params"]["size"]: row["median_ms"] for row in rows if row["params"]["way"] == "torch, defaults"}
     lines = []
     for row in rows:
-        ms, size = row["median_ms"], row["params"]["size"]
+        ms, size, way = row["median_ms"], row["params"]["size"], row["params"]["way"]
         if not ms:
-            lines.append([row["params"]["way"], size, row.get("error", ""), *[""] * (len(UPDATE_HEAD) - 3)])
+            lines.append([way, size, row.get("error", "")])
             continue
-        way, share = row["params"]["way"], _share(row)
+        share = percent(row["roof_share"])
         if not share:  # the roof itself, which may be of fewer parameters
             way += f" ({row['params']['parameters'] / 1e6:.0f} M parameters)"
-        lines.append(
-            [
-                way,
-                size,
-                digits(ms),
-                _spread(row),
-                f"{usual[size] / ms:.2f}" if usual.get(size) and share else "",
-                digits(row["bytes"] / ms / 1e6),
-                share,
-                digits(row["peak_memory_gib"]),
-            ]
-        )
+        ratio = f"{defaults[size] / ms:.2f}" if defaults.get(size) and share else ""
+        rate = digits(row["bytes"] / ms / 1e6)
+        lines.append([way, size, digits(ms), spread(row), ratio, rate, share, digits(row["peak_memory_gib"])])
     return markdown(UPDATE_HEAD, lines)
 
 
 def data_table(rows: Sequence[Row]) -> str:
-    """What delivers images, by the wall clock and by CPU time, each against the rival that is best by it."""
+    """Images delivered per second of wall and CPU time, each compared with the rival that is best by that clock."""
     rows = list(filter(is_data, rows))
     clocks = ("images_per_s", "images_per_cpu_s")
     best: dict[tuple[str, str], float] = {}
@@ -167,23 +163,9 @@ def data_table(rows: Sequence[Row]) -> str:
         for clock in clocks:
             rival = best.get((row["name"], clock))
             line += [digits(row[clock]), f"{row[clock] / rival:.2f}" if rival else ""]
-        lines.append([*line, digits(row["median_ms"]), _spread(row)])
+        lines.append([*line, digits(row["median_ms"]), spread(row)])
     return markdown(DATA_HEAD, lines)
 
 
 def _images_per_s(rows: Sequence[Row], rung: str) -> float | None:
     return next((row.get("images_per_s") for row in rows if row["params"]["rung"] == rung), None)
-
-
-def _spread(row: Row) -> str:
-    return f"{digits(row['p20_ms'])} ... {digits(row['p80_ms'])}"
-
-
-def _share(row: Row, of: str = "roof_share") -> str:
-    return "" if row.get(of) is None else f"{row[of]:.1%}"
-
-
-def _microseconds(row: Row) -> str:
-    if row["median_ms"]:
-        return digits(1e3 * row["median_ms"])
-    return "disagrees" if row.get("error", "").startswith("disagrees") else "-"

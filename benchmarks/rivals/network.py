@@ -1,8 +1,8 @@
-"""The network as the public SiT-SRA code writes it, for the rival: every block projects its own modulation, each
-operation is a line of PyTorch, and nothing is arranged for speed.
+"""The network as the public SiT-SRA code writes it: every block projects its own modulation, each operation is a line
+of PyTorch, and nothing is arranged for speed.
 
-Written anew from its description; the parts that leave no choice (embedders, MLP, head) are the project's own. It
-holds the same weights under the public names and computes the same numbers, which the benchmark's gate checks.
+Written anew from its description, with the project's own embedders, MLP and head, which leave no choice. It has the
+same weights under the public names and computes the same numbers, which the benchmark's gate checks.
 
 Sources: Peebles and Xie, "Scalable Diffusion Models with Transformers", 2023, section 3.2; timm's attention.
 """
@@ -18,12 +18,12 @@ from sra_fast.model.transformer import LabelEmbedder, Mlp, ProjectionHead, Times
 
 
 def modulation(hidden: int, vectors: int) -> nn.Sequential:
-    """SiLU and a linear layer from the condition (B, D) to so many vectors."""
+    """SiLU and a linear layer from the condition (B, D) to (B, vectors * D)."""
     return nn.Sequential(nn.SiLU(), nn.Linear(hidden, vectors * hidden))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """(B, T, D), each sample by its shift and scale (B, D)."""
+    """x (B, T, D), shift and scale (B, D)."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
@@ -95,12 +95,12 @@ class PublicNetwork(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, labels: Tensor, tap: int, project: bool = True, stop: bool = False
     ) -> tuple[Tensor | None, Tensor]:
-        """(prediction (B, C, H, W), output of block `tap` (B, T, D), through the head if `project`).
+        """(prediction (B, C, H, W), output of block `tap` (B, T, D), passed through the head if `project`).
 
         Args:
             x: (B, C, H, W); t: (B,); labels: (B,) int64.
             tap: 1-based.
-            stop: run nothing behind the tap, whose output is all that is wanted; the public code has no such switch.
+            stop: run nothing after the tap and return None for the prediction; the public code has no such switch.
         """
         x = self.x_embedder["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed  # (B, T, D)
         c = self.t_embedder(t) + self.y_embedder(labels)  # (B, D)
