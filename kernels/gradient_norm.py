@@ -1,9 +1,9 @@
 """Global 2-norm of a list of gradients:
 
-    norm = sqrt(sum over all tensors of the sum of g^2)
+    norm = sqrt(sum of g^2 over all elements of all tensors)
 
-The compiled operator (csrc/) adds in float64, where the square of a float32 is exact, in chunks of 65,536 gradients and
-in an order that csrc/arithmetic.h fixes: the same bits in every run, for any number of threads, on CPUs and GPUs.
+The compiled operator (csrc/) adds in float64, in which the square of a float32 is exact, in chunks of 65,536 elements
+and in the order defined in csrc/arithmetic.h: the same bits in every run, with any number of threads, on CPUs and GPUs.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ CHUNK = 1 << 16
 
 
 def gradient_norm_ref(gradients: Sequence[Tensor]) -> Tensor:
-    """Reference norm: a float32 scalar, sums in float32, of at most 65,536 gradients at a time.
+    """Reference norm: a float32 scalar. Sums are in float32, of at most 65,536 elements each.
 
-    PyTorch's own norms on a CPU add up a whole tensor in a few sums, which is off by half a percent at 59 million
-    gradients; on a GPU its foreach functions take chunks.
+    On a CPU, PyTorch's norm of a whole tensor uses a few long sums, with an error of half a percent at 59 million
+    elements. On a GPU, its foreach functions work in chunks.
 
     Args:
         gradients: of any shapes and floating dtypes.
@@ -32,26 +32,26 @@ def gradient_norm_ref(gradients: Sequence[Tensor]) -> Tensor:
     if gradients[0].is_cuda:
         parts = torch._foreach_norm(list(gradients), dtype=torch.float32)
     else:
-        parts = [norm for gradient in gradients for norm in _norms(gradient.reshape(-1))]
+        parts = [norm for gradient in gradients for norm in _partial_norms(gradient.reshape(-1))]
     return torch.linalg.vector_norm(torch.stack(parts))
 
 
-def _norms(gradient: Tensor) -> Iterator[Tensor]:
-    """2-norms, float32 scalars, of which the gradient's own is the norm."""
-    whole = len(gradient) // CHUNK * CHUNK
-    chunks = torch.linalg.vector_norm(gradient[:whole].view(-1, CHUNK), dim=1, dtype=torch.float32)
+def _partial_norms(gradient: Tensor) -> Iterator[Tensor]:
+    """Norms of all complete chunks together and of the rest, float32 scalars."""
+    end = len(gradient) // CHUNK * CHUNK
+    chunks = torch.linalg.vector_norm(gradient[:end].view(-1, CHUNK), dim=1, dtype=torch.float32)
     yield torch.linalg.vector_norm(chunks)
-    yield torch.linalg.vector_norm(gradient[whole:], dtype=torch.float32)
+    yield torch.linalg.vector_norm(gradient[end:], dtype=torch.float32)
 
 
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
     """The norm in one pass over the gradients: a float32 scalar.
 
     Args:
-        gradients: at least one; contiguous, of one device, all float32, all bfloat16 or all float16; any shapes.
+        gradients: at least one; contiguous, on one device, all float32, all bfloat16 or all float16; any shapes.
 
     Raises:
-        RuntimeError: naming the gradient that is otherwise.
+        RuntimeError: naming the gradient that is not so.
     """
     return torch.ops.sra_fast.gradient_norm(gradients)
 

@@ -3,15 +3,14 @@
     words(seed, n, draw)[element] = philox4x32_10(counter, key)[element % 4]
     counter = (element // 4, n low, n high, draw)        key = (seed low, seed high)
 
-Every random number of training and sampling is a pure function of (seed, n, draw, element): the image number n says
-which sample, `Draw` says what for, and nothing depends on rank, batch split, thread count or on what was drawn
-before. A resumed or re-sharded run therefore draws the very same noise, and a GPU kernel can draw it again without
-communication.
+Every random number of training and sampling is a pure function of (seed, n, draw, element): n is the image number and
+`Draw` names the purpose. Nothing depends on rank, batch split, thread count or earlier draws: a resumed or re-sharded
+run draws the same noise, and a GPU kernel can draw it again without communication.
 
-Words and uniforms are equal in every bit on every backend: they come from integer arithmetic and one exact scaling.
-Normals use log, cos and sin, whose last bits differ between backends.
+Words and uniforms have the same bits on every backend: they come from integer arithmetic and one exact scaling. Normals
+use log, cos and sin, whose last bits differ between backends.
 
-The same on the inside of a Triton kernel: `quad` of a call's words, `uniform` and `normal_pair` of words.
+Triton kernels use `quad` (the words of a call), `uniform` and `normal_pair`.
 
 Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011, section 3.3, and Random123's constants.
 """
@@ -27,26 +26,26 @@ from torch import Tensor
 from .language import tl, triton
 
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
-_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85  # golden ratio, sqrt(3) - 1: the key's increments from round to round
+_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85  # golden ratio, sqrt(3) - 1: increments of the key per round
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
 
 
 class Draw(IntEnum):
-    """What a random number is for: the last word of the counter. Values are frozen; append, never renumber."""
+    """Purpose of a random number, the last word of the counter. Values are frozen: append, never renumber."""
 
     POSTERIOR = 0  # the sample of a VAE posterior
     NOISE = 1  # the Gaussian noise of the interpolant
     TIME = 2  # the student's time
-    TEACHER_TIME = 3  # how far the teacher's time lies below it
+    TEACHER_TIME = 3  # distance from the student's to the teacher's time
     LABEL_DROPOUT = 4
-    ORDER = 5  # which data row is the n-th image
+    ORDER = 5  # the data row of the n-th image
     SAMPLER = 6  # initial noise of a generated sample, then the noise of each of its steps
-    TEACHER_LABEL_DROPOUT = 7  # only where the dropout is not shared
-    REPLACEMENT = 8  # which row stands in for an undecodable one
+    TEACHER_LABEL_DROPOUT = 7  # if the dropout is not shared
+    REPLACEMENT = 8  # the row that replaces an undecodable one
     WEIGHT = 9  # initial weights; n is the parameter's position in the model
     FLIP = 10  # horizontal flip of a training image
-    HELD_OUT = 11  # which rows of a packed set are held out; n is the row
+    HELD_OUT = 11  # whether a row of a packed set is held out; n is the row
 
 
 def philox(
@@ -62,8 +61,8 @@ def philox(
         Four int64 tensors of the broadcast shape, each element in [0, 2^32).
     """
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
-    # Changes nothing, but keeps torch.compile from folding the first product into an arange: its vectorized C++ takes a
-    # step that fits into 32 bits for an int, and overflows at the third element (torch 2.13).
+    # A no-op that keeps torch.compile from folding the first product into an arange: its vectorized C++ stores the
+    # step as an int if it fits into 32 bits, and overflows at the third element (torch 2.13).
     c0, c2 = c0 & _MASK, c2 & _MASK
     k0, k1 = key
     for round_index in range(_ROUNDS):
@@ -75,11 +74,13 @@ def philox(
 
 
 def _product(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """(high, low) word of a 32 x 32 bit product. The multiplier is taken less 2^32, and the word added to the high half
-    in return: the product itself would overflow int64's sign, which compiled C++ may take for something that never
-    happens."""
-    less = word * (multiplier - (1 << 32))  # in (-2^62, 0], as both multipliers are above 3 * 2^30
-    return (less >> 32) + word, less & _MASK
+    """(high, low) word of a 32 x 32 bit product.
+
+    The full product overflows a signed 64-bit integer, which is undefined behaviour in compiled C++. So 2^32 is
+    subtracted from the multiplier, and the word is added to the high half instead.
+    """
+    product = word * (multiplier - (1 << 32))  # in (-2^62, 0], as both multipliers exceed 3 * 2^30
+    return (product >> 32) + word, product & _MASK
 
 
 def _split(value: int) -> tuple[int, int]:
@@ -92,7 +93,7 @@ def words(seed: int, number: Tensor, draw: Draw, count: int, first: int = 0) -> 
     Args:
         seed: the run's 64-bit seed.
         number: (B,) int64, image numbers.
-        draw: what the words are for.
+        draw: purpose of the words.
         count: words per image.
         first: element of the first word, a multiple of 4.
 
@@ -109,8 +110,8 @@ def words(seed: int, number: Tensor, draw: Draw, count: int, first: int = 0) -> 
 
 
 def to_uniform(word: Tensor) -> Tensor:
-    """(word's top 23 bits + 1/2) / 2^23: float32 in the open interval (0, 1), symmetric about 1/2, exact in every
-    operation."""
+    """(word's top 23 bits + 1/2) / 2^23: float32 in the open interval (0, 1), symmetric about 1/2. Every operation is
+    exact."""
     return ((word >> 9).to(torch.float32) + 0.5) * 2.0**-23
 
 
@@ -131,8 +132,7 @@ def normals(seed: int, number: Tensor, draw: Draw, count: int, first: int = 0) -
 
 
 def below(word: Tensor, bound: int) -> Tensor:
-    """Integer in [0, bound) from a 32-bit word by multiply and shift (bias below bound / 2^32): int64, the word's
-    shape."""
+    """Integers in [0, bound) from 32-bit words by multiplication and shift (bias below bound / 2^32): int64."""
     if not 0 < bound <= 1 << 31:
         raise ValueError(f"bound: {bound} given; must be in [1, 2^31]")
     return (word * bound) >> 32
@@ -140,8 +140,8 @@ def below(word: Tensor, bound: int) -> Tensor:
 
 @triton.jit
 def quad(seed, call, low, high, DRAW: tl.constexpr):
-    """The four words of a call = element // 4 of image number (low, high), all uint32 in the call's shape. Counters are
-    of 32-bit words: wider ones would silently make this Philox-4x64."""
+    """The four words of call = element // 4 of image number (low, high), all uint32 in the shape of `call`. Wider counter
+    words would silently make this Philox-4x64."""
     zeros = call * 0
     return tl.philox(seed, call, zeros + low, zeros + high, zeros + DRAW)
 
@@ -154,22 +154,22 @@ def uniform(word):
 
 @triton.jit
 def turn(v):
-    """(cos, sin) of 2 pi v for v in [0, 1], within 2^-23: Cephes' polynomials on the exact distance to the nearest
-    quarter turn. CUDA's own keep a reduction for large angles on the stack."""
+    """(cos, sin) of 2 pi v for v in [0, 1], within 2^-23: Cephes' polynomials of the exact distance to the nearest
+    quarter turn. CUDA's own functions need stack memory to reduce large angles."""
     quarter = tl.floor(4 * v + 0.5)
     angle = 6.283185307179586 * (v - 0.25 * quarter)
     z = angle * angle
     sine = ((-1.9515295891e-4 * z + 8.3321608736e-3) * z - 1.6666654611e-1) * z * angle + angle
     cosine = ((2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2) * z * z - 0.5 * z + 1
     odd = (quarter == 1) | (quarter == 3)
-    left, lower = (quarter == 1) | (quarter == 2), (quarter == 2) | (quarter == 3)
+    negative_cosine, negative_sine = (quarter == 1) | (quarter == 2), (quarter == 2) | (quarter == 3)
     cosine, sine = tl.where(odd, sine, cosine), tl.where(odd, cosine, sine)
-    return tl.where(left, -cosine, cosine), tl.where(lower, -sine, sine)
+    return tl.where(negative_cosine, -cosine, cosine), tl.where(negative_sine, -sine, sine)
 
 
 @triton.jit
 def normal_pair(first, second):
-    """Two standard normals of two words, as `normals`."""
+    """Two standard normals from two words, as in `normals`."""
     radius = tl.sqrt_rn(tl.maximum(-2.0 * tl.log(uniform(first)), 0.0))
     cosine, sine = turn(uniform(second))
     return radius * cosine, radius * sine
