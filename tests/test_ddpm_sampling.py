@@ -10,12 +10,11 @@ from fractions import Fraction
 
 import pytest
 import torch
+from test_ode import MEAN, STD
 from torch import Tensor
 
 from sra_fast.errors import Refused
 from sra_fast.sampling.ddpm import chain, ddim, ddpm, kept_steps
-
-MEAN, STD = 0.7, 0.4
 
 
 def abar() -> list[float]:
@@ -119,25 +118,6 @@ def test_ddpm_variance_at_both_ends_of_its_range() -> None:
         )
         # The last step's mean, when no noise is predicted, is x / sqrt(abar_0).
         assert float(result) == pytest.approx(math.sqrt(variance) / math.sqrt(before), rel=1e-9)
-
-
-def test_ddpm_draws_no_noise_at_the_last_step() -> None:
-    drawn = []
-
-    def noise(j: int) -> Tensor:
-        drawn.append(j)
-        return torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-
-    ddpm(lambda x, step: torch.cat([x, x], dim=1), torch.zeros(1, 1, 1, 1, dtype=torch.float64), steps=5, noise=noise)
-    assert drawn == [0, 1, 2, 3]
-
-
-def test_ddpm_clips_nothing() -> None:
-    """A network that sees no noise in x = 3 implies data far outside [-1, 1]; they are kept."""
-    x = torch.full((1, 1, 1, 1), 3.0, dtype=torch.float64)
-    zero = torch.zeros_like(x)
-    result = ddpm(lambda x, step: torch.zeros(1, 2, 1, 1, dtype=torch.float64), x, steps=2, noise=lambda j: zero)
-    assert float(result) == pytest.approx(3 / math.sqrt(ABAR[999]), rel=1e-9)
 
 
 def test_ddim_of_a_point_is_exact_in_two_steps() -> None:

@@ -7,34 +7,15 @@ sample without noise and its response to each noise alone, which give mean and v
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
+from test_ode import MEAN, STD, coefficients, velocity
 from torch import Tensor
 
 from sra_fast.sampling.sde import euler_maruyama, score_from_velocity
 
-MEAN, STD = 0.7, 0.4
 LAST = 0.04
-
-
-def coefficients(path: str, t: float) -> tuple[float, float, float, float]:
-    if path == "linear":
-        return 1 - t, t, -1, 1
-    half = math.pi / 2
-    return math.cos(half * t), math.sin(half * t), -half * math.sin(half * t), half * math.cos(half * t)
-
-
-def velocity(path: str) -> Callable[[Tensor, float], Tensor]:
-    """E[dx_t/dt | x_t = x] by regression: mean of dx_t/dt + covariance with x_t / variance of x_t (x - mean of x_t)."""
-
-    def at(x: Tensor, t: float) -> Tensor:
-        alpha, sigma, d_alpha, d_sigma = coefficients(path, t)
-        slope = (alpha * d_alpha * STD**2 + sigma * d_sigma) / (alpha**2 * STD**2 + sigma**2)
-        return d_alpha * MEAN + slope * (x - alpha * MEAN)
-
-    return at
 
 
 def moments(path: str, steps: int) -> tuple[float, float]:
@@ -59,16 +40,6 @@ def test_score_of_a_gaussian(path: str, t: float) -> None:
     score = score_from_velocity(path, x, velocity(path)(x, t), t)
     # Near data the score is a difference of size sigma, divided by sigma: at 1e-6, six of sixteen digits are lost.
     torch.testing.assert_close(score, -(x - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2), rtol=1e-8, atol=1e-8)
-
-
-@pytest.mark.parametrize("path", ["linear", "cosine"])
-def test_score_is_the_published_expression(path: str) -> None:
-    x, v = torch.randn(2, 5, dtype=torch.float64)
-    for t in (1.0, 0.5, LAST):
-        alpha, sigma, d_alpha, d_sigma = coefficients(path, t)
-        ratio = alpha / d_alpha
-        published = (ratio * v - x) / (sigma**2 - ratio * d_sigma * sigma)
-        torch.testing.assert_close(score_from_velocity(path, x, v, t), published, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("path", ["linear", "cosine"])
@@ -129,12 +100,3 @@ def test_published_times_calls_and_noises() -> None:
     assert times[1] == pytest.approx(1 - 0.96 / 249, abs=1e-15)
     assert times[-1] == pytest.approx(0.04, abs=1e-15)
     assert drawn == list(range(249))  # the last step has none
-
-
-def test_one_step_needs_no_noise() -> None:
-    """From t = 1 on the linear path, v = x - mean and s = -x: x - (v - s) = mean - x."""
-    x = torch.randn(5, dtype=torch.float64)
-    result = euler_maruyama(
-        velocity("linear"), x, path="linear", steps=1, noise=lambda k: pytest.fail("asked for noise")
-    )
-    torch.testing.assert_close(result, MEAN - x)
