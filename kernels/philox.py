@@ -140,8 +140,8 @@ def below(word: Tensor, bound: int) -> Tensor:
 
 @triton.jit
 def quad(seed, call, low, high, DRAW: tl.constexpr):
-    """The four words of call = element // 4 of image number (low, high), all uint32 in the shape of `call`. Wider counter
-    words would silently make this Philox-4x64."""
+    """The four words of call = element // 4 of image number (low, high), all uint32 in the call's shape. Wider counters
+    would silently make this Philox-4x64."""
     zeros = call * 0
     return tl.philox(seed, call, zeros + low, zeros + high, zeros + DRAW)
 

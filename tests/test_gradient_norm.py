@@ -1,4 +1,4 @@
-"""The global norm: to a last bit of float64's truth, and the same bits whoever adds up which part."""
+"""The global norm: correctly rounded from float64, and the same bits for any split of the work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from torch import Tensor
-from update_lists import BRAIN, FULL, HALF, compiled, words
+from update_lists import BRAIN, FULL, HALF, compiled, threads, words
 
 from sra_fast.kernels.gradient_norm import gradient_norm, gradient_norm_ref
 
@@ -40,23 +40,16 @@ def last_bits(norm: Tensor, exact: float) -> float:
 
 @compiled
 @DTYPES
-@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e4])
-def test_the_norm_is_float64s_rounded(dtype: torch.dtype, scale: float) -> None:
-    gradients = draw(dtype, scale=scale)
-    norm = gradient_norm(gradients)
-    assert (norm.shape, norm.dtype) == ((), FULL)
-    assert last_bits(norm, truth(gradients)) < 0.501  # a half for the rounding; float64's own errors are far below
-    for gradient in gradients:
-        assert last_bits(gradient_norm([gradient]), truth([gradient])) < 0.501
-
-
-@DTYPES
-def test_the_references_norm_is_float32s(dtype: torch.dtype) -> None:
+def test_the_norm_is_correctly_rounded(dtype: torch.dtype) -> None:
     gradients = draw(dtype)
-    norm = gradient_norm_ref(gradients)
-    assert (norm.shape, norm.dtype) == ((), FULL)
-    # torch adds in float32; the roundings go both ways, as many as there are terms.
-    assert last_bits(norm, truth(gradients)) < math.sqrt(max(g.numel() for g in gradients))
+    norm, reference = gradient_norm(gradients), gradient_norm_ref(gradients)
+    assert (norm.shape, norm.dtype) == (reference.shape, reference.dtype) == ((), FULL)
+    for some in (gradients, *([gradient] for gradient in gradients)):
+        assert (
+            last_bits(gradient_norm(some), truth(some)) < 0.501
+        )  # half for the rounding; float64's errors are far below
+    # The reference adds in float32: roundings of both signs, one per term.
+    assert last_bits(reference, truth(gradients)) < math.sqrt(max(g.numel() for g in gradients))
 
 
 def in_order(gradients: Sequence[Tensor]) -> Tensor:
@@ -68,15 +61,15 @@ def in_order(gradients: Sequence[Tensor]) -> Tensor:
             sums = [a + b for a, b in zip(sums[:half], sums[half:], strict=True)]
         return sums[0]
 
-    threads = [0.0] * 256
+    sums = [0.0] * 256
     chunks = itertools.chain.from_iterable(g.reshape(-1).double().split(CHUNK) for g in gradients if g.numel())
     for number, chunk in enumerate(chunks):
         lanes = torch.zeros(LANES, dtype=torch.float64)
         for row in chunk.square().split(LANES):
             lanes[: len(row)] += row
         four = lanes.view(-1, 4).unbind(1)
-        threads[number % 256] += tree(((four[0] + four[1]) + (four[2] + four[3])).tolist())
-    return torch.tensor(math.sqrt(tree(threads))).float()
+        sums[number % 256] += tree(((four[0] + four[1]) + (four[2] + four[3])).tolist())
+    return torch.tensor(math.sqrt(tree(sums))).float()
 
 
 def on_a_tie(small: Sequence[int], size: int = 2 * CHUNK) -> Tensor:
@@ -122,43 +115,36 @@ def test_chunks_are_added_in_256_sums_and_these_by_the_tree() -> None:
 
 
 @compiled
-def test_random_places_are_added_in_the_documented_order(threads: Callable[[int], None]) -> None:
+def test_random_places_are_added_in_the_documented_order() -> None:
     generator = torch.Generator().manual_seed(0)
     found = []
-    for count in range(1, 41):
-        threads(1 + count % 4)
+    for count in range(1, 21):
         gradients = [on_a_tie(torch.randint(4 * LANES, CHUNK, (count % 20,), generator=generator).tolist())]
         gradients.append(torch.full((count // 8,), 2.0**-27))
-        found.append(float(gradient_norm(gradients)))
+        with threads(1 + count % 4):
+            found.append(float(gradient_norm(gradients)))
         assert found[-1] == float(in_order(gradients))
     assert set(found) == {1.0, UP}
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @compiled
 @DTYPES
-def test_bits_depend_neither_on_threads_nor_on_addresses(dtype: torch.dtype, threads: Callable[[int], None]) -> None:
+def test_bits_depend_neither_on_threads_nor_on_addresses(dtype: torch.dtype) -> None:
     gradients = draw(dtype)
     found = []
-    for count, offset in itertools.product((1, 2, 4), range(5)):
-        threads(count)
+    for count, offset in ((1, 0), (1, 1), (2, 2), (4, 3), (4, 4)):
         moved = []
         for gradient in gradients:
             buffer = torch.full((gradient.numel() + offset + 3,), math.nan, dtype=dtype)  # NaN where nobody may read
             moved.append(buffer[offset : offset + gradient.numel()].view(gradient.shape).copy_(gradient))
-        found += words([gradient_norm(moved), gradient_norm(moved)])
+        with threads(count):
+            found += words([gradient_norm(moved), gradient_norm(moved)])
     assert set(found) == set(words([gradient_norm(gradients)]))
 
 
 @compiled
 def test_shapes_do_not_matter_and_thousands_of_tensors_do_not_either() -> None:
-    gradients = draw(shapes=[(37 * i % 61, 1 + i % 3) for i in range(4000)])
+    gradients = draw(shapes=[(37 * i % 61, 1 + i % 3) for i in range(1000)])
     flat = [g.reshape(-1) for g in gradients]
     assert words([gradient_norm(gradients)]) == words([gradient_norm(flat)]) == words([in_order(gradients)])
 
@@ -171,14 +157,7 @@ def test_what_is_not_finite_is_found_wherever_it_is(norm_of) -> None:
             gradients[place].view(-1)[position] = bad
             norm = float(norm_of(gradients))
             assert math.isnan(norm) if math.isnan(bad) else norm == math.inf
-    gradients[0].view(-1)[:2] = torch.tensor([math.inf, math.nan])
-    assert not norm_of(gradients).isfinite()
-
-
-@either
-def test_a_norm_beyond_float32_is_infinite(norm_of) -> None:
-    assert float(norm_of([torch.full((2,), 3e38)])) == math.inf
-    assert float(norm_of([torch.tensor(3e38), torch.tensor(3e38)])) == math.inf
+    assert float(norm_of([torch.full((2,), 3e38)])) == math.inf  # beyond float32
 
 
 @compiled
@@ -198,20 +177,16 @@ def test_nothing_has_the_norm_zero(norm_of) -> None:
 
 @compiled
 @DTYPES
-def test_opcheck_finds_nothing(dtype: torch.dtype) -> None:
-    torch.library.opcheck(torch.ops.sra_fast.gradient_norm.default, (draw(dtype, SHAPES[:7]),))
-
-
-@compiled
-def test_a_compiled_graph_gives_the_same_bits() -> None:
+def test_the_op_can_be_checked_and_compiled(dtype: torch.dtype) -> None:
     def half(gradients: list[Tensor]) -> Tensor:
         return gradient_norm([g * 0.5 for g in gradients])
 
-    gradients = draw(shapes=SHAPES[:6])
-    assert words([torch.compile(half, fullgraph=True)(gradients)]) == words([half(gradients)])
+    gradients = draw(dtype, SHAPES[:6])
+    torch.library.opcheck(torch.ops.sra_fast.gradient_norm.default, (gradients,))
+    assert words([torch.compile(half, fullgraph=True, backend="aot_eager")(gradients)]) == words([half(gradients)])
 
 
-BAD: dict[str, tuple[Callable[[], list[Tensor]], str]] = {
+REFUSED: dict[str, tuple[Callable[[], list[Tensor]], str]] = {
     "float64": (
         lambda: [torch.ones(2).double()],
         r"gradients\[0\]: dtype Double given; must be Float, BFloat16 or Half",
@@ -223,10 +198,10 @@ BAD: dict[str, tuple[Callable[[], list[Tensor]], str]] = {
 
 
 @compiled
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", REFUSED)
 def test_a_bad_call_is_refused_by_name(name: str) -> None:
-    gradients, said = BAD[name]
-    with pytest.raises(RuntimeError, match=rf"^gradient_norm: {said}"):
+    gradients, message = REFUSED[name]
+    with pytest.raises(RuntimeError, match=rf"^gradient_norm: {message}"):
         gradient_norm(gradients())
 
 

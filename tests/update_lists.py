@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -24,6 +25,16 @@ RATES, DECAYS = torch.tensor([3e-3, 1e-2]), (0.0, 0.1)
 ONE = torch.tensor(1e-2)  # rate for all
 BETAS, EPS, EMA = (0.9, 0.999), 1e-8, 0.99
 OPTIONS = {"betas": BETAS, "eps": EPS, "weight_decay": DECAYS, "group": GROUP}
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def draw(seed: int, scale: float = 1.0, shapes: Sequence[tuple[int, ...]] = SHAPES) -> list[Tensor]:
