@@ -1,8 +1,9 @@
-"""decoding.py: what samples are is known wherever their weights go, and a VAE that does not fit is one line."""
+"""Decoding: the latent space is known wherever the weights go, and a VAE that does not fit is refused in one line."""
 
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -15,10 +16,10 @@ from sra_fast.errors import Refused
 from sra_fast.sampling.decoding import (
     BATCH,
     LatentSpace,
+    find_latent_space,
     image_decoder,
     latent_decoder,
     latent_space,
-    find_latent_space,
 )
 
 CPU = torch.device("cpu")
@@ -29,19 +30,14 @@ def space(tmp_path, **changes):
     return latent_space(config, open_source(config, CPU)[0])
 
 
-def test_the_space_is_the_set_s_and_the_vae_may_be_another(tmp_path):
+def test_the_space_is_that_of_the_set_and_the_vae_may_be_another(tmp_path, monkeypatch):
     pack(tmp_path / "set", vae="its own", scale=[1.0, 2.0, 3.0, 4.0], shift=0.5)
-    latents = {"data__images": "", "data__latents": str(tmp_path / "set")}
-    assert space(tmp_path, **latents) == LatentSpace("its own", (1.0, 2.0, 3.0, 4.0), 0.5)
-    assert space(tmp_path, **latents, data__vae="mine").vae == "mine"
-
-
-def test_a_folder_is_found_again_from_elsewhere(tmp_path, monkeypatch):
-    pack(tmp_path / "set")
     (tmp_path / "vae").mkdir()
     monkeypatch.chdir(tmp_path)
     latents = {"data__images": "", "data__latents": "set"}
-    assert space(tmp_path, **latents, data__vae="vae").vae == str((tmp_path / "vae").resolve())
+    assert space(tmp_path, **latents) == LatentSpace("its own", (1.0, 2.0, 3.0, 4.0), 0.5)
+    assert space(tmp_path, **latents, data__vae="mine").vae == "mine"
+    assert space(tmp_path, **latents, data__vae="vae").vae == str((tmp_path / "vae").resolve())  # found from anywhere
 
 
 def test_pixels_have_no_space(tmp_path):
@@ -53,90 +49,84 @@ def test_pixels_have_no_space(tmp_path):
     assert image_decoder(None, CPU)(x) is x
 
 
-@pytest.mark.parametrize("given", [LatentSpace("a", 0.5, (1.0, 2.0)), LatentSpace("", (0.5, 1.0), 0.0)])
-def test_what_a_run_writes_is_read_from_all_its_parts(tmp_path, given):
+@pytest.fixture
+def run(tmp_path):
+    """Folder of a run with a checkpoint."""
     run = tmp_path / "runs/a"
+    (run / "checkpoints/000000000080").mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    return run
+
+
+def weights_of(run):
+    """All names under which weights of a run may be given."""
     checkpoint = run / "checkpoints/000000000080"
-    checkpoint.mkdir(parents=True)
-    given.write(run)
-    assert LatentSpace.of_run(run) == given
-    for weights in (run, checkpoint, checkpoint / "ema.safetensors", run / "exported.safetensors"):
-        assert find_latent_space(weights, "", 4) == given
-        assert find_latent_space(weights, "mine", 4) == LatentSpace("mine", given.scale, given.shift)
+    return run, checkpoint, checkpoint / "ema.safetensors", run / "exported.safetensors"
+
+
+@pytest.mark.parametrize("written", [LatentSpace("a", 0.5, (1.0, 2.0)), LatentSpace("", (0.5, 1.0), 0.0)])
+def test_the_space_is_found_from_all_parts_of_a_run(run, tmp_path, written):
+    written.write(run)
+    for weights in weights_of(run):
+        assert find_latent_space(weights, "", 4) == written
+        assert find_latent_space(weights, "mine", 4) == LatentSpace("mine", written.scale, written.shift)
     assert LatentSpace.of_run(tmp_path) is None
 
 
-@pytest.mark.parametrize(
-    "content",
-    ["", "{", "[]", "{}", '{"vae": "a", "scale": null, "shift": 0}', '{"vae": "a", "scale": [1], "shift": "x"}'],
-)
-def test_a_damaged_note_is_refused_by_name(tmp_path, content):
+@pytest.mark.parametrize("content", ["{", "[]", '{"vae": "a", "scale": null, "shift": 0}'])
+def test_a_damaged_file_is_refused_by_name(tmp_path, content):
     (tmp_path / "latents.json").write_text(content)
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(Refused, match=re.escape(str(tmp_path / "latents.json"))):
         LatentSpace.of_run(tmp_path)
-    assert str(tmp_path / "latents.json") in str(caught.value)
 
 
-def test_weights_of_no_run_take_the_vae_s_own_space(tmp_path, monkeypatch):
+def test_weights_outside_a_run_take_the_space_of_the_vae(tmp_path, monkeypatch):
     vae, names = stand_in(monkeypatch)
-    weights = tmp_path / "ema.safetensors"
-    assert find_latent_space(weights, "a vae", 4) == LatentSpace("a vae", vae.scale, vae.shift)
-    assert names == ["a vae"]
+    weights, x = tmp_path / "ema.safetensors", torch.randn(3, 4, 2, 2)
     assert find_latent_space(weights, "", 3) is None
-    with pytest.raises(Refused, match=r"vae: '' given; must be named: these weights make 4 channels, not pixels$"):
+    with pytest.raises(Refused, match=r"vae: '' given; must be named: these weights generate 4 channels, not pixels$"):
         find_latent_space(weights, "", 4)
+    with pytest.raises(Refused, match="latents: True given; needs a run, or --vae for its scale and shift"):
+        latent_decoder(weights, "", 4)
+    assert names == []
+    assert find_latent_space(weights, "a vae", 4) == LatentSpace("a vae", vae.scale, vae.shift)
+    assert torch.equal(latent_decoder(weights, "a vae", 4)(x), x / vae.scale + vae.shift)
+    assert (names, vae.given) == (["a vae", "a vae"], [])
 
 
-@pytest.mark.parametrize("make", [find_latent_space, latent_decoder])
-def test_weights_of_no_run_are_refused_with_a_vae_of_other_channels(tmp_path, monkeypatch, make):
+def test_a_vae_of_other_channels_is_refused(tmp_path, monkeypatch):
     stand_in(monkeypatch, channels=16)
-    with pytest.raises(Refused, match="vae: 'a vae' given; it decodes 16 channels; must decode 4"):
-        make(tmp_path / "ema.safetensors", "a vae", 4)
+    refusal = "vae: 'a vae' given; it decodes 16 channels; must decode 4"
+    for make in (find_latent_space, latent_decoder):
+        with pytest.raises(Refused, match=refusal):
+            make(tmp_path / "ema.safetensors", "a vae", 4)
+    decode = image_decoder(LatentSpace("a vae", 1.0, 0.0), CPU)
+    with pytest.raises(Refused, match=refusal):
+        decode(torch.zeros(1, 4, 2, 2))
 
 
-def test_latents_of_a_run_are_unscaled_without_a_vae(tmp_path, monkeypatch):
+def test_latents_of_a_run_are_unscaled_without_a_vae(run, monkeypatch):
     _, names = stand_in(monkeypatch)
-    run = tmp_path / "runs/a"
-    checkpoint = run / "checkpoints/000000000080"
-    checkpoint.mkdir(parents=True)
-    (run / "config.json").write_text("{}")
     LatentSpace("a vae", (1.0, 2.0, 4.0, 8.0), 0.5).write(run)
     x = torch.randn(3, 4, 2, 2, dtype=torch.float64)
-    z = x.float() / torch.tensor([1.0, 2.0, 4.0, 8.0])[:, None, None] + 0.5
-    for weights in (run, checkpoint, checkpoint / "ema.safetensors", run / "exported.safetensors"):
-        for vae in ("", "another"):
-            found = latent_decoder(weights, vae, 4)(x)
-            assert found.dtype == torch.float32
-            assert torch.equal(found, z)
+    for weights in weights_of(run):
+        z = latent_decoder(weights, "another", 4)(x)
+        assert z.dtype == torch.float32
+        assert torch.equal(z, x.float() / torch.tensor([1.0, 2.0, 4.0, 8.0])[:, None, None] + 0.5)
     assert names == []
 
 
-def test_latents_of_no_run_are_scaled_as_a_named_vae_says(tmp_path, monkeypatch):
-    vae, names = stand_in(monkeypatch)
-    x = torch.randn(3, 4, 2, 2)
-    with pytest.raises(Refused, match="latents: True given; needs a run, or --vae for its scale and shift"):
-        latent_decoder(tmp_path / "ema.safetensors", "", 4)
-    assert names == []
-    z = latent_decoder(tmp_path / "ema.safetensors", "a vae", 4)(x)
-    assert torch.equal(z, x / vae.scale + vae.shift)
-    assert (names, vae.given) == (["a vae"], [])
-
-
-def test_a_run_on_pixels_has_no_latents(tmp_path):
-    checkpoint = tmp_path / "runs/a/checkpoints/000000000080"
-    checkpoint.mkdir(parents=True)
-    (tmp_path / "runs/a/config.json").write_text("{}")
-    for weights in (tmp_path / "runs/a", checkpoint, checkpoint / "ema.safetensors"):
-        with pytest.raises(Refused) as caught:
+def test_a_run_on_pixels_has_no_latents(run):
+    for weights in weights_of(run):
+        with pytest.raises(Refused, match=re.escape(f"latents: True given; but the run {run} generates pixels")):
             latent_decoder(weights, "", 3)
-        assert str(caught.value) == f"latents: True given; but the run {tmp_path / 'runs/a'} makes pixels"
 
 
 def test_samples_are_unscaled_and_decoded_in_small_batches(monkeypatch):
     vae, names = stand_in(monkeypatch)
-    make = image_decoder(LatentSpace("a vae", (1.0, 2.0, 4.0, 8.0), (0.0, 1.0, 0.0, 0.0)), CPU)
+    decode = image_decoder(LatentSpace("a vae", (1.0, 2.0, 4.0, 8.0), (0.0, 1.0, 0.0, 0.0)), CPU)
     x = torch.randn(2 * BATCH + 3, 4, 2, 2)
-    images = make(x)
+    images = decode(x)
     assert names == ["a vae"]
     assert [len(part) for part in vae.given] == [BATCH, BATCH, 3]
     scale, shift = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0.0, 1.0, 0.0, 0.0])
@@ -146,14 +136,8 @@ def test_samples_are_unscaled_and_decoded_in_small_batches(monkeypatch):
     assert not images.requires_grad
 
 
-def test_one_factor_serves_all_channels(monkeypatch):
-    vae, _ = stand_in(monkeypatch, channels=2)
-    image_decoder(LatentSpace("a vae", 0.5, 0.25), CPU)(torch.ones(1, 2, 2, 2))
-    assert vae.given[0].flatten().tolist() == [2.25] * 8
-
-
-def test_what_training_made_of_a_mean_is_undone(tmp_path, monkeypatch):
-    """x = (z - shift) * scale there, x / scale + shift here."""
+def test_the_scaling_of_training_is_undone(tmp_path, monkeypatch):
+    """Training uses x = (z - shift) * scale, decoding z = x / scale + shift."""
     stored = pack(tmp_path / "set", posterior=False, shape=(4, 4, 4), scale=[0.5, 1, 2, 3], shift=[1, 0, 0, 2], vae="v")
     config = small(tmp_path, data__images="", data__latents=str(tmp_path / "set"))
     source, _ = open_source(config, CPU)
@@ -165,15 +149,8 @@ def test_what_training_made_of_a_mean_is_undone(tmp_path, monkeypatch):
     assert torch.allclose(torch.cat(vae.given), rows, atol=1e-6)
 
 
-def test_a_vae_of_other_channels_is_one_line(monkeypatch):
-    stand_in(monkeypatch, channels=16)
-    make = image_decoder(LatentSpace("a vae", 1.0, 0.0), CPU)
-    with pytest.raises(Refused, match="vae: 'a vae' given; it decodes 16 channels; must decode 4"):
-        make(torch.zeros(1, 4, 2, 2))
-
-
-def test_no_vae_is_one_line_with_the_cure(tmp_path):
-    with pytest.raises(Refused, match=r"none is named by these latents; --data.vae or --vae .*sample --latents"):
+def test_a_vae_that_is_not_available_is_refused(tmp_path):
+    with pytest.raises(Refused, match=r"these latents name none; set --data.vae or --vae .*sample --latents"):
         image_decoder(LatentSpace("", 1.0, 0.0), CPU)
     pytest.importorskip("diffusers")
     with pytest.raises(Refused) as caught:
@@ -182,7 +159,7 @@ def test_no_vae_is_one_line_with_the_cure(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_vae_of_diffusers_makes_images(tmp_path):
+def test_a_vae_of_diffusers_decodes_images(tmp_path):
     folder = save_kl(tmp_path / "vae", scaling_factor=0.5)
     images = image_decoder(LatentSpace(str(folder), 0.5, 0.0), CPU)(torch.randn(2, 4, 4, 4))
     assert (images.shape, images.dtype) == ((2, 3, 16, 16), torch.float32)
