@@ -1,4 +1,4 @@
-"""Every random draw of a training batch, and the interpolant: the only place of a training step that draws.
+"""Every random draw of a training batch, and what student and teacher see. Nothing else in a training step draws.
 
 From a VAE's moments, a sample of the posterior; then the latents' own scale, per channel:
 
@@ -13,8 +13,7 @@ Denoising diffusion (DiT), integer steps of `diffusion_steps`:
 
     t_teacher = clamp(t - floor(t_max diffusion_steps U), 1, diffusion_steps - 1)
 
-as published: t = 0 gets a noisier teacher. This one is drawn here and noised by its tables (objective/ddpm.py), without
-a kernel.
+as published: t = 0 gets a noisier teacher. Its noise levels are read from tables (objective/ddpm.py), without a kernel.
 
 Sources: Ma et al., "SiT", 2024, section 2; Jiang et al., "SRA", arXiv 2505.02831, section 3 (teacher times); Rombach et
 al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2022, appendix G (posterior and scale).
@@ -28,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .language import INTERPRETED, missing, tl, triton
+from .language import INTERPRETED, tl, triton, why_unavailable
 from .philox import Draw, normal_pair, normals, quad, turn, uniform, uniforms
 
 PATHS = ("linear", "cosine")
@@ -44,11 +43,11 @@ class Settings(NamedTuple):
     Attributes:
         seed: the run's, 64 bits.
         path, times: of SiT, see `path_coefficients` and `flow_times`.
-        t_max: largest distance between student and teacher times, as a share of the whole.
+        t_max: largest distance between student and teacher times, as a share of the time range.
         null_label: the class that stands for "no label".
         label_dropout: share of labels replaced by it.
-        shared_label_dropout: whether the teacher sees the student's dropped labels (published) or the true ones' own
-            dropout.
+        shared_label_dropout: the teacher sees the labels that the student sees (as published); otherwise its labels
+            have a dropout of their own.
     """
 
     seed: int
@@ -61,11 +60,11 @@ class Settings(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """How stored data become the x of training; without it they are x.
+    """How stored data become the x of training. Without it they are x.
 
     Attributes:
-        posterior: whether the data are (B, 2C, H, W) means and standard deviations of which to draw a sample, rather
-            than (B, C, H, W) values.
+        posterior: the data are (B, 2C, H, W) means and standard deviations, of which a sample is drawn, rather than
+            (B, C, H, W) values.
         shift, scale: (C,) float32 on the data's device, of x = (z - shift) * scale.
     """
 
@@ -74,27 +73,24 @@ class Stored(NamedTuple):
     scale: Tensor
 
 
-class Drawn(NamedTuple):
-    """Everything random about a batch of B training images."""
+class NoisedBatch(NamedTuple):
+    """A batch of B training images as student and teacher see it: everything random about a training step."""
 
-    x: Tensor  # (B, C, H, W) float32: the clean image, or a sample of its VAE posterior
-    noise: Tensor  # (B, C, H, W) float32, standard normal
-    t: Tensor  # (B,) float32 in (0, 1); integer-valued steps for diffusion
-    t_teacher: Tensor  # (B,) float32, the teacher's lower noise
-    labels: Tensor  # (B,) int64, some replaced by the null class
-    teacher_labels: Tensor  # (B,) int64, the same tensor where label dropout is shared
-
-
-class Perturbed(NamedTuple):
-    """What a step of flow matching makes of a batch of B training images."""
-
-    t: Tensor  # (B,) float32, the student's time
-    t_teacher: Tensor  # (B,) float32, the teacher's lower noise
+    t: Tensor  # (B,) float32, the student's time: in (0, 1) for SiT, an integer-valued step for DiT
+    t_teacher: Tensor  # (B,) float32, the teacher's time
     x_t: Tensor  # (B, C, H, W) float32, what the student sees
-    x_teacher: Tensor  # (B, C, H, W) float32, the same x and noise at t_teacher
-    target: Tensor  # (B, C, H, W) float32, the velocity at x_t
+    x_teacher: Tensor  # (B, C, H, W) float32, what the teacher sees: the same x and noise at t_teacher
+    target: Tensor  # (B, C, H, W) float32, what the student must predict at x_t: velocity (SiT) or noise (DiT)
     labels: Tensor  # (B,) int64, some replaced by the null class
-    teacher_labels: Tensor  # (B,) int64
+    teacher_labels: Tensor  # (B,) int64, the same tensor if label dropout is shared
+    x: Tensor | None = None  # (B, C, H, W) float32, the clean images; DiT only, whose loss needs them
+
+
+class NoiseLevels(NamedTuple):
+    """The noise levels of DiT's K diffusion steps: x_t = signal[t] x + noise[t] noise."""
+
+    signal: Tensor  # (K,) float64
+    noise: Tensor  # (K,) float64
 
 
 def path_coefficients(path: str, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -159,42 +155,54 @@ def clean_ref(data: Tensor, number: Tensor, seed: int, stored: Stored | None) ->
     return (z - stored.shift.view(column)) * stored.scale.view(column)
 
 
-def draw_ref(
-    data: Tensor,
-    labels: Tensor,
-    number: Tensor,
-    settings: Settings,
-    stored: Stored | None = None,
-    diffusion_steps: int | None = None,
-) -> Drawn:
-    """Every random draw of a training batch, in plain PyTorch.
+def perturb_ref(
+    data: Tensor, labels: Tensor, number: Tensor, settings: Settings, stored: Stored | None = None
+) -> NoisedBatch:
+    """Reference of flow matching (SiT), in plain PyTorch.
 
     Args:
         data: (B, C, H, W) float32 clean images, or what `stored` says.
         labels: (B,) int64.
         number: (B,) int64, image numbers: the position of each image in the run.
-        diffusion_steps: DiT's integer times; None for SiT's continuous ones.
+        settings: of the run.
+        stored: how data become images.
     """
-    seed, path, times, t_max, null, rate, shared = settings
-    x = clean_ref(data, number, seed, stored)
-    noise = normals(seed, number, Draw.NOISE, x[0].numel()).view_as(x)
-    if diffusion_steps is None:
-        t, t_teacher = flow_times(seed, number, path, times, t_max)
-    else:
-        t, t_teacher = diffusion_times(seed, number, diffusion_steps, t_max)
-    dropped = drop_labels(seed, number, labels, null, rate)
-    teachers = dropped if shared else drop_labels(seed, number, labels, null, rate, Draw.TEACHER_LABEL_DROPOUT)
-    return Drawn(x, noise, t, t_teacher, dropped, teachers)
-
-
-def perturb_ref(
-    data: Tensor, labels: Tensor, number: Tensor, settings: Settings, stored: Stored | None = None
-) -> Perturbed:
-    """Reference of flow matching: `draw_ref` and the interpolant. Arguments as there."""
-    x, noise, t, t_teacher, dropped, teachers = draw_ref(data, labels, number, settings, stored)
+    x, noise = _draw_images(data, number, settings, stored)
+    t, t_teacher = flow_times(settings.seed, number, settings.path, settings.times, settings.t_max)
     x_t, target = interpolate(settings.path, x, noise, t)
     x_teacher, _ = interpolate(settings.path, x, noise, t_teacher)
-    return Perturbed(t, t_teacher, x_t, x_teacher, target, dropped, teachers)
+    return NoisedBatch(t, t_teacher, x_t, x_teacher, target, *_draw_labels(labels, number, settings))
+
+
+def perturb_ddpm(
+    data: Tensor, labels: Tensor, number: Tensor, settings: Settings, stored: Stored | None, levels: NoiseLevels
+) -> NoisedBatch:
+    """Denoising diffusion (DiT), in plain PyTorch: x_t = sqrt(abar_t) x + sqrt(1 - abar_t) noise (Ho et al., "Denoising
+    Diffusion Probabilistic Models", 2020, equation 4). Arguments as `perturb_ref`; `levels` on the data's device."""
+    x, noise = _draw_images(data, number, settings, stored)
+    t, t_teacher = diffusion_times(settings.seed, number, len(levels.signal), settings.t_max)
+
+    def noised(steps: Tensor) -> Tensor:
+        column = (-1, *[1] * (x.ndim - 1))
+        signal, sigma = (level[steps.long()].view(column).to(x.dtype) for level in levels)
+        return signal * x + sigma * noise
+
+    return NoisedBatch(t, t_teacher, noised(t), noised(t_teacher), noise, *_draw_labels(labels, number, settings), x=x)
+
+
+def _draw_images(data: Tensor, number: Tensor, settings: Settings, stored: Stored | None) -> tuple[Tensor, Tensor]:
+    """(x, noise), each (B, C, H, W) float32."""
+    x = clean_ref(data, number, settings.seed, stored)
+    return x, normals(settings.seed, number, Draw.NOISE, x[0].numel()).view_as(x)
+
+
+def _draw_labels(labels: Tensor, number: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """(labels, teacher's labels), each (B,) int64, after dropout."""
+    null, rate = settings.null_label, settings.label_dropout
+    dropped = drop_labels(settings.seed, number, labels, null, rate)
+    if settings.shared_label_dropout:
+        return dropped, dropped
+    return dropped, drop_labels(settings.seed, number, labels, null, rate, Draw.TEACHER_LABEL_DROPOUT)
 
 
 @triton.jit
@@ -288,9 +296,9 @@ def _perturb_kernel(
 
 
 def _check(data: Tensor, labels: Tensor, number: Tensor, settings: Settings, stored: Stored | None) -> None:
-    """Refuse what the kernel cannot compute, by name."""
-    if obstacle := missing():
-        raise ValueError(f"a fused kernel cannot run: {obstacle}")
+    """Raise ValueError, with the argument's name, for what the kernel does not support."""
+    if reason := why_unavailable():
+        raise ValueError(f"a fused kernel cannot run: {reason}")
     if settings.path not in PATHS:
         raise ValueError(f"path: {settings.path!r} given; must be one of {', '.join(PATHS)}")
     if settings.times not in TIME_DISTRIBUTIONS:
@@ -299,43 +307,45 @@ def _check(data: Tensor, labels: Tensor, number: Tensor, settings: Settings, sto
         raise ValueError(f"data: shape {tuple(data.shape)} given; must be (B, C, ...), none 0, under 2^31 an image")
     if data.device.type != "cuda" and not INTERPRETED:
         raise ValueError(f"data: device {data.device} given; must be a CUDA device")
-    given = {"data": data, "labels": labels, "number": number}
-    shapes = {"labels": data.shape[:1], "number": data.shape[:1]}
-    dtypes = {"labels": (torch.int64,), "number": (torch.int64,), "data": (torch.float32,)}
+    if stored is not None and stored.posterior and data.shape[1] % 2:
+        raise ValueError(f"data: shape {tuple(data.shape)} given; must be (B, 2C, ...): means, then deviations")
+    batch = data.shape[:1]
+    expected = [  # (name, tensor, shape, dtypes)
+        ("data", data, data.shape, (torch.float32,) if stored is None else _DATA_DTYPES),
+        ("labels", labels, batch, (torch.int64,)),
+        ("number", number, batch, (torch.int64,)),
+    ]
     if stored is not None:
-        channels = data.shape[1] // 2 if stored.posterior else data.shape[1]
-        if stored.posterior and data.shape[1] % 2:
-            raise ValueError(f"data: shape {tuple(data.shape)} given; must be (B, 2C, ...): means, then deviations")
-        given |= {"shift": stored.shift, "scale": stored.scale}
-        shapes |= {"shift": (channels,), "scale": (channels,)}
-        dtypes |= {"data": _DATA_DTYPES, "shift": (torch.float32,), "scale": (torch.float32,)}
-    for name, value in given.items():
-        if value.shape != shapes.get(name, value.shape):
-            raise ValueError(f"{name}: shape {tuple(value.shape)} given; must be {tuple(shapes[name])}")
-        if value.dtype not in dtypes[name]:
-            raise ValueError(f"{name}: {value.dtype} given; must be one of {', '.join(map(str, dtypes[name]))}")
-        if not value.is_contiguous():
-            raise ValueError(f"{name}: strides {value.stride()} given; must be contiguous")
-        if value.device != data.device:
-            raise ValueError(f"{name}: device {value.device} given; must be that of data, {data.device}")
+        channels = (data.shape[1] // 2 if stored.posterior else data.shape[1],)
+        expected += [(name, getattr(stored, name), channels, (torch.float32,)) for name in ("shift", "scale")]
+    for name, tensor, shape, dtypes in expected:
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)} given; must be {tuple(shape)}")
+        if tensor.dtype not in dtypes:
+            raise ValueError(f"{name}: {tensor.dtype} given; must be one of {', '.join(map(str, dtypes))}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: strides {tensor.stride()} given; must be contiguous")
+        if tensor.device != data.device:
+            raise ValueError(f"{name}: device {tensor.device} given; must be that of data, {data.device}")
 
 
-def _empty(data: Tensor, posterior: bool, shared: bool) -> tuple[Tensor, ...]:
+def _allocate(data: Tensor, posterior: bool, shared: bool) -> tuple[Tensor, ...]:
     batch, channels, *area = data.shape
     shape, device = (batch, channels // 2 if posterior else channels, *area), data.device
     t, t_teacher = (torch.empty(batch, dtype=torch.float32, device=device) for _ in range(2))
     x_t, x_teacher, target = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(3))
     dropped = torch.empty(batch, dtype=torch.int64, device=device)
-    teachers = torch.empty(0 if shared else batch, dtype=torch.int64, device=device)
-    return t, t_teacher, x_t, x_teacher, target, dropped, teachers
+    teacher_labels = torch.empty(0 if shared else batch, dtype=torch.int64, device=device)
+    return t, t_teacher, x_t, x_teacher, target, dropped, teacher_labels
 
 
 def _launch(
     data: Tensor, labels: Tensor, number: Tensor, shift: Tensor | None, scale: Tensor | None, posterior: bool,
     seed: int, path: str, times: str, t_max: float, null_label: int, label_dropout: float, shared: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The fields of `Perturbed`; the teacher's labels are empty where the dropout is shared. seed as a signed int64."""
-    out = _empty(data, posterior, shared)
+    """The fields of `NoisedBatch` but x; the teacher's labels are empty if the dropout is shared. seed: as a signed
+    64-bit integer."""
+    out = _allocate(data, posterior, shared)
     x_t = out[2]
     count = x_t[0].numel()
     with torch.cuda.device_of(data):
@@ -363,24 +373,27 @@ _op = torch.library.custom_op(
 
 @_op.register_fake
 def _(data, labels, number, shift, scale, posterior, *settings):
-    return _empty(data, posterior, settings[-1])
+    return _allocate(data, posterior, settings[-1])
 
 
 def perturb(
     data: Tensor, labels: Tensor, number: Tensor, settings: Settings, stored: Stored | None = None
-) -> Perturbed:
-    """`perturb_ref` in one launch of a Triton kernel that reads the data once. Labels, and the words and uniforms of
-    which all else is made, are equal in every bit.
+) -> NoisedBatch:
+    """`perturb_ref` in one launch of a Triton kernel that reads the data once. Labels, and the words and uniforms that
+    all else is computed from, are bitwise equal to the reference's.
 
     Args:
         data: contiguous; (B, C, ...) float32, or with `stored` float32, float16 or uint8, and (B, 2C, ...) moments.
         labels, number: (B,) int64.
 
     Raises:
-        ValueError: on a shape, dtype, device, stride, path or distribution that it cannot serve.
+        ValueError: on a shape, dtype, device, stride, path or distribution that the kernel does not support.
     """
     _check(data, labels, number, settings, stored)
     posterior, shift, scale = (False, None, None) if stored is None else stored
-    signed = settings.seed - (settings.seed >> 63 << 64)  # the same 64 bits as an int64
-    made = _op(data, labels, number, shift, scale, posterior, signed, *settings[1:])
-    return Perturbed(*made[:6], made[5] if settings.shared_label_dropout else made[6])
+    seed = settings.seed - (settings.seed >> 63 << 64)  # the same 64 bits as a signed integer
+    *noised, dropped, teacher_labels = _op(
+        data, labels, number, shift, scale, posterior, seed, settings.path, settings.times, settings.t_max,
+        settings.null_label, settings.label_dropout, settings.shared_label_dropout,
+    )  # fmt: skip
+    return NoisedBatch(*noised, dropped, dropped if settings.shared_label_dropout else teacher_labels)

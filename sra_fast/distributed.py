@@ -1,13 +1,14 @@
-"""The processes of a run. Data-parallel training has not landed: a run is one process."""
+"""The processes of a run. Data-parallel training is not implemented yet: a run is one process."""
 
 from __future__ import annotations
 
 import os
 
-from sra_fast.config import refuse_unless
+from sra_fast.errors import Refused
 
 
 def refuse_several_processes() -> None:
-    """Refuse to start under a launcher that made more than one process, which would train as many identical runs."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    refuse_unless(world == "1", "WORLD_SIZE", world, "must be 1: data-parallel training has not landed yet")
+    """Refuse to start under a launcher with more than one process, which would train identical runs."""
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size != "1":
+        raise Refused("WORLD_SIZE", world_size, "must be 1: data-parallel training is not implemented yet")

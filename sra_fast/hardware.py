@@ -1,4 +1,4 @@
-"""What a run computes on and with."""
+"""The device of a run and its compute dtype."""
 
 from __future__ import annotations
 
@@ -7,39 +7,40 @@ from dataclasses import dataclass
 
 import torch
 
-from sra_fast.config import refuse_unless
+from sra_fast.errors import Refused
 
 
-def set_deterministic(wanted: bool) -> None:
-    """Ask every backend for bitwise reproducible kernels, or no longer. The first time before anything is computed on a
-    GPU: cuBLAS reads its part of it when it starts."""
+def set_deterministic(enabled: bool) -> None:
+    """Turn bitwise reproducible kernels on or off. Call it before the first use of a GPU: cuBLAS reads its setting at
+    start-up."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(wanted)
-    # Filling new memory is there to find reads of what was never written; it costs a pass over every tensor.
+    torch.use_deterministic_algorithms(enabled)
+    # Filling new memory, which helps to find reads of uninitialised values, costs a pass over every tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """A device and the compute type of the networks on it."""
+    """A device and the dtype that the networks compute in."""
 
     device: torch.device
     dtype: torch.dtype
 
     @classmethod
     def choose(cls, device: str = "auto", precision: str = "auto") -> Hardware:
-        """The best this machine has within the wishes of `train.device` and `train.precision`.
+        """The best of this machine that `train.device` and `train.precision` allow.
 
         Raises:
             Refused: if a GPU is asked for and none is usable.
         """
         cuda = torch.cuda.is_available()
-        refuse_unless(device != "cuda" or cuda, "device", device, "no NVIDIA GPU is usable here; must be auto or cpu")
-        chosen = torch.device("cuda" if cuda and device != "cpu" else "cpu")
+        if device == "cuda" and not cuda:
+            raise Refused("device", device, "no NVIDIA GPU is usable here; must be auto or cpu")
+        use_gpu = cuda and device != "cpu"
         bf16 = precision == "bf16"
         if precision == "auto":
-            bf16 = chosen.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return cls(chosen, torch.bfloat16 if bf16 else torch.float32)
+            bf16 = use_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        return cls(torch.device("cuda" if use_gpu else "cpu"), torch.bfloat16 if bf16 else torch.float32)
 
     @property
     def name(self) -> str:

@@ -1,25 +1,138 @@
-"""Which implementation computes each op of a run: decided once, printed, and saved with the results."""
+"""What computes each op of a run: decided once, printed, and saved with the results."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
 from sra_fast.config import Config
-from sra_fast.config.checks import refuse_unless
+from sra_fast.errors import Refused
 from sra_fast.hardware import Hardware
-from sra_fast.model.attention import choose
+from sra_fast.kernels.registry import OPS, why_unavailable
+from sra_fast.model.attention import attention_operator, choose_attention
+
+SDPA = attention_operator("sdpa")
+
+EXECUTIONS = {
+    "eager": "eager",
+    "compiled": "compiled by torch.compile, during the first steps",
+    "graph": "one CUDA graph of the compiled step, captured after the first steps",
+}
 
 
-def resolve(config: Config, hardware: Hardware) -> dict[str, str]:
-    """{op: what computes it}: "fused" or "reference" for the ops of sra_fast.kernels, the backend for attention. DiT's
-    perturb has no kernel: its tables are read in plain PyTorch.
+@dataclass(frozen=True)
+class Backends:
+    """The function that computes each op, and how a step is executed.
+
+    Attributes:
+        adaln, ..., adamw_ema: functions with the signatures of the references in kernels/.
+        attention: qkv (B, T, 3, H, d) -> (B, T, H d).
+        execution: a key of `EXECUTIONS`.
+        names: {op: "fused" or "reference", "attention": its backend}.
+        notes: lines on choices that a user might not expect.
+    """
+
+    adaln: Callable[..., Tensor] = OPS["adaln"].reference
+    gated_adaln: Callable[..., tuple[Tensor, Tensor]] = OPS["gated_adaln"].reference
+    gated_residual: Callable[..., Tensor] = OPS["gated_residual"].reference
+    alignment: Callable[..., Tensor] = OPS["alignment"].reference
+    perturb: Callable[..., tuple] = OPS["perturb"].reference
+    gradient_norm: Callable[..., Tensor] = OPS["gradient_norm"].reference
+    adamw_ema: Callable[..., None] = OPS["adamw_ema"].reference
+    attention: Callable[[Tensor], Tensor] = SDPA
+    execution: str = "eager"
+    names: dict[str, str] = field(default_factory=lambda: {**dict.fromkeys(OPS, "reference"), "attention": "sdpa"})
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def resolve(cls, config: Config, hardware: Hardware) -> Backends:
+        """What `kernels.*`, `model.attention` and `train.execution` come to on this machine.
+
+        Raises:
+            Refused: if something that is asked for by name cannot be had.
+        """
+        names = {op: _implementation(op, config, hardware.architecture) for op in OPS}
+        functions = {op: getattr(OPS[op], name) for op, name in names.items()}
+        head = config.model.hidden // config.model.heads
+        names["attention"] = choose_attention(
+            config.model.attention, hardware.device, hardware.dtype, head, config.deterministic
+        )
+        return cls(
+            **functions,
+            attention=attention_operator(names["attention"]),
+            execution=choose_execution(config.train.execution, hardware.device),
+            names=names,
+            notes=tuple(_notes(config, hardware.architecture)),
+        )
+
+    def summary(self) -> dict[str, str]:
+        """{op: what computes it, "step": how it is executed}."""
+        return {**self.names, "step": self.execution}
+
+    def for_fp32(self) -> Backends:
+        """The same with PyTorch's choice of attention: a backend chosen for bf16 may not take fp32."""
+        return replace(self, attention=SDPA, names={**self.names, "attention": "sdpa"})
+
+
+def _implementation(op: str, config: Config, architecture: str) -> str:
+    """ "fused" or "reference"."""
+    named = getattr(config.kernels, op)
+    choice = named or config.kernels.default
+    obstacle = "DiT has no fused kernel for it" if _is_ddpm(op, config) else why_unavailable(op, architecture)
+    optional = named is None and (OPS[op].fused is None or _is_ddpm(op, config))  # `default` means: where there is one
+    if choice == "fused" and obstacle and not optional:
+        raise Refused(f"kernels.{op}: 'fused' given, but {obstacle}; must be auto or reference")
+    use_kernel = choice == "fused" or (choice == "auto" and architecture in OPS[op].faster_on)
+    return "fused" if use_kernel and not obstacle else "reference"
+
+
+def _is_ddpm(op: str, config: Config) -> bool:
+    return op == "perturb" and config.model.family == "dit"
+
+
+def _notes(config: Config, architecture: str) -> Iterator[str]:
+    if _is_ddpm("perturb", config):
+        yield "perturb: DiT reads its noise levels from tables, for which there is no fused kernel"
+    if obstacle := why_unavailable("adamw_ema", architecture):
+        yield f"adamw_ema: the optimizer runs as PyTorch operators: {obstacle}"
+
+
+def choose_execution(choice: str, device: torch.device) -> str:
+    """A key of `EXECUTIONS`. auto is the graph on a GPU, and eager on a CPU, where compiling takes a minute or two that
+    short runs never earn back.
 
     Raises:
-        Refused: for a wish that cannot be granted.
+        Refused: if `choice` cannot run on this device.
     """
-    model, ops = config.model, config.kernels.resolve(hardware.architecture)
-    if model.family == "dit":
-        allowed = "must be auto or reference for model.family = dit"
-        refuse_unless(config.kernels.perturb != "fused", "kernels.perturb", "fused", allowed)
-        ops["perturb"] = "reference (ddpm)"
-    head = model.hidden // model.heads
-    backend = choose(model.attention, hardware.device, hardware.dtype, head, config.deterministic)
-    return {**ops, "attention": backend}
+    gpu = device.type == "cuda"
+    if choice == "eager" or (choice == "auto" and not gpu):
+        return "eager"
+    obstacle = _why_not_compiled(device)
+    if choice == "auto":
+        return "eager" if obstacle else "graph"
+    if obstacle:
+        raise Refused("train.execution", choice, f"needs {obstacle}")
+    if choice == "graph" and not gpu:
+        raise Refused("train.execution", choice, "needs an NVIDIA GPU; must be auto, eager or compiled")
+    return choice
+
+
+def _why_not_compiled(device: torch.device) -> str:
+    """What torch.compile lacks on this machine; '' if nothing."""
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        return "" if has_triton() else "Triton (pip install triton)"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception:  # Inductor raises an exception type of its own
+        return "a C++ compiler (g++ or clang++)"
+    return ""
+
+
+REFERENCE = Backends()

@@ -1,7 +1,7 @@
 """Initial weights, and the fixed position table.
 
-Random numbers come from Philox with the parameter's position under the public names as n, so that a seed gives the
-same weights on every device and for any number of processes (up to the last bits of log, cos and sin in the normals).
+Random numbers come from Philox with the parameter's position in the public order as n, so that a seed gives the same
+weights on every device and for any number of processes (up to the last bits of log, cos and sin in the normals).
 
 Source: the public DiT code: Xavier-uniform linear layers with zero bias, N(0, 0.02) for the label table and the time
 MLP, zeros for every modulation and for the final layer; SRA's head as the other linear layers.
@@ -45,7 +45,7 @@ def _initial(
     if name.endswith(_NORMAL):
         value = _NORMAL_STD * normals(seed, number, Draw.WEIGHT, shape.numel())
     else:
-        # A patch projection counts as the linear layer it is: fan in = C p^2.
+        # The patch projection is a linear layer: fan in = C p^2.
         bound = math.sqrt(6 / (shape[0] + shape[1:].numel()))
         value = bound * (2 * uniforms(seed, number, Draw.WEIGHT, shape.numel()) - 1)
     return value.view(shape)

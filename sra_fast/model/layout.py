@@ -1,4 +1,4 @@
-"""Parameters under the public names, and as they lie in memory.
+"""Parameter names and layout in memory, and the public names of checkpoint files.
 
 Every block projects the same vector, SiLU of the condition, to its own shifts, scales and gates. In memory these
 projections are one matrix, so that one product computes them all:
@@ -19,33 +19,32 @@ import torch
 from torch import Tensor
 
 KINDS = ("weight", "bias")
-PER_BLOCK, AT_THE_END = 6, 2  # vectors of D
-_PUBLIC = re.compile(r"(?:blocks\.\d+|final_layer)\.adaLN_modulation\.1\.(weight|bias)")
+PER_BLOCK, PER_FINAL_LAYER = 6, 2  # modulation vectors of D
+_PUBLIC_MODULATION = re.compile(r"(?:blocks\.\d+|final_layer)\.adaLN_modulation\.1\.(weight|bias)")
 
 
-def joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the public names -> as the network holds them. The modulations are copied, the others are the very
-    tensors.
+def from_public(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under public names -> under the names in memory. The modulations are copied, the others are shared.
 
     Args:
-        tensors: in the network's order of blocks.
+        tensors: blocks in the network's order.
     """
-    own: dict[str, Tensor] = {}
-    parts: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
+    internal: dict[str, Tensor] = {}
+    modulations: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     for name, tensor in tensors.items():
-        if found := _PUBLIC.fullmatch(name):
-            parts[found[1]].append(tensor)
+        if match := _PUBLIC_MODULATION.fullmatch(name):
+            modulations[match[1]].append(tensor)
         else:
-            own[name] = tensor
-    return own | {f"modulation.{kind}": torch.cat(parts[kind]) for kind in KINDS}
+            internal[name] = tensor
+    return internal | {f"modulation.{kind}": torch.cat(modulations[kind]) for kind in KINDS}
 
 
-def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as the network holds them -> under the public names and in the public order. Nothing is copied: the
-    modulations are views."""
+def to_public(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names in memory -> under public names, in the public order. Nothing is copied: the modulations
+    are views."""
     width = tensors["modulation.weight"].shape[1]
-    depth = (len(tensors["modulation.bias"]) // width - AT_THE_END) // PER_BLOCK
-    sizes = [PER_BLOCK * width] * depth + [AT_THE_END * width]
+    depth = (len(tensors["modulation.bias"]) // width - PER_FINAL_LAYER) // PER_BLOCK
+    sizes = [PER_BLOCK * width] * depth + [PER_FINAL_LAYER * width]
     owners = [f"blocks.{i}" for i in range(depth)] + ["final_layer"]
     rows = {kind: dict(zip(owners, tensors[f"modulation.{kind}"].split(sizes), strict=True)) for kind in KINDS}
     public = {}

@@ -2,9 +2,9 @@
 
     x (B, C, H, W) -> patches + positions -> L blocks modulated by time and class -> prediction (B, C_out, H, W)
 
-B batch, T tokens = (H / p) (W / p), D width, p patch, L blocks. Modules and parameters carry the public checkpoints'
-names, but for the modulations of all blocks, which are one matrix here (layout.py). Nothing here knows about dtype
-copies, compilation or devices: that is applied from outside.
+B batch, T tokens = (H / p) (W / p), D width, p patch, L blocks. Modules and parameters have the public checkpoints'
+names, except that the modulations of all blocks are one matrix here (layout.py). Nothing here knows about dtype copies,
+compilation or devices: these are applied from outside.
 
 Sources: Peebles and Xie, "Scalable Diffusion Models with Transformers" (DiT), 2023, section 3.2; Ma et al., "SiT",
 2024; Jiang et al., "SRA", arXiv 2505.02831, section 3 (the head and the taps).
@@ -13,44 +13,25 @@ Sources: Peebles and Xie, "Scalable Diffusion Models with Transformers" (DiT), 2
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sra_fast.config import ModelConfig, refuse_unless
-from sra_fast.kernels import implementation
-from sra_fast.model.attention import operator
-from sra_fast.model.layout import AT_THE_END, PER_BLOCK
+from sra_fast.config import ModelConfig
+from sra_fast.errors import Refused
+from sra_fast.model.backends import REFERENCE, Backends
+from sra_fast.model.layout import PER_BLOCK, PER_FINAL_LAYER
 
 FREQUENCIES = 256  # width of the sinusoidal time embedding
-
-
-class Ops(NamedTuple):
-    """The implementations of the ops a block is made of (see sra_fast.kernels)."""
-
-    adaln: Callable[..., Tensor]
-    gated_adaln: Callable[..., tuple[Tensor, Tensor]]
-    gated_residual: Callable[..., Tensor]
-    attention: Callable[[Tensor], Tensor]
-
-    @classmethod
-    def select(cls, resolved: Mapping[str, str]) -> Ops:
-        """The ops under a result of `choices.resolve`, or of `kernels.resolve` with PyTorch's choice of attention."""
-        norms = (implementation(op, resolved) for op in cls._fields if op != "attention")
-        return cls(*norms, operator(resolved.get("attention", "sdpa")))
-
-
-REFERENCE = Ops.select(dict.fromkeys(Ops._fields, "reference") | {"attention": "sdpa"})
 
 
 class PatchEmbed(nn.Module):
     """Non-overlapping p x p patches, each projected to D.
 
-    A convolution by its parameters, as in the public checkpoints, but computed as the matrix product it is.
+    Its parameters are a convolution's, as in the public checkpoints, but it is computed as a matrix product.
     """
 
     def __init__(self, patch: int, channels: int, hidden: int) -> None:
@@ -98,11 +79,11 @@ class LabelEmbedder(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention with optional normalisation of queries and keys."""
 
-    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+    def __init__(self, config: ModelConfig, backends: Backends) -> None:
         super().__init__()
-        self.heads, self.attend, self.normed = config.heads, ops.attention, config.qk_norm
+        self.heads, self.attend, self.qk_norm = config.heads, backends.attention, config.qk_norm
         self.qkv = nn.Linear(config.hidden, 3 * config.hidden)
-        if self.normed:
+        if self.qk_norm:
             head = config.hidden // config.heads
             # PyTorch's own eps, 1e-5: the public networks build this part with timm's defaults, their blocks with 1e-6.
             self.q_norm, self.k_norm = nn.LayerNorm(head), nn.LayerNorm(head)
@@ -110,7 +91,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, H, d)
-        if self.normed:
+        if self.qk_norm:
             q, k, v = qkv.unbind(2)
             qkv = torch.stack([self.q_norm(q), self.k_norm(k), v], dim=2)
         return self.proj(self.attend(qkv))  # (B, T, D)
@@ -131,31 +112,35 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each normalised, modulated and gated by the condition (adaLN-Zero).
 
-    A block begins behind its first normalisation and ends behind that of what follows, so that both of its seams, from
-    attention to MLP and from MLP to the next block, are one op each: gate, add, normalise, modulate.
+    A block starts after its first normalisation and ends with the first normalisation of the next block, or of the
+    final layer. Each of its two residual additions is then one op with the normalisation that follows: gate, add,
+    normalise, modulate.
     """
 
-    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+    def __init__(self, config: ModelConfig, backends: Backends) -> None:
         super().__init__()
-        self.ops = ops
-        self.attn = Attention(config, ops)
+        self.backends = backends
+        self.attn = Attention(config, backends)
         self.mlp = Mlp(config.hidden, config.mlp_ratio)
 
-    def forward(self, x: Tensor, h: Tensor, own: Tensor, following: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, h: Tensor, modulation: Tensor, next_modulation: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """The next (x, h).
 
         Args:
             x: (B, T, D), the residual stream.
             h: (B, T, D), x normalised and modulated for this block's attention.
-            own: (B, 4, D): gate of attention; shift, scale, gate of the MLP.
-            following: (B, 2, D): shift and scale of what follows; None = nothing that is wanted.
+            modulation: (B, 4, D): gate of attention; shift, scale, gate of the MLP.
+            next_modulation: (B, 2, D): shift and scale of the normalisation that follows; None = the next h is not
+                needed, and None is returned for it.
         """
-        gate1, shift2, scale2, gate2 = own.unbind(1)  # 4 x (B, D), views
-        x, h = self.ops.gated_adaln(x, self.attn(h), gate1, shift2, scale2)  # 2 x (B, T, D)
+        gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.unbind(1)  # 4 x (B, D), views
+        x, h = self.backends.gated_adaln(x, self.attn(h), gate_attn, shift_mlp, scale_mlp)  # 2 x (B, T, D)
         branch = self.mlp(h)  # (B, T, D)
-        if following is None:
-            return self.ops.gated_residual(x, branch, gate2), None
-        return self.ops.gated_adaln(x, branch, gate2, *following.unbind(1))
+        if next_modulation is None:
+            return self.backends.gated_residual(x, branch, gate_mlp), None
+        return self.backends.gated_adaln(x, branch, gate_mlp, *next_modulation.unbind(1))
 
 
 class ProjectionHead(nn.Module):
@@ -186,22 +171,21 @@ class Transformer(nn.Module):
 
     Args:
         config: with input size, channels and classes filled in.
-        ops: implementations of the blocks' ops.
+        backends: what computes the blocks' ops.
     """
 
-    def __init__(self, config: ModelConfig, ops: Ops = REFERENCE) -> None:
+    def __init__(self, config: ModelConfig, backends: Backends = REFERENCE) -> None:
         super().__init__()
         for name in ("input_size", "channels", "classes"):
-            refuse_unless(
-                getattr(config, name) > 0, f"model.{name.replace('_', '-')}", getattr(config, name), "must be positive"
-            )
-        self.config, self.ops = config, ops
+            if getattr(config, name) <= 0:
+                raise Refused(f"model.{name.replace('_', '-')}", getattr(config, name), "must be positive")
+        self.config, self.backends = config, backends
         self.x_embedder = PatchEmbed(config.patch, config.channels, config.hidden)
         self.t_embedder = TimestepEmbedder(config.hidden)
         self.y_embedder = LabelEmbedder(config.classes, config.hidden)
         self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, config.hidden), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.depth))
-        self.modulation = nn.Linear(config.hidden, (PER_BLOCK * config.depth + AT_THE_END) * config.hidden)
+        self.blocks = nn.ModuleList(Block(config, backends) for _ in range(config.depth))
+        self.modulation = nn.Linear(config.hidden, (PER_BLOCK * config.depth + PER_FINAL_LAYER) * config.hidden)
         self.final_layer = FinalLayer(config)
         self.ap_head = ProjectionHead(config.hidden)
 
@@ -217,8 +201,8 @@ class Transformer(nn.Module):
         Returns:
             (prediction (B, C_out, H, W), features (B, T, D) or None), in the weights' dtype.
         """
-        x, vectors = self._begin(x, t, labels, [*[2, 4] * self.config.depth, AT_THE_END])
-        h = self.ops.adaln(x, *vectors[0].unbind(1))  # (B, T, D)
+        x, vectors = self._embed(x, t, labels, [*[2, 4] * self.config.depth, PER_FINAL_LAYER])
+        h = self.backends.adaln(x, *vectors[0].unbind(1))  # (B, T, D)
         features = None
         for number, block in enumerate(self.blocks, start=1):
             x, h = self._run(block, number, x, h, vectors[2 * number - 1], vectors[2 * number])  # 2 x (B, T, D)
@@ -229,25 +213,33 @@ class Transformer(nn.Module):
     def features(self, x: Tensor, t: Tensor, labels: Tensor, tap: int) -> Tensor:
         """Output of block `tap` (1-based), (B, T, D). Later blocks, head and final layer are not run. Arguments as
         `forward`."""
-        x, vectors = self._begin(x, t, labels, [2, 4] * tap)
-        h = self.ops.adaln(x, *vectors[0].unbind(1))
+        x, vectors = self._embed(x, t, labels, [2, 4] * tap)
+        h = self.backends.adaln(x, *vectors[0].unbind(1))
         for number, block in enumerate(self.blocks[:tap], start=1):
-            following = vectors[2 * number] if number < tap else None
-            x, h = self._run(block, number, x, h, vectors[2 * number - 1], following)
+            next_modulation = vectors[2 * number] if number < tap else None
+            x, h = self._run(block, number, x, h, vectors[2 * number - 1], next_modulation)
         return x
 
-    def until(self, tap: int) -> Transformer:
-        """Drop what `features` up to this tap does not read. Returns the network."""
+    def truncate_after(self, tap: int) -> Transformer:
+        """Drop the modules that `features` up to this tap does not use. Returns the network."""
         del self.final_layer, self.ap_head
         self.blocks = self.blocks[:tap]
-        rows = PER_BLOCK * tap * self.config.hidden
-        for name, parameter in list(self.modulation.named_parameters()):
-            setattr(self.modulation, name, nn.Parameter(parameter[:rows], requires_grad=False))
         return self
 
-    def _begin(self, x: Tensor, t: Tensor, labels: Tensor, groups: list[int]) -> tuple[Tensor, Sequence[Tensor]]:
-        """Tokens (B, T, D), and the first modulation vectors in groups of so many, (B, 2, D) or (B, 4, D), as `Block`
-        takes them: shift and scale of block 1's attention, then its own four, shift and scale of block 2's, ..."""
+    @classmethod
+    def from_tensors(
+        cls, config: ModelConfig, tensors: Mapping[str, Tensor], backends: Backends = REFERENCE
+    ) -> Transformer:
+        """A network that shares `tensors` as its parameters (names as in memory, see layout.py), in eval mode and
+        without gradients."""
+        with torch.device("meta"):
+            model = cls(config, backends)
+        model.load_state_dict(tensors, assign=True)
+        return model.eval().requires_grad_(False)
+
+    def _embed(self, x: Tensor, t: Tensor, labels: Tensor, groups: list[int]) -> tuple[Tensor, Sequence[Tensor]]:
+        """Tokens (B, T, D), and the first modulation vectors in groups of these sizes, (B, 2, D) or (B, 4, D), as
+        `Block` takes them: shift and scale of block 1's attention, its other four, shift and scale of block 2's, ..."""
         tokens = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # (B, T, D)
         condition = F.silu(self.t_embedder(t) + self.y_embedder(labels))  # (B, D)
         rows = sum(groups) * self.config.hidden
@@ -255,25 +247,16 @@ class Transformer(nn.Module):
         return tokens, vectors.unflatten(-1, (sum(groups), -1)).split(groups, dim=1)
 
     def _run(
-        self, block: Block, number: int, x: Tensor, h: Tensor, own: Tensor, following: Tensor | None
+        self, block: Block, number: int, x: Tensor, h: Tensor, modulation: Tensor, next_modulation: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         every = self.config.checkpoint_every
         if every and number % every == 0 and torch.is_grad_enabled():
-            # Nothing in a block is random, and reading a generator's state is refused while a CUDA graph is captured.
-            return checkpoint(block, x, h, own, following, use_reentrant=False, preserve_rng_state=False)
-        return block(x, h, own, following)
+            # Nothing in a block is random, and CUDA graph capture does not allow reading a generator's state.
+            return checkpoint(block, x, h, modulation, next_modulation, use_reentrant=False, preserve_rng_state=False)
+        return block(x, h, modulation, next_modulation)
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
         """(B, T, p p C_out) -> (B, C_out, H, W)."""
         side, patch = self.config.input_size // self.config.patch, self.config.patch
         patches = patches.unflatten(1, (side, side)).unflatten(3, (patch, patch, -1))  # (B, h, w, p, q, C_out)
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-
-
-def around(config: ModelConfig, tensors: dict[str, Tensor], ops: Ops = REFERENCE) -> Transformer:
-    """A transformer whose parameters are the given tensors themselves (names as in memory, see layout.py), not copies;
-    in eval mode and without gradients."""
-    with torch.device("meta"):
-        model = Transformer(config, ops)
-    model.load_state_dict(tensors, assign=True)
-    return model.eval().requires_grad_(False)

@@ -1,13 +1,13 @@
-"""Self-representation alignment: a network's early block learns from a later block of its own average, at lower noise.
+"""Self-representation alignment: an early block learns from a later block of the network's own EMA, at lower noise.
 
 A method of self-guidance answers six questions, and SRA's answers are:
 
     which taps       student block m, teacher block n, m < n (AlignConfig.taps: the published pairs)
-    which teacher    the EMA of the student, in eval mode, run no further than block n
-    what it sees     the same x and noise at the lower time t_teacher, and the labels after dropout
-    which target     block n's output as it is; only the student has a projection head
+    which teacher    the EMA of the student, in eval mode, run up to block n
+    which input      the same x and noise at the lower time t_teacher, and the labels after dropout
+    which target     block n's output itself; only the student has a projection head
     which distance   AlignConfig.distance, in float32
-    which weight     AlignConfig.weight over time, `alignment_weight` below
+    which weight     AlignConfig.weight over time, see `alignment_weight`
 
 Source: Jiang et al., "No Other Representation Component Is Needed: Diffusion Transformers Can Provide Representation
 Guidance by Themselves" (SRA), arXiv 2505.02831, section 3, and its public code.
@@ -20,9 +20,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from sra_fast.config import AlignConfig
-from sra_fast.objective import Noised
+from sra_fast.kernels.perturb import NoisedBatch
 from sra_fast.objective.ddpm import Diffusion
 from sra_fast.objective.flow import Flow
 
@@ -33,6 +34,19 @@ class Losses(NamedTuple):
     total: Tensor
     generative: Tensor
     alignment: Tensor
+
+
+class Alignment(NamedTuple):
+    """What is aligned, and how.
+
+    Attributes:
+        student_tap, teacher_tap: blocks, 1-based.
+        distance: (student features, teacher features), each (B, T, D) -> scalar.
+    """
+
+    student_tap: int
+    teacher_tap: int
+    distance: Callable[[Tensor, Tensor], Tensor]
 
 
 def alignment_weight(config: AlignConfig, epoch: int) -> float:
@@ -47,33 +61,31 @@ def alignment_weight(config: AlignConfig, epoch: int) -> float:
 
 def training_losses(
     objective: Flow | Diffusion,
+    alignment: Alignment | None,
     student: Callable[..., tuple[Tensor, Tensor | None]],
-    teacher: Callable[..., Tensor] | None,
-    distance: Callable[[Tensor, Tensor], Tensor],
-    noised: Noised,
-    labels: Tensor,
-    teacher_labels: Tensor,
+    teacher: Callable[..., Tensor],
+    batch: NoisedBatch,
     weight: Tensor | float,
-    taps: tuple[int, int],
 ) -> Losses:
     """All losses of one batch.
 
     Args:
         objective: what the student predicts.
-        student: (x, t, labels, tap=m) -> (prediction, projected features of block m).
-        teacher: (x, t, labels, tap=n) -> features of block n; None trains the plain model.
-        distance: (student features, teacher features), each (B, T, D) -> scalar.
-        noised: the batch.
-        labels, teacher_labels: (B,) int64 after label dropout.
+        alignment: taps and distance; None trains the plain model, and the teacher is not called.
+        student: (x, t, labels, tap) -> (prediction, projected features of block `tap`).
+        teacher: (x, t, labels, tap) -> features of block `tap`.
+        batch: inputs of both, and the target.
         weight: of the alignment loss.
-        taps: (m, n), 1-based.
     """
-    if teacher is None:
-        prediction, _ = student(noised.x_t, noised.t, labels)
-        generative = objective.loss(prediction, noised)
+    with record_function("sra_fast::student"):
+        tap = alignment.student_tap if alignment else 0
+        prediction, features = student(batch.x_t, batch.t, batch.labels, tap)
+    if alignment is None:
+        generative = objective.loss(prediction, batch)
         return Losses(generative, generative, torch.zeros_like(generative))
-    prediction, features = student(noised.x_t, noised.t, labels, tap=taps[0])
-    with torch.no_grad():
-        target = teacher(noised.x_teacher, noised.t_teacher, teacher_labels, tap=taps[1])
-    generative, alignment = objective.loss(prediction, noised), distance(features, target)
-    return Losses(generative + weight * alignment, generative, alignment)
+    with record_function("sra_fast::teacher"), torch.no_grad():
+        target = teacher(batch.x_teacher, batch.t_teacher, batch.teacher_labels, alignment.teacher_tap)
+    generative = objective.loss(prediction, batch)
+    with record_function("sra_fast::loss"):
+        distance = alignment.distance(features, target)
+    return Losses(generative + weight * distance, generative, distance)

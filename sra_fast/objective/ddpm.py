@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sra_fast.objective import Noised
+from sra_fast.kernels.perturb import NoisedBatch, NoiseLevels
 
 DIFFUSION_STEPS = 1000
 
@@ -31,57 +31,51 @@ def betas() -> Tensor:
 class Posterior(NamedTuple):
     """q(x_{k-1} | x_k, x_0) at every step of a chain: mean = mean_of_x0 x_0 + mean_of_xt x_k. Ho et al., (7)."""
 
-    kept_before: Tensor  # abar_{k-1}; 1 at the first step
+    abar_before: Tensor  # abar_{k-1}; 1 at the first step
     beta: Tensor
     variance: Tensor  # 0 at the first step
     mean_of_x0: Tensor
     mean_of_xt: Tensor
 
 
-def posterior(kept: Tensor) -> Posterior:
-    """The posterior of the chain whose abar are `kept`, (K,) float64, falling: all 1,000 steps or a selection."""
-    before = torch.cat([kept.new_ones(1), kept[:-1]])
-    beta = 1 - kept / before
-    variance = beta * (1 - before) / (1 - kept)
+def posterior(abar: Tensor) -> Posterior:
+    """The posterior of the chain with these abar, (K,) float64, decreasing: all 1,000 steps or a selection of them."""
+    before = torch.cat([abar.new_ones(1), abar[:-1]])
+    beta = 1 - abar / before
+    variance = beta * (1 - before) / (1 - abar)
     return Posterior(
-        before, beta, variance, beta * before.sqrt() / (1 - kept), (1 - before) * (1 - beta).sqrt() / (1 - kept)
+        before, beta, variance, beta * before.sqrt() / (1 - abar), (1 - before) * (1 - beta).sqrt() / (1 - abar)
     )
 
 
 class Diffusion:
-    """DiT's objective on tables of 1,000 float64 entries. It never draws."""
+    """DiT's objective, on tables of 1,000 float64 entries. The noise is drawn and added in kernels/perturb.py."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        kept = (1 - betas()).cumprod(0)  # abar_t
-        q = posterior(kept)
+        abar = (1 - betas()).cumprod(0)
+        q = posterior(abar)
         tables = {
-            "signal": kept.sqrt(),
-            "noise": (1 - kept).sqrt(),
+            "signal": abar.sqrt(),
+            "noise": (1 - abar).sqrt(),
             "log_beta": betas().log(),
-            # The first posterior variance is zero; its logarithm is replaced by the second one's, as published.
+            # The first posterior variance is zero; its logarithm is replaced by the second's, as published.
             "log_posterior": torch.cat([q.variance[1:2], q.variance[1:]]).log(),
             "mean_of_x0": q.mean_of_x0,
             "mean_of_xt": q.mean_of_xt,
         }
         self._tables = {name: table.to(device) for name, table in tables.items()}
 
+    @property
+    def levels(self) -> NoiseLevels:
+        """The noise levels, on the device."""
+        return NoiseLevels(self._tables["signal"], self._tables["noise"])
+
     def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
         """Table entries at steps t, shaped to broadcast over `like`, in its dtype."""
         table = self._tables[name][t.long()]
         return table.view(-1, *[1] * (like.ndim - 1)).to(like.dtype)
 
-    def noised(self, x: Tensor, noise: Tensor, t: Tensor, t_teacher: Tensor) -> Noised:
-        """What student and teacher see: both the same x and noise. Ho et al., (4).
-
-        Args:
-            x, noise: (B, C, H, W) float32.
-            t, t_teacher: (B,) integer-valued float32 in [0, 999].
-        """
-        x_t = self._at("signal", t, x) * x + self._at("noise", t, x) * noise
-        x_teacher = self._at("signal", t_teacher, x) * x + self._at("noise", t_teacher, x) * noise
-        return Noised(t, t_teacher, x_t, x_teacher, target=noise, x=x)
-
-    def loss(self, prediction: Tensor, noised: Noised) -> Tensor:
+    def loss(self, prediction: Tensor, batch: NoisedBatch) -> Tensor:
         """mse(noise) + variational bound, mean over all elements: a scalar.
 
         Args:
@@ -89,17 +83,17 @@ class Diffusion:
         """
         prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
         predicted_noise, fraction = prediction.chunk(2, dim=1)
-        squared_error = (predicted_noise - noised.target).square().mean()
+        squared_error = (predicted_noise - batch.target).square().mean()
         # The bound must not move the mean: the published code detaches it.
-        return squared_error + self.bound(predicted_noise.detach(), fraction, noised).mean()
+        return squared_error + self.bound(predicted_noise.detach(), fraction, batch).mean()
 
-    def bound(self, predicted_noise: Tensor, fraction: Tensor, noised: Noised) -> Tensor:
+    def bound(self, predicted_noise: Tensor, fraction: Tensor, batch: NoisedBatch) -> Tensor:
         """One term of the variational bound per sample, in bits per dimension: (B,).
 
         KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 0, the decoder's negative log-likelihood for t = 0 (Ho
         et al., (5)).
         """
-        x, x_t, t = noised.x, noised.x_t, noised.t
+        x, x_t, t = batch.x, batch.x_t, batch.t
         log_beta, log_posterior = self._at("log_beta", t, x), self._at("log_posterior", t, x)
         share = (fraction + 1) / 2
         log_variance = share * log_beta + (1 - share) * log_posterior  # Nichol and Dhariwal, (15)

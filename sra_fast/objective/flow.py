@@ -13,17 +13,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sra_fast.objective import Noised
+from sra_fast.kernels.perturb import NoisedBatch
 
 
 class Flow:
-    """SiT's objective. The interpolant and its velocity are made with the draws, in kernels/perturb.py."""
+    """SiT's objective. The interpolant and its velocity are computed with the draws, in kernels/perturb.py."""
 
-    def loss(self, prediction: Tensor, noised: Noised) -> Tensor:
+    def loss(self, prediction: Tensor, batch: NoisedBatch) -> Tensor:
         """Mean squared error of the velocity over all elements, in at least float32: a scalar.
 
         Args:
             prediction: (B, C, H, W).
         """
         compute = torch.promote_types(prediction.dtype, torch.float32)
-        return (prediction.to(compute) - noised.target).square().mean()
+        return (prediction.to(compute) - batch.target).square().mean()

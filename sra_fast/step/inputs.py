@@ -1,4 +1,4 @@
-"""The inputs of a step in fixed buffers, and the next step's inputs on their way to them."""
+"""The inputs of a step in fixed buffers, and a prefetcher that copies the next step's inputs there."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 from sra_fast.data.stream import Batch
 
-ALIGNMENT = 256  # bytes, of x as of a tensor of its own: compiled code reads vectors, and copies what is not aligned
+ALIGNMENT = 256  # bytes, of x, as the allocator aligns tensors: compiled code copies what is aligned less
 
 
 class Inputs:
-    """One step's inputs side by side in one run of bytes, so that one copy moves them all.
+    """One step's inputs in one contiguous buffer, so that one copy moves all of them.
 
     Args:
         shape: (B, C, H, W) of a batch's x.
-        device: where the bytes are.
-        pinned: host memory that a device can copy from by itself.
+        device: of the buffer.
+        pinned: in page-locked host memory, from which a GPU copies asynchronously.
         dtype: of x.
     """
 
@@ -28,23 +28,28 @@ class Inputs:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         batch, values = shape[0], torch.Size(shape).numel()
-        head = [8 * batch, 8 * batch, 4, 4]
-        room = -sum(head) % ALIGNMENT
-        sizes = [*head, room, values * dtype.itemsize]
+        header = [8 * batch, 8 * batch, 4, 4]
+        padding = -sum(header) % ALIGNMENT
+        sizes = [*header, padding, values * dtype.itemsize]
         self.bytes = torch.zeros(sum(sizes), dtype=torch.uint8, device=device, pin_memory=pinned)
         labels, number, lr, weight, _, x = self.bytes.split(sizes)
         self.labels, self.number = labels.view(torch.int64), number.view(torch.int64)  # (B,)
         self.lr, self.weight = lr.view(torch.float32)[0], weight.view(torch.float32)[0]  # ()
         self.x = x.view(dtype).view(shape)
-        self.head = self.bytes[: sum(head)]  # all but x
+        self.header = self.bytes[: sum(header)]  # everything but x
+
+    @property
+    def batch(self) -> Batch:
+        """x, labels and image numbers, as views of the buffer."""
+        return Batch(self.x, self.labels, self.number)
 
     def fill(self, batch: Batch, lr: float, weight: float) -> None:
-        """Take over a batch from any device, the learning rate and the alignment weight."""
+        """Copy in a batch from any device, the learning rate and the alignment weight."""
         self.x.copy_(batch.x, non_blocking=True)
-        self.fill_head(batch, lr, weight)
+        self.fill_header(batch, lr, weight)
 
-    def fill_head(self, batch: Batch, lr: float, weight: float) -> None:
-        """The same of all but x."""
+    def fill_header(self, batch: Batch, lr: float, weight: float) -> None:
+        """`fill` without x."""
         self.labels.copy_(batch.labels, non_blocking=True)
         self.number.copy_(batch.number, non_blocking=True)
         self.lr.fill_(lr)
@@ -52,11 +57,12 @@ class Inputs:
 
 
 class Prefetch:
-    """Moves inputs to one fixed place on a CUDA device; the long way there is travelled while the step before runs.
+    """Copies inputs to fixed buffers on a CUDA device; the transfer overlaps the previous step.
 
-        batch -> pinned memory -> device, on a stream of its own -> the fixed place, when the step before has read it
+        batch -> pinned memory -> staging buffer on the device, on a stream of its own
+              -> fixed buffer, on the current stream, when the previous step has read it
 
-    Two lanes take turns. The host waits only if it is more than two steps ahead of the device.
+    Two lanes alternate. The host waits only if it is more than two steps ahead of the device.
 
     Args:
         shape, dtype: of a batch's x, (B, C, H, W).
@@ -71,31 +77,31 @@ class Prefetch:
         self._stream = torch.cuda.Stream(device)
 
     def __call__(self, batch: Batch, lr: float, weight: float) -> None:
-        """Put a batch into the fixed place, in order with the current stream."""
+        """Copy a batch to the fixed buffer, ordered on the current stream."""
         lane = self._lanes.pop(0)
         self._lanes.append(lane)
         lane.free.synchronize()
         with torch.cuda.stream(self._stream):
             if batch.x.is_cuda:
-                lane.there.fill(batch, lr, weight)
-            elif batch.x.is_pinned():  # no detour for x
-                lane.here.fill_head(batch, lr, weight)
-                lane.there.head.copy_(lane.here.head, non_blocking=True)
-                lane.there.x.copy_(batch.x, non_blocking=True)
+                lane.staging.fill(batch, lr, weight)
+            elif batch.x.is_pinned():  # x needs no copy on the host
+                lane.pinned.fill_header(batch, lr, weight)
+                lane.staging.header.copy_(lane.pinned.header, non_blocking=True)
+                lane.staging.x.copy_(batch.x, non_blocking=True)
             else:
-                lane.here.fill(batch, lr, weight)
-                lane.there.bytes.copy_(lane.here.bytes, non_blocking=True)
-        lane.source = batch  # kept until its copy is done
+                lane.pinned.fill(batch, lr, weight)
+                lane.staging.bytes.copy_(lane.pinned.bytes, non_blocking=True)
+        lane.source = batch  # must live until it has been copied
         current = torch.cuda.current_stream(self._stream.device)
         current.wait_stream(self._stream)
-        self.fixed.bytes.copy_(lane.there.bytes)
+        self.fixed.bytes.copy_(lane.staging.bytes)
         lane.free.record(current)
 
 
 class _Lane:
     def __init__(self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> None:
-        self.here = Inputs(shape, torch.device("cpu"), pinned=True, dtype=dtype)
-        self.there = Inputs(shape, device, dtype=dtype)
+        self.pinned = Inputs(shape, torch.device("cpu"), pinned=True, dtype=dtype)
+        self.staging = Inputs(shape, device, dtype=dtype)
         self.free = torch.cuda.Event()
         self.source: Batch | None = None
 

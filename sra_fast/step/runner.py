@@ -1,7 +1,7 @@
-"""How a step is executed: as it stands, compiled, or as one CUDA graph over fixed buffers.
+"""Executes the steps of a run: eager, compiled, or as one CUDA graph over fixed buffers.
 
-All three compute the same. On a GPU all three read fixed buffers that the next batch travels to while the step before
-runs; the graph leaves the host one copy and one launch per step.
+All three compute the same. On a GPU all three read fixed buffers, to which the next batch is copied while the previous
+step runs; with the graph the host does one copy and one launch per step.
 """
 
 from __future__ import annotations
@@ -11,71 +11,25 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sra_fast.config import refuse_unless
 from sra_fast.data.stream import Batch
-from sra_fast.model.attention import PACKAGES
 from sra_fast.step.graph import Captured
 from sra_fast.step.inputs import Prefetch, scalar
+from sra_fast.step.ring import MetricRing
 from sra_fast.step.state import TrainState
-from sra_fast.step.step import MetricRing, TrainingStep
+from sra_fast.step.step import TrainingStep
 
-EXECUTIONS = {
-    "eager": "eager",
-    "compiled": "compiled by torch.compile, in the first steps",
-    "graph": "one CUDA graph of the compiled step, captured after the first steps",
-}
-MOST_UNROLLED = 8  # micro-batches within one graph
-
-
-def choose_execution(wish: str, device: torch.device) -> str:
-    """ "eager", "compiled" or "graph". auto: the graph on a GPU; on a CPU the step as it stands, because there
-    compiling takes a minute or two that short runs never earn back.
-
-    Raises:
-        Refused: for a wish that cannot be granted here.
-    """
-    gpu = device.type == "cuda"
-    if wish == "eager" or (wish == "auto" and not gpu):
-        return "eager"
-    reason = _why_not_compiled(device)
-    refuse_unless(wish == "auto" or reason is None, "train.execution", wish, f"needs {reason}")
-    refuse_unless(
-        wish != "graph" or gpu, "train.execution", wish, "needs an NVIDIA GPU; must be auto, eager or compiled"
-    )
-    if wish != "auto":
-        return wish
-    return "graph" if reason is None else "eager"
-
-
-def _why_not_compiled(device: torch.device) -> str | None:
-    """What torch.compile lacks on this machine."""
-    if device.type == "cuda":
-        from torch.utils._triton import has_triton
-
-        return None if has_triton() else "Triton (pip install triton)"
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    try:
-        get_cpp_compiler()
-    except Exception:  # Inductor's own kind of error
-        return "a C++ compiler (g++ or clang++)"
-    return None
-
-
-def _can_fetch_ahead(device: torch.device) -> bool:
-    return device.type == "cuda"
+MAX_UNROLLED = 8  # micro-batches in one graph
 
 
 class StepRunner:
-    """Executes the steps of a run and keeps their metrics.
+    """Executes steps and keeps their metrics.
 
     Args:
         step: what to execute.
         state: what it trains.
         ring: where metrics go.
-        execution: "eager", "compiled" or "graph", see `choose_execution`. "graph" is a graph of the compiled step.
-        attention: the run's backend.
-        say: where a failed capture is announced; None = stderr.
+        execution: "eager", "compiled" or "graph" (a CUDA graph of the compiled step).
+        report_failure: called with one line if the graph cannot be captured; None = print it to stderr.
     """
 
     def __init__(
@@ -84,81 +38,78 @@ class StepRunner:
         state: TrainState,
         ring: MetricRing,
         execution: str,
-        attention: str = "sdpa",
-        say: Callable[[str], None] | None = None,
+        report_failure: Callable[[str], None] | None = None,
     ) -> None:
         self.step, self.state, self.ring = step, state, ring
         self.device = ring.buffer.device
+        self._use_graph, self._report_failure = execution == "graph", report_failure
         self._graphs: list[Captured] = []
+        self._prefetch: Prefetch | None = None
         if execution != "eager":
-            step.compile(state, whole=attention not in PACKAGES)
-        self._has_fixed_buffers = _can_fetch_ahead(self.device)
-        self._wants_graph, self._say, self._prefetch = execution == "graph", say, None
+            step.compile(state)
 
     def __call__(self, batch: Batch, lr: float, weight: float) -> None:
-        """One optimizer step on a whole batch.
+        """One optimizer step.
 
         Args:
-            batch: on any device.
+            batch: all images of the step, on any device.
             lr, weight: learning rate and alignment weight.
         """
-        if self._has_fixed_buffers:
-            if self._prefetch is None:
-                self._prepare(batch.x)
-            self._prefetch(batch, lr, weight)
-            self._step_from_fixed()
+        if not _uses_fixed_buffers(self.device):
+            self.ring.push(self.step(self.state, batch, scalar(lr, self.device), scalar(weight, self.device)))
             return
-        lr, weight = scalar(lr, self.device), scalar(weight, self.device)
-        self.ring.push(self.step(self.state, *batch, lr, weight))
+        if self._prefetch is None:
+            self._allocate(batch.x)
+        self._prefetch(batch, lr, weight)
+        self._execute()
 
     @property
     def failure(self) -> str | None:
-        """Why there is no CUDA graph although one was wanted."""
+        """Why there is no CUDA graph, if capturing one failed."""
         return next((graph.failure for graph in self._graphs if graph.failure), None)
 
-    def _prepare(self, x: Tensor) -> None:
-        """Make the buffers for batches like this one's x, and what steps from them."""
-        graph, parts = self._wants_graph, self.step.config.train.accumulate
+    def _allocate(self, x: Tensor) -> None:
+        """Buffers for batches whose x has this shape and dtype, and graphs over these buffers."""
         self._prefetch = Prefetch(tuple(x.shape), self.device, x.dtype)
-        if graph:
-            stream, pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
-
-        def captured(function: Callable[[], None]) -> Callable[[], None]:
-            if not graph:
-                return function
-            self._graphs.append(Captured(function, stream, pool, say=self._say))
-            return self._graphs[-1]
-
-        whole = self._prefetch.fixed
-        if parts <= MOST_UNROLLED:
-
-            def all_at_once() -> None:
-                metrics = self.step(self.state, whole.x, whole.labels, whole.number, whole.lr, whole.weight)
-                self.ring.push(metrics)
-
-            self._step_from_fixed = captured(all_at_once)
+        parts = self.step.config.train.accumulate
+        if parts <= MAX_UNROLLED:
+            (self._execute,) = self._graph_of(self._run_step)
             return
-        size = len(whole.labels) // parts
-        micro = (whole.x[:size].clone(), whole.labels[:size].clone(), whole.number[:size].clone())
-        sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in self.state.trained]
-        losses = torch.zeros(3, device=self.device)
+        inputs = self._prefetch.fixed
+        self._micro_batch = Batch(*(tensor.clone() for tensor in inputs.batch.split(parts)[0]))
+        self._sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in self.state.trained]
+        self._losses = torch.zeros(3, device=self.device)
+        self._accumulate, self._finish = self._graph_of(self._add_gradients, self._apply_sums)
+        self._execute = self._run_micro_batches
 
-        def accumulate() -> None:
-            gradients, its_losses = self.step.gradients(self.state, *micro, whole.weight)
-            torch._foreach_add_(sums, gradients)
-            losses.add_(its_losses)
+    def _graph_of(self, *functions: Callable[[], None]) -> list[Callable[[], None]]:
+        """The functions as CUDA graphs, which share a stream and a memory pool; unchanged without graphs."""
+        if not self._use_graph:
+            return list(functions)
+        stream, pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
+        self._graphs = [Captured(function, stream, pool, say=self._report_failure) for function in functions]
+        return list(self._graphs)
 
-        def finish() -> None:
-            self.ring.push(self.step.apply(self.state, sums, losses, whole.lr))
-            torch._foreach_zero_([*sums, losses])
+    def _run_step(self) -> None:
+        inputs = self._prefetch.fixed
+        self.ring.push(self.step(self.state, inputs.batch, inputs.lr, inputs.weight))
 
-        accumulate, finish = captured(accumulate), captured(finish)
+    def _run_micro_batches(self) -> None:
+        for micro_batch in self._prefetch.fixed.batch.split(self.step.config.train.accumulate):
+            for buffer, tensor in zip(self._micro_batch, micro_batch, strict=True):
+                buffer.copy_(tensor)
+            self._accumulate()
+        self._finish()
 
-        def one_by_one() -> None:
-            for k in range(parts):
-                for held, given in zip(micro, (whole.x, whole.labels, whole.number), strict=True):
-                    held.copy_(given[k * size : (k + 1) * size])
-                accumulate()
-            finish()
+    def _add_gradients(self) -> None:
+        gradients, losses = self.step.gradients(self.state, self._micro_batch, self._prefetch.fixed.weight)
+        torch._foreach_add_(self._sums, gradients)
+        self._losses.add_(losses)
 
-        self._step_from_fixed = one_by_one
+    def _apply_sums(self) -> None:
+        self.ring.push(self.step.apply(self.state, self._sums, self._losses, self._prefetch.fixed.lr))
+        torch._foreach_zero_([*self._sums, self._losses])
+
+
+def _uses_fixed_buffers(device: torch.device) -> bool:
+    return device.type == "cuda"

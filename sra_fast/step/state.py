@@ -1,8 +1,8 @@
-"""AdamW with the EMA of the weights, which is also SRA's teacher: state, schedules and the update.
+"""The state of training, and its update: AdamW with the EMA of the weights, which is also SRA's teacher.
 
-Masters, moments and EMA are fp32. The networks compute from them directly in fp32, or from bf16 copies that each update
-renews. Learning rate, step and decay are device scalars, and a step whose gradient norm is not finite changes nothing
-and is counted on the device: nothing here makes the host wait.
+Master weights, moments and EMA are fp32. The networks compute with these tensors in fp32, or with bf16 copies that each
+update renews. Learning rate, step count and decay are device scalars, and a step whose gradient norm is not finite
+changes nothing and is counted on the device: nothing here makes the host wait.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from torch import Tensor
 from sra_fast.config import Config, OptimConfig
 from sra_fast.kernels.adamw_ema import Lists, Scalars, adamw_ema_ref
 from sra_fast.kernels.gradient_norm import gradient_norm_ref
+from sra_fast.model.backends import Backends
 from sra_fast.model.initial import initial_weights
-from sra_fast.model.layout import joined
-from sra_fast.model.transformer import Ops, Transformer, around
+from sra_fast.model.layout import from_public
+from sra_fast.model.transformer import Transformer
 
-HEAD = "ap_head."
-FIXED = "pos_embed"
-MOST_SKIPPED_IN_A_ROW = 64  # so many non-finite steps end a run
+HEAD = "ap_head."  # prefix of the projection head's parameters
+FIXED = "pos_embed"  # the parameter that is not trained
+MAX_SKIPPED_IN_A_ROW = 64  # non-finite steps that end a run
 
 
 @dataclass
 class TrainState:
-    """Everything a step reads and writes. All tensors live on one device, and stay where they are: a captured graph
-    has their addresses.
+    """Everything a step reads and writes. All tensors are on one device and are never reallocated: a captured CUDA
+    graph has their addresses.
 
-    Names are those in memory (model/layout.py). `weights`, `ema` and both networks hold every parameter; the moments
-    only those that are trained.
+    Names are those in memory (model/layout.py). `weights`, `ema` and the student have every parameter, the teacher
+    those up to its tap, the moments those that are trained.
     """
 
     weights: dict[str, Tensor]  # fp32 masters
@@ -47,19 +48,19 @@ class TrainState:
     teacher: Transformer
 
     @classmethod
-    def create(cls, config: Config, ops: Ops, device: torch.device, dtype: torch.dtype) -> TrainState:
-        """A fresh state: seeded weights, EMA equal to them, zero moments."""
-        weights = joined(initial_weights(config.model, config.run.seed, device))
+    def create(cls, config: Config, backends: Backends, device: torch.device, dtype: torch.dtype) -> TrainState:
+        """A new state: seeded weights, EMA equal to them, zero moments."""
+        weights = from_public(initial_weights(config.model, config.run.seed, device))
         trained = [name for name in weights if name != FIXED]
         if config.align.method == "none":
             trained = [name for name in trained if not name.startswith(HEAD)]
         zero = torch.zeros((), dtype=torch.int64, device=device)
         return cls.assemble(
             config,
-            ops,
+            backends,
             dtype,
             weights=weights,
-            ema={name: w.clone() for name, w in weights.items()},
+            ema={name: weight.clone() for name, weight in weights.items()},
             adam_m={name: torch.zeros_like(weights[name]) for name in trained},
             adam_v={name: torch.zeros_like(weights[name]) for name in trained},
             adam_step=zero.clone(),
@@ -68,15 +69,13 @@ class TrainState:
         )
 
     @classmethod
-    def assemble(cls, config: Config, ops: Ops, dtype: torch.dtype, **tensors) -> TrainState:
-        """A state around existing tensors, with student and teacher computing in `dtype`."""
-
-        student = around(config.model, tensors["weights"], ops).train()
-        teacher = around(config.model, tensors["ema"], ops).until(
-            0 if config.align.method == "none" else config.taps[1]
-        )
+    def assemble(cls, config: Config, backends: Backends, dtype: torch.dtype, **tensors) -> TrainState:
+        """A state that owns `tensors`, all fields but the networks, with student and teacher computing in `dtype`."""
+        student = Transformer.from_tensors(config.model, tensors["weights"], backends).train()
+        teacher = Transformer.from_tensors(config.model, tensors["ema"], backends)
+        teacher.truncate_after(0 if config.align.method == "none" else config.taps[1])
         if dtype != torch.float32:
-            student, teacher = (network.to(dtype) for network in (student, teacher))  # new tensors
+            student, teacher = (network.to(dtype) for network in (student, teacher))  # copies
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(name in tensors["adam_m"])
         return cls(**tensors, student=student, teacher=teacher)
@@ -87,69 +86,49 @@ class TrainState:
         parameters = dict(self.student.named_parameters())
         return [parameters[name] for name in self.adam_m]
 
-    @cached_property
-    def lists(self) -> tuple[list[Tensor], ...]:
-        """What an update changes: weights, m, v, EMA, and the networks' copies of weights and EMA, empty where the
-        networks hold the very tensors. In the order of the moments, cut as `cut` cuts gradients. The teacher's copies
-        end at its tap: a tensor without elements stands for each of the rest."""
-        names = list(self.adam_m)
-        held = [[group[name] for name in names] for group in (self.weights, self.adam_m, self.adam_v, self.ema)]
-        if not self.has_copies:
-            return *held, [], []
-        student, teacher = (dict(network.named_parameters()) for network in (self.student, self.teacher))
-        none = self.student.pos_embed.new_empty(0)
-        copies = []
-        for name in names:
-            copies += [teacher[name].detach(), *[none] * (name in self._cuts)] if name in teacher else [none]
-        return *map(self.cut, [*held, [student[name].detach() for name in names]]), copies
-
-    @cached_property
-    def _cuts(self) -> dict[str, int]:
-        """Rows of a parameter that the teacher has, where it has only some: of the modulation of all blocks."""
-        own = dict(self.teacher.named_parameters()) if self.has_copies else {}
-        return {
-            name: len(own[name]) for name in self.adam_m if name in own and len(own[name]) < len(self.weights[name])
-        }
-
-    def cut(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Tensors in the order of the moments, those of which the teacher has the first rows cut behind these."""
-        pieces = []
-        for name, tensor in zip(self.adam_m, tensors, strict=True):
-            rows = self._cuts.get(name)
-            pieces += [tensor] if rows is None else [tensor[:rows], tensor[rows:]]
-        return pieces
-
     @property
     def has_copies(self) -> bool:
-        """Whether the networks compute from copies in another dtype; in fp32 they hold the very tensors."""
+        """Whether the networks compute with copies in another dtype; in fp32 they share the tensors."""
         return self.student.pos_embed.dtype != torch.float32
+
+    @cached_property
+    def lists(self) -> tuple[list[Tensor], ...]:
+        """What an update changes, in the order of the moments: weights, m, v, EMA, and the networks' copies of weights
+        and EMA (empty lists if there are none). An empty tensor stands for a parameter that the teacher lacks."""
+        names = list(self.adam_m)
+        owned = [[group[name] for name in names] for group in (self.weights, self.adam_m, self.adam_v, self.ema)]
+        if not self.has_copies:
+            return *owned, [], []
+        student, teacher = (dict(network.named_parameters()) for network in (self.student, self.teacher))
+        empty = self.student.pos_embed.new_empty(0)
+        student_copies = [student[name].detach() for name in names]
+        teacher_copies = [teacher[name].detach() if name in teacher else empty for name in names]
+        return *owned, student_copies, teacher_copies
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, dict[str, Tensor] | Tensor]) -> None:
-        """Take over the values of another state, as `assemble` takes them, by copy: every tensor stays where it is."""
-        for field, given in tensors.items():
-            held = getattr(self, field)
-            if isinstance(held, Tensor):
-                held.copy_(given)
+        """Copy in the values of another state, by field name as `assemble` takes them. No tensor is reallocated."""
+        for field, values in tensors.items():
+            own = getattr(self, field)
+            if isinstance(own, Tensor):
+                own.copy_(values)
             else:
-                torch._foreach_copy_(list(held.values()), [given[name] for name in held])
-        self.refresh()
+                torch._foreach_copy_(list(own.values()), [values[name] for name in own])
+        self.refresh_copies()
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Copy masters and EMA into networks that compute in another dtype."""
+    def refresh_copies(self) -> None:
+        """Copy weights and EMA into networks that compute in another dtype."""
         if not self.has_copies:
             return
-        for model, source in ((self.student, self.weights), (self.teacher, self.ema)):
-            names, copies = zip(*model.named_parameters(), strict=True)
-            torch._foreach_copy_(
-                list(copies), [source[name][: len(own)] for name, own in zip(names, copies, strict=True)]
-            )
+        for network, source in ((self.student, self.weights), (self.teacher, self.ema)):
+            names, copies = zip(*network.named_parameters(), strict=True)
+            torch._foreach_copy_(list(copies), [source[name] for name in names])
 
 
 def learning_rate(config: Config, images_seen: int) -> float:
-    """Learning rate of the step that begins after `images_seen` images: linear warm-up, then constant or a half
-    cosine to zero."""
+    """Learning rate of the step that starts after `images_seen` images: linear warm-up, then constant, or a half cosine
+    down to zero."""
     optim, total = config.optim, config.train.images
     warmup = min(1.0, (images_seen + config.train.batch) / optim.warmup_images) if optim.warmup_images else 1.0
     if optim.schedule == "constant":
@@ -159,8 +138,7 @@ def learning_rate(config: Config, images_seen: int) -> float:
 
 
 def ema_decay(config: OptimConfig, updates: Tensor) -> Tensor:
-    """EMA decay of the update that follows `updates` others: min(decay, (1 + k) / (10 + k)) with warm-up, a float32
-    scalar."""
+    """EMA decay of the update after `updates` others, a float32 scalar: min(decay, (1 + k) / (10 + k)) with warm-up."""
     constant = torch.full((), config.ema_decay, dtype=torch.float32, device=updates.device)
     return torch.minimum(constant, (1 + updates) / (10 + updates)) if config.ema_warmup else constant
 
@@ -171,35 +149,34 @@ def update(
     gradients: Sequence[Tensor],
     lr: Tensor,
     config: OptimConfig,
-    norm_of: Callable[..., Tensor] = gradient_norm_ref,
+    gradient_norm: Callable[..., Tensor] = gradient_norm_ref,
     adamw_ema: Callable[..., None] = adamw_ema_ref,
 ) -> tuple[Tensor, Tensor]:
-    """Clip, AdamW, EMA and the copies for the networks. Returns (gradient norm before clipping, EMA decay), float32
-    scalars.
+    """Clip, AdamW, EMA and the networks' copies. Returns (gradient norm before clipping, EMA decay), float32 scalars.
 
-    If the norm is not finite, weights, moments, EMA and the update count keep every bit and the skip counters go up.
+    If the norm is not finite, weights, moments, EMA and the step count keep every bit and the skip counters go up.
 
     Args:
         state: updated in place.
         gradients: in the order of `state.trained`, of one floating dtype.
         lr: () float32.
         config: of the optimizer.
-        norm_of, adamw_ema: implementations of the two ops, see kernels/gradient_norm.py and kernels/adamw_ema.py.
+        gradient_norm, adamw_ema: implementations of the two ops.
     """
     gradients = [gradient.contiguous() for gradient in gradients]
-    norm, decay = norm_of(gradients), ema_decay(config, state.adam_step)
+    norm, decay = gradient_norm(gradients), ema_decay(config, state.adam_step)
     finite = norm.isfinite()
-    # The count stays where it ends the run, so that a later finite step cannot hide it from the next look.
-    over = state.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW
-    state.skipped_in_a_row.copy_(torch.where(over, state.skipped_in_a_row, (state.skipped_in_a_row + 1) * ~finite))
+    # The counter stops at the limit, so that a later finite step cannot hide it from the next look of the host.
+    at_limit = state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
+    state.skipped_in_a_row.copy_(torch.where(at_limit, state.skipped_in_a_row, (state.skipped_in_a_row + 1) * ~finite))
     clip, loss_scale = (torch.full((), value, device=norm.device) for value in (config.clip, 1.0))
-    lists = Lists(state.cut(gradients), *state.lists)
+    lists = Lists(gradients, *state.lists)
     adamw_ema(
         lists,
         Scalars(norm, state.adam_step, state.skipped_steps, lr, decay, clip, loss_scale),
         betas=(config.beta1, config.beta2),
         eps=config.eps,
-        # Decay acts on matrices; biases have nothing to decay towards.
+        # Matrices decay; biases do not.
         weight_decay=(config.weight_decay, 0.0),
         group=[int(weight.ndim < 2) for weight in lists.weights],
     )

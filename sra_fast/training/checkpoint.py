@@ -1,10 +1,10 @@
-"""Checkpoints: everything needed to go on exactly, written so that a crash at any moment leaves the previous one whole.
+"""Checkpoints: everything needed to resume exactly. A crash at any moment leaves the previous checkpoint complete.
 
     runs/<name>/checkpoints/<images_seen:012d>/
         weights, ema, adam_m, adam_v .safetensors     fp32, under the public parameter names
         state.json                                    counters, the whole configuration, the data's fingerprint
 
-Written to `<name>.tmp`, flushed to the disk, then renamed. Nothing here is a pickle.
+Written to `<name>.tmp`, fsynced, then renamed. Nothing here is a pickle.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,25 +24,26 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sra_fast.config import Config, ModelConfig, ObjectiveConfig, from_dict, refuse_unless, to_dict
-from sra_fast.errors import Refused
+from sra_fast.config import Config, ModelConfig, ObjectiveConfig, from_dict, to_dict
+from sra_fast.errors import Damaged, Refused
 from sra_fast.files import read_json, replacing, sync, write_json
 from sra_fast.model import public_weights
-from sra_fast.model.layout import apart, joined
+from sra_fast.model.layout import from_public, to_public
 from sra_fast.step.state import HEAD, TrainState
+from sra_fast.training.rhythm import Every
 
 FORMAT_VERSION = 1
 LOCK = ".lock"
 TENSORS = ("weights", "ema", "adam_m", "adam_v")
 COUNTERS = ("adam_step", "skipped_steps", "skipped_in_a_row")
 
-# What may differ when a run goes on: where and how it is computed and looked at, not the recipe. Some of these may
+# What may change when a run resumes: where and how it is computed and observed, not the recipe. Some of these may
 # change last bits, or pixels by a fraction of a grey level (data.reader).
 FREE_ON_RESUME = {
     "run.name",
     "run.dir",
     "run.dry_run",
-    "data.images",  # the fingerprint says whether it is the same data
+    "data.images",  # the fingerprint tells whether it is the same data
     "data.latents",
     "data.vae",
     "data.reader",
@@ -69,22 +71,49 @@ FREE_SECTIONS = ("kernels", "sample", "evaluate")
 
 
 @dataclass(frozen=True)
-class Progress:
-    """What the host knows about a run."""
+class RunProgress:
+    """How far a run has come."""
 
     images_seen: int = 0
     step: int = 0  # optimizer steps attempted, skipped ones included
     train_s: float = 0.0
-    replaced_images: int = 0  # that stood in for undecodable ones
+    replaced_images: int = 0  # images that replaced undecodable ones
     data_fingerprint: str = ""
     undecodable_files: dict[str, str] = field(default_factory=dict)  # name -> reason
 
 
-def save(folder: Path, state: TrainState, config: Config, progress: Progress) -> Path:
+class Saver:
+    """Writes checkpoints when `train.save_*` asks for one, and removes old ones.
+
+    Args:
+        folder: of the checkpoints.
+        config: of the run.
+        progress: at the start; it is not saved again.
+    """
+
+    def __init__(self, folder: Path, config: Config, progress: RunProgress) -> None:
+        self._folder, self._config = folder, config
+        self._every = Every(config.train.save_every_images, config.train.batch)
+        self._saved_step, self._last_save = progress.step, time.monotonic()
+
+    def due(self, progress: RunProgress) -> bool:
+        minutes = (time.monotonic() - self._last_save) / 60
+        return self._every.due(progress.images_seen) or minutes > self._config.train.save_every_minutes
+
+    def save(self, state: TrainState, progress: RunProgress) -> None:
+        """Write a checkpoint, unless this step has been saved already."""
+        if progress.step == self._saved_step:
+            return
+        save(self._folder, state, self._config, progress)
+        prune(self._folder, self._config.train.keep_checkpoints, self._config.train.keep_every_images)
+        self._saved_step, self._last_save = progress.step, time.monotonic()
+
+
+def save(folder: Path, state: TrainState, config: Config, progress: RunProgress) -> Path:
     """Write a checkpoint below `folder` and return its path.
 
     Raises:
-        Refused: if it cannot be written; older checkpoints are untouched and nothing half-written remains.
+        Refused: if it cannot be written; older checkpoints are untouched and no partial file remains.
     """
     target = folder / f"{progress.images_seen:012d}"
     partial = target.with_name(target.name + ".tmp")
@@ -95,14 +124,14 @@ def save(folder: Path, state: TrainState, config: Config, progress: Progress) ->
         partial.mkdir(parents=True)
         metadata = public_weights.metadata(config.model, config.objective)
         for name in TENSORS:
-            tensors = {key: value.contiguous() for key, value in apart(getattr(state, name)).items()}
+            tensors = {key: value.contiguous() for key, value in to_public(getattr(state, name)).items()}
             save_file(tensors, partial / f"{name}.safetensors", metadata)
         write_json(partial / "state.json", description)
         for path in partial.iterdir():
-            path.chmod((partial / "state.json").stat().st_mode)  # safetensors keeps its files to their owner
+            path.chmod((partial / "state.json").stat().st_mode)  # safetensors makes its files private
             sync(path)
         sync(partial)
-        if target.exists():  # the same moment, saved before; pruning removes it
+        if target.exists():  # an earlier checkpoint of the same step; `prune` removes it
             target.rename(target.with_name(target.name + ".old.tmp"))
         partial.rename(target)
         sync(folder)
@@ -123,8 +152,8 @@ def _complete(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, keep: int, keep_every_images: int) -> None:
-    """Remove all but the newest `keep` checkpoints and those at multiples of `keep_every_images`, and what a crash
-    left half-written."""
+    """Remove all but the newest `keep` checkpoints and those at multiples of `keep_every_images`, and what a crash left
+    unfinished."""
     for path in _complete(folder)[:-keep]:
         if not keep_every_images or int(path.name) % keep_every_images:
             shutil.rmtree(path)
@@ -134,33 +163,35 @@ def prune(folder: Path, keep: int, keep_every_images: int) -> None:
 
 def describe(path: Path) -> tuple[dict[str, Any], Config]:
     """(state.json, the configuration in it) of a checkpoint."""
-    refuse_unless((path / "state.json").is_file(), "checkpoint", str(path), "not a checkpoint: it has no state.json")
+    if not (path / "state.json").is_file():
+        raise Refused("checkpoint", str(path), "not a checkpoint: it has no state.json")
     state = read_json(path / "state.json")
     version = state.get("format_version") if isinstance(state, dict) else None
-    refuse_unless(version == FORMAT_VERSION, f"{path}: format_version", version, f"must be {FORMAT_VERSION}")
-    defaults = {**dataclasses.asdict(Progress()), **dict.fromkeys(COUNTERS, 0), "config": {}}
+    if version != FORMAT_VERSION:
+        raise Refused(f"{path}: format_version", version, f"must be {FORMAT_VERSION}")
+    defaults = {**dataclasses.asdict(RunProgress()), **dict.fromkeys(COUNTERS, 0), "config": {}}
     for name, default in defaults.items():
-        fits = type(state.get(name)) is type(default)
-        refuse_unless(fits, f"{path}/state.json: {name}", state.get(name), f"must be of type {type(default).__name__}")
+        if type(state.get(name)) is not type(default):
+            rule = f"must be of type {type(default).__name__}"
+            raise Refused(f"{path}/state.json: {name}", state.get(name), rule)
     return state, from_dict(Config, state["config"], str(path / "state.json"))
 
 
-def load(path: Path, config: Config, fingerprint: str, device: torch.device) -> tuple[dict[str, Any], Progress]:
-    """(tensors and counters for `TrainState.assemble`, progress) of a checkpoint that `config` may go on from.
+def load(path: Path, config: Config, fingerprint: str, device: torch.device) -> tuple[dict[str, Any], RunProgress]:
+    """(tensors and counters for `TrainState.assemble`, progress) of a checkpoint that `config` may resume from.
 
     Raises:
         Refused: if it is damaged, belongs to another network or data set, or was trained with other settings.
     """
     state, saved = describe(path)
-    for name, was, now in differences(to_dict(saved), to_dict(config)):
+    for name, before, now in differences(to_dict(saved), to_dict(config)):
         if name not in FREE_ON_RESUME and not name.startswith(FREE_SECTIONS):
-            field = name.replace("_", "-")
-            raise Refused(
-                f"{field}: {now!r} given, but {path} was trained with {was!r}; start another --run.name to change it"
-            )
+            rule = f"but {path} was trained with {before!r}; start another --run.name to change it"
+            raise Refused(f"{name.replace('_', '-')}: {now!r} given, {rule}")
     if state["data_fingerprint"] != fingerprint:
-        name, given = ("latents", config.data.latents) if config.data.latents else ("images", config.data.images)
-        raise Refused(f"data.{name}: {given!r} holds other files or classes than {path} was trained on")
+        name = "latents" if config.data.latents else "images"
+        source = getattr(config.data, name)
+        raise Refused(f"data.{name}: {source!r} has other files or classes than {path} was trained on")
     expected = public_weights.shapes(config.model)
     moments = set(expected) - {"pos_embed"}
     if config.align.method == "none":
@@ -169,40 +200,41 @@ def load(path: Path, config: Config, fingerprint: str, device: torch.device) -> 
     for name in TENSORS:
         file = path / f"{name}.safetensors"
         tensors, _ = public_weights.read_safetensors(file)
-        wanted = {key: shape for key, shape in expected.items() if not name.startswith("adam") or key in moments}
-        held = joined(_exactly(tensors, wanted, file))
-        loaded[name] = {key: value.to(device) for key, value in held.items()}
+        shapes = {key: shape for key, shape in expected.items() if not name.startswith("adam") or key in moments}
+        internal = from_public(_exactly(tensors, shapes, file))
+        loaded[name] = {key: value.to(device) for key, value in internal.items()}
     for name in COUNTERS:
         loaded[name] = torch.tensor(state[name], dtype=torch.int64, device=device)
-    return loaded, Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
+    return loaded, RunProgress(**{field.name: state[field.name] for field in dataclasses.fields(RunProgress)})
 
 
-def _exactly(tensors: dict[str, Tensor], wanted: dict[str, torch.Size], file: Path) -> dict[str, Tensor]:
-    if set(tensors) != set(wanted):
-        odd = min(set(tensors) ^ set(wanted))
-        raise Refused(f"{file}: {odd} is {'missing' if odd in wanted else 'not a parameter of this network'}")
-    for name, shape in wanted.items():
+def _exactly(tensors: dict[str, Tensor], shapes: dict[str, torch.Size], file: Path) -> dict[str, Tensor]:
+    """The tensors in the order of `shapes`, if they are float32 and have these names and shapes."""
+    if set(tensors) != set(shapes):
+        name = min(set(tensors) ^ set(shapes))
+        raise Damaged(file, f"{name} is {'missing' if name in shapes else 'not a parameter of this network'}")
+    for name, shape in shapes.items():
         if tensors[name].shape != shape:
-            raise Refused(f"{file}: {name} has shape {tuple(tensors[name].shape)}; must be {tuple(shape)}")
+            raise Damaged(file, f"{name} has shape {tuple(tensors[name].shape)}; must be {tuple(shape)}")
         if tensors[name].dtype != torch.float32:
-            raise Refused(f"{file}: {name} is {tensors[name].dtype}; must be torch.float32")
-    return {name: tensors[name] for name in wanted}
+            raise Damaged(file, f"{name} is {tensors[name].dtype}; must be torch.float32")
+    return {name: tensors[name] for name in shapes}
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(dotted name, old, new) of every field that differs."""
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name), new.get(name)
         if isinstance(before, dict) and isinstance(after, dict):
-            yield from differences(before, after, f"{where}{name}.")
+            yield from differences(before, after, f"{prefix}{name}.")
         elif before != after:
-            yield f"{where}{name}", before, after
+            yield f"{prefix}{name}", before, after
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run directory; refuse if another process does. The operating system lets go when the process ends,
-    however it ends. A directory made here in which nothing was written disappears again."""
+    """Lock a run directory; refuse if another process has locked it. The lock ends with the process, however it ends. A
+    new directory in which nothing was written is removed again."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("w")
@@ -224,8 +256,8 @@ def read_weights(source: Path, key: str) -> public_weights.Weights:
     """Weights of a run, of one of its checkpoints, of a safetensors file or of a public .pt file.
 
     Args:
-        source: where to read.
-        key: "ema", or "model" for the raw weights. A safetensors file has one set only.
+        source: the run, checkpoint or file.
+        key: "ema", or "model" for the raw weights. A safetensors file has only one set.
     """
     if source.is_dir():
         source = locate(source) / ("ema.safetensors" if key == "ema" else "weights.safetensors")
@@ -234,9 +266,12 @@ def read_weights(source: Path, key: str) -> public_weights.Weights:
 
 def locate(source: Path) -> Path:
     """The checkpoint that a path names: itself, or the newest of a run."""
-    found = source if (source / "state.json").is_file() else newest(source / "checkpoints")
-    refuse_unless(found is not None, "weights", str(source), "must be a run that was saved, or a checkpoint")
-    return found
+    if (source / "state.json").is_file():
+        return source
+    checkpoint = newest(source / "checkpoints")
+    if checkpoint is None:
+        raise Refused("weights", str(source), "must be a run that was saved, or a checkpoint")
+    return checkpoint
 
 
 def export(tensors: dict[str, Tensor], path: Path, model: ModelConfig, objective: ObjectiveConfig) -> None:

@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl, one object a line, and the same to TensorBoard where it is installed."""
+"""The metrics of a run: averages of the device's metrics, written to metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -8,28 +8,99 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sra_fast.config import Config
 from sra_fast.errors import Refused
 from sra_fast.files import to_json, write_text
+from sra_fast.step.ring import MetricRing
+from sra_fast.step.state import MAX_SKIPPED_IN_A_ROW, TrainState
+from sra_fast.step.step import Metrics
+from sra_fast.training.checkpoint import RunProgress
+from sra_fast.training.rhythm import Clock
+
+AVERAGED = ("loss", "velocity_loss", "alignment_loss", "grad_norm")
 
 
-class MetricsLog:
-    """Appends to `metrics.jsonl` and TensorBoard. Lines beyond `images_seen`, written by a run that was killed later,
-    are dropped.
+class StepLog:
+    """Writes a line for every `train.log_every_steps` steps. Only then does the host wait for the device.
+
+    Args:
+        file: where lines go.
+        config: of the run.
+        state: whose skipped steps are reported.
+        clock: gives the images per second.
+    """
+
+    def __init__(self, file: MetricsFile, config: Config, state: TrainState, clock: Clock) -> None:
+        self.ring = MetricRing(config.train.log_every_steps, state.skipped_steps.device)
+        """Where steps put their metrics."""
+        self.last_row: dict[str, Any] = {}
+        """The line written last."""
+        self._file, self._state, self._clock = file, state, clock
+        self._every_steps, self._batch = config.train.log_every_steps, config.train.batch
+        self._pending_steps = 0
+
+    def add_step(self) -> None:
+        """Count a step, whose metrics are in the ring."""
+        self._pending_steps += 1
+
+    def due(self, progress: RunProgress) -> bool:
+        """Whether a line is to be written after this step."""
+        return progress.step % self._every_steps == 0
+
+    def write(self, progress: RunProgress, **more: float) -> None:
+        """Write a line about the steps since the last one, if there are any.
+
+        Raises:
+            Refused: if the last `MAX_SKIPPED_IN_A_ROW` steps were not finite.
+        """
+        if not self._pending_steps:
+            return
+        images_per_s = self._pending_steps * self._batch / self._clock.lap_s()
+        metrics = self.ring.last(self._pending_steps)
+        self._pending_steps = 0
+        self.last_row = {
+            "step": progress.step,
+            "images_seen": progress.images_seen,
+            **_averages(metrics),
+            "lr": metrics[-1].lr,
+            "ema_decay": metrics[-1].ema_decay,
+            "images_per_s": images_per_s,
+            "skipped_steps": int(self._state.skipped_steps),
+            **more,
+        }
+        self._file.write(self.last_row)
+        skipped = int(self._state.skipped_in_a_row)
+        if skipped >= MAX_SKIPPED_IN_A_ROW:
+            raise Refused(f"training: {skipped} steps in a row had a non-finite gradient norm; the run has diverged")
+
+
+def _averages(metrics: list[Metrics]) -> dict[str, float]:
+    """Losses and gradient norm, averaged over the finite steps."""
+    finite = [row for row in metrics if math.isfinite(row.grad_norm)]
+    if not finite:
+        return dict.fromkeys(AVERAGED, math.nan)
+    return {name: sum(getattr(row, name) for row in finite) / len(finite) for name in AVERAGED}
+
+
+class MetricsFile:
+    """Appends to `metrics.jsonl`, one object a line, and to TensorBoard if it is installed.
+
+    Lines beyond `images_seen`, from a run that was killed after its last checkpoint, are dropped.
 
     Args:
         folder: the run directory.
-        images_seen: where the run begins or resumes.
+        images_seen: where the run starts or resumes.
     """
 
     def __init__(self, folder: Path, images_seen: int) -> None:
         path = folder / "metrics.jsonl"
-        kept = [line for line in _lines(path) if line["images_seen"] <= images_seen]
-        write_text(path, "".join(to_json(line) for line in kept))
+        kept = [row for row in _complete_rows(path) if row["images_seen"] <= images_seen]
+        write_text(path, "".join(to_json(row) for row in kept))
         self._file = path.open("a")
         self._board = _tensorboard(folder, images_seen)
 
     def write(self, row: dict[str, Any]) -> None:
-        """One line. Floats that are not finite become null, as JSON has no word for them."""
+        """Append a line. Raises Refused if the disk is full."""
         try:
             self._file.write(to_json(row))
             self._file.flush()
@@ -46,8 +117,8 @@ class MetricsLog:
             self._board.close()
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Complete lines of a metrics file; the last may have been cut by a kill."""
+def _complete_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics file up to the first incomplete line, which a kill may have left."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:

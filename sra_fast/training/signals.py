@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that the loop grants between two steps."""
+"""Ctrl-C and SIGTERM as a request to stop between two training steps."""
 
 from __future__ import annotations
 
@@ -8,26 +8,24 @@ from types import FrameType
 
 
 class StopRequest:
-    """While active, the first SIGINT or SIGTERM is remembered in `signal`; a second one interrupts at once.
-
-    Use as a context manager, in the main thread.
-    """
+    """Context manager, in the main thread: remembers the first SIGINT or SIGTERM in `signal`; a second one raises
+    KeyboardInterrupt."""
 
     def __init__(self) -> None:
-        self.signal = 0  # its number, 0 = none
+        self.signal = 0  # number of the signal received, 0 = none
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.signal:
             raise KeyboardInterrupt
         self.signal = number
-        # Not print: the signal may have come in the middle of another write to stderr.
-        os.write(2, b"\nfinishing the step and saving; once more to stop at once\n")
+        # Not print: the signal may arrive in the middle of another write to stderr.
+        os.write(2, b"\nfinishing the step and saving; press Ctrl-C again to stop at once\n")

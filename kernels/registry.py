@@ -1,0 +1,56 @@
+"""The ops of a training step and their implementations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from . import adaln, adamw_ema, alignment, gradient_norm, language, library, perturb
+
+
+class Op(NamedTuple):
+    """One op.
+
+    Attributes:
+        reference: in plain PyTorch.
+        fused: a kernel, or None where torch.compile of the reference is the best there is.
+        compiled: whether the kernel is in the compiled library (csrc/) rather than in Triton.
+        faster_on: architectures ("cpu", "sm_90", ...) on which a result under benchmarks/results shows the kernel to be
+            faster than torch.compile of the reference: there `auto` takes it.
+    """
+
+    reference: Callable
+    fused: Callable | None = None
+    compiled: bool = False
+    faster_on: tuple[str, ...] = ()
+
+
+OPS: dict[str, Op] = {
+    "adaln": Op(adaln.adaln_ref, adaln.adaln),
+    "gated_adaln": Op(adaln.gated_adaln_ref, adaln.gated_adaln),
+    # No kernel: torch.compile fuses it with the ops around it, and a kernel of ours would break that fusion.
+    "gated_residual": Op(adaln.gated_residual_ref),
+    "alignment": Op(alignment.alignment_ref, alignment.alignment),
+    "perturb": Op(perturb.perturb_ref, perturb.perturb),
+    # Measured together: benchmarks/results/*/optimizer-*.json.
+    "gradient_norm": Op(
+        gradient_norm.gradient_norm_ref, gradient_norm.gradient_norm, compiled=True, faster_on=("cpu",)
+    ),
+    "adamw_ema": Op(adamw_ema.adamw_ema_ref, adamw_ema.adamw_ema, compiled=True, faster_on=("cpu",)),
+}
+
+
+def why_unavailable(op: str, architecture: str) -> str:
+    """Why the fused kernel of an op cannot run and how to fix it; '' if it can.
+
+    Args:
+        op: a key of `OPS`.
+        architecture: "cpu", or that of a GPU, such as "sm_90".
+    """
+    if OPS[op].fused is None:
+        return "this op has no fused kernel"
+    if OPS[op].compiled:
+        return library.why_unavailable(on_gpu=architecture != "cpu")
+    if architecture == "cpu" and not language.INTERPRETED:
+        return language.why_unavailable() or "it runs on GPUs only"
+    return language.why_unavailable()
