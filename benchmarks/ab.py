@@ -3,9 +3,9 @@
     python -m benchmarks.ab BASE_TREE CHANGE_TREE --rounds 4 --out RESULTS -- benchmarks.bench_step --size xl
     python -m benchmarks.compare RESULTS/base RESULTS/change
 
-Each run is a process of its own with that tree's code and nothing of the other's (in_tree.py). A machine that warms up
-or gets company in the meantime does so for both. compare.py takes the files of one folder as several runs of the same
-rows; several benchmarks may share one --out.
+Each run is a process of its own with only that tree's code (in_tree.py). Taking turns, both trees meet the same drifts
+of the machine. compare.py treats the files of one folder as several runs of the same rows; several benchmarks may share
+one --out.
 """
 
 from __future__ import annotations
@@ -24,35 +24,26 @@ SIDES = ("base", "change")
 
 
 class RunFailed(RuntimeError):
-    """A benchmark that did not end well, or left nothing to compare."""
+    """A benchmark failed, or wrote no results."""
 
 
-def order(number: int) -> tuple[str, str]:
-    """Who goes first in a round: base in even ones, change in odd ones."""
-    return SIDES if number % 2 == 0 else SIDES[::-1]
-
-
-def run(tree: Path, words: Sequence[str], place: Path, prefix: str) -> list[Path]:
-    """One run of a tree's benchmark. Returns the files it left, moved to `place` as <prefix>-<name>.json.
+def run(tree: Path, command: Sequence[str], out: Path, prefix: str) -> None:
+    """Run a tree's benchmark once and copy its files of results to `out` as <prefix>-<name>.json.
 
     Raises:
-        RunFailed: if its exit code is not 0, or it left no file.
+        RunFailed: if its exit code is not 0, or it wrote no file.
     """
-    with tempfile.TemporaryDirectory(prefix="sra-fast-ab-") as temporary:
-        environment = {**os.environ, "SRA_FAST_RESULTS": temporary}
-        code = subprocess.run([sys.executable, str(LAUNCHER), str(tree), *words], env=environment).returncode
+    with tempfile.TemporaryDirectory(prefix="sra-fast-ab-") as results:
+        environment = {**os.environ, "SRA_FAST_RESULTS": results}
+        code = subprocess.run([sys.executable, str(LAUNCHER), str(tree), *command], env=environment).returncode
         if code:
-            raise RunFailed(f"{' '.join(words)} in {tree}: exit code {code}")
-        made = sorted(Path(temporary).glob("*.json"))
-        if not made:
-            raise RunFailed(
-                f"{' '.join(words)} in {tree}: no results; is it older than $SRA_FAST_RESULTS, which says where to?"
-            )
-        place.mkdir(parents=True, exist_ok=True)
-        kept = [place / f"{prefix}-{path.name}" for path in made]
-        for path, target in zip(made, kept, strict=True):
-            target.write_bytes(path.read_bytes())
-    return kept
+            raise RunFailed(f"{' '.join(command)} in {tree}: exit code {code}")
+        files = sorted(Path(results).glob("*.json"))
+        if not files:
+            raise RunFailed(f"{' '.join(command)} in {tree}: no results; is it older than $SRA_FAST_RESULTS?")
+        out.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            (out / f"{prefix}-{file.name}").write_bytes(file.read_bytes())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,19 +53,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("change", type=Path, metavar="CHANGE_TREE")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each tree; default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("ab"), help="folder for base/ and change/; default: ./ab")
-    parser.add_argument("words", nargs="+", metavar="-- MODULE ARGUMENT", help="the benchmark")
-    options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        parser.error(f"--rounds: {options.rounds} given; must be at least 1")
-    trees = {"base": options.base.resolve(), "change": options.change.resolve()}
-    out = options.out.resolve()
-    for number in range(options.rounds):
-        for side in order(number):
-            print(f"\n== round {number + 1} of {options.rounds}, {side}", flush=True)
+    parser.add_argument("command", nargs="+", metavar="-- MODULE ARGUMENT", help="the benchmark")
+    args = parser.parse_args(arguments)
+    if args.rounds < 1:
+        parser.error(f"--rounds: {args.rounds} given; must be at least 1")
+    trees = dict(zip(SIDES, (args.base.resolve(), args.change.resolve()), strict=True))
+    out = args.out.resolve()
+    for number in range(args.rounds):
+        for side in SIDES if number % 2 == 0 else SIDES[::-1]:
+            print(f"\n== round {number + 1} of {args.rounds}, {side}", flush=True)
             try:
-                run(trees[side], options.words, out / side, f"round{number + 1}")
-            except RunFailed as failure:
-                print(failure, file=sys.stderr)
+                run(trees[side], args.command, out / side, f"round{number + 1}")
+            except RunFailed as error:
+                print(error, file=sys.stderr)
                 return 1
     print(f"\nto compare: python -m benchmarks.compare {out / 'base'} {out / 'change'}")
     return 0

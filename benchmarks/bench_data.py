@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader
 from benchmarks.harness import options
 from benchmarks.harness.rows import Row, folder, write
 from benchmarks.harness.stamp import stamp
-from benchmarks.harness.tables import data_table
+from benchmarks.harness.tables import show
 from benchmarks.harness.throughput import Candidate, measure_rows
 from benchmarks.harness.timing import GateFailed
 from benchmarks.rivals.image_decoders import JpegFiles
@@ -282,8 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except GateFailed as error:
             print(f"no number: {error}")
             return 1
-    for kind in dict.fromkeys(row["name"] for row in rows):
-        print(f"{kind}\n\n{data_table([row for row in rows if row['name'] == kind])}\n")
+    print(show(rows))
     if rows and (not args.quick or "SRA_FAST_RESULTS" in os.environ):
         now = stamp(args.device) | {"command": rows[0]["command"]}
         path = write(folder(now), "data-jpegs" if args.jpegs else "data", rows, now)

@@ -6,8 +6,8 @@
 
 Bytes and FLOPs are spelled out in kernel_cases.py. On a GPU a sample is one replay of a CUDA graph, as in a training
 step, from a cold L2 cache, because the ops in between have evicted its inputs. On a CPU caches are warm, and small
-inputs may exceed the roof. An implementation whose results disagree with the reference gets no number. cuDNN's and
-Liger's nearest ops (rivals/norms.py) have rows if they are installed.
+inputs may exceed the roof. An implementation whose results disagree with the reference gets no number. cuDNN's
+adaLN (rivals/norms.py) has rows if it is installed.
 
 pytest-benchmark records the same samples; the row is beside them under extra_info.
 """
@@ -22,11 +22,12 @@ import torch
 
 from benchmarks.harness import options
 from benchmarks.harness.roofs import roofs
-from benchmarks.harness.rows import Row, Samples, folder, row, table, write
+from benchmarks.harness.rows import Row, Samples, folder, row, write
 from benchmarks.harness.stamp import stamp
+from benchmarks.harness.tables import show
 from benchmarks.harness.timing import GateFailed, measure
 from benchmarks.kernel_cases import OPS, Case, check, make_case, prepared, truth
-from benchmarks.rivals.norms import RIVALS
+from benchmarks.rivals.norms import CUDNN
 from sra_fast.config import SIZES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -43,17 +44,16 @@ def measure_case(case: Case, which: str, device: torch.device, repeats: int, war
     """Interleaved samples of the implementations that agree with the reference; those of the others hold an error."""
     right = truth(case, which)
     failed = {}
-    is_gpu = device.type == "cuda"
-    how = {"device": device, "cold_l2": is_gpu, "graph": is_gpu}
+    how = {"device": device, "graph": device.type == "cuda"}
     for name in case.implementations:
         try:
-            check(case, name, which, truth(case, which, name) if name in case.another_function else right)
-            if name in RIVALS:  # alone first: an error must not end the other candidates' measurement
+            check(case, name, which, right)
+            if name == CUDNN:  # alone first: an error must not end the other candidates' measurement
                 measure({name: prepared(case, name, which)}, repeats=1, warmup=1, **how)
         except GateFailed as error:
             failed[name] = Samples(error=f"disagrees with the reference: {error}")
         except Exception as error:  # other people's code may raise anything; ours may not
-            if name not in RIVALS:
+            if name != CUDNN:
                 raise
             failed[name] = Samples(error=f"failed ({(str(error) or type(error).__name__).splitlines()[0]})")
     del right
@@ -71,13 +71,10 @@ def case_rows(
     now = stamp(args.device)
     shared = {"size": size, "batch": args.batch, "dtype": "fp32" if case.op == "perturb" else args.dtype, "pass": which}
     amounts = {"bytes": case.bytes(which), "flops": case.flops(which) or None}
-    rows = []
-    for name, samples in taken.items():
-        params = {**shared, "implementation": name}
-        if name in case.another_function:
-            params["another_function"] = True
-        rows.append(row(case.op, params, samples, stamp=now, roofs=device_roofs, **amounts))
-    return rows
+    return [
+        row(case.op, {**shared, "implementation": name}, samples, stamp=now, roofs=device_roofs, **amounts)
+        for name, samples in taken.items()
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,12 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             path = write(folder(now), "kernels", rows, now)  # after each op, so that a kill costs only one
     if unknown := set(args.implementations or ()) - known:
         parser.error(f"--implementations: {', '.join(sorted(unknown))} given; there were {', '.join(sorted(known))}")
-    print(table(rows))
+    print(show(rows))
     print(f"raw samples in {path}")
     wrong = {row["error"]: row["params"] for row in rows if row.get("error", "").startswith("disagrees")}
     for error in wrong:
         print(f"no number: {error}")
-    return int(any(params["implementation"] not in RIVALS for params in wrong.values()))
+    return int(any(params["implementation"] != CUDNN for params in wrong.values()))
 
 
 class Replay:

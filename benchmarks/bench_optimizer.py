@@ -29,8 +29,9 @@ from torch import Tensor
 from benchmarks.harness import options
 from benchmarks.harness.models import sit
 from benchmarks.harness.roofs import roofs
-from benchmarks.harness.rows import Row, Samples, folder, row, table, write
+from benchmarks.harness.rows import Row, Samples, folder, row, write
 from benchmarks.harness.stamp import stamp
+from benchmarks.harness.tables import show
 from benchmarks.harness.timing import GateFailed, measure
 from benchmarks.rivals.optimizers import Way, apex_way, torch_way
 from sra_fast.config import SIZES, Config, OptimConfig
@@ -294,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     now = stamp(args.device)
     name = f"optimizer-{args.size}" + (f"-depth{args.depth}" if args.depth else "")
     path = write(folder(now), name, rows, now)
-    print(table(rows))
+    print(show(rows))
     print(f"raw samples in {path}")
     errors = [row["error"] for row in rows if row.get("error", "").startswith("disagrees")]
     for error in errors:

@@ -14,8 +14,9 @@ import torch
 
 from benchmarks.harness import options
 from benchmarks.harness.roofs import operations
-from benchmarks.harness.rows import folder, row, table, write
+from benchmarks.harness.rows import folder, row, write
 from benchmarks.harness.stamp import stamp
+from benchmarks.harness.tables import show
 from benchmarks.harness.timing import measure
 
 
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         row("roof", {"of": name}, taken[name], stamp=now, bytes=operation.bytes, flops=operation.flops)
         for name, operation in measured.items()
     ]
-    print(table(rows))
+    print(show(rows))
     print(f"raw samples in {write(folder(now), 'roofs', rows, now)}")
     return 0
 

@@ -24,8 +24,9 @@ from torch import Tensor
 from benchmarks.harness import options
 from benchmarks.harness.models import sit
 from benchmarks.harness.roofs import roofs
-from benchmarks.harness.rows import Row, Samples, folder, row, table, write
+from benchmarks.harness.rows import Row, Samples, folder, row, write
 from benchmarks.harness.stamp import stamp
+from benchmarks.harness.tables import show
 from benchmarks.harness.timing import GateFailed, measure
 from benchmarks.rivals.recipe import RUNGS, PublicStep
 from sra_fast.config import SIZES, Config
@@ -85,13 +86,7 @@ def make_batch(config: Config) -> Batch:
 
 
 class OurStep:
-    """The project's own step with the state it needs.
-
-    Args:
-        config: with the model's sizes filled in.
-        variant: how to execute it.
-        device: where it computes.
-    """
+    """The project's own step with the state it needs."""
 
     def __init__(self, config: Config, variant: Ours, device: torch.device) -> None:
         fastest = "graph" if device.type == "cuda" else "compiled"
@@ -117,8 +112,8 @@ class OurStep:
         """(velocity loss, alignment loss)."""
         weight = torch.full((), self.config.align.weight, device=self.device)
         with _deterministic(self.variant.deterministic):
-            losses = self.step.losses(self.state, on_device(batch, self.device), weight)
-        return losses.velocity, losses.alignment
+            _, generative, alignment = self.step.losses(self.state, on_device(batch, self.device), weight)
+        return generative, alignment
 
     def __call__(self, batch: Batch) -> None:
         with _deterministic(self.variant.deterministic):
@@ -142,32 +137,20 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 Step = PublicStep | OurStep
 
 
-@contextmanager
-def nonzero_weights(step: Step) -> Iterator[None]:
-    """The step with noise in place of the initial weights that are zero: with zeros its blocks are the identity and its
-    prediction is zero, whatever the times."""
-    zeros = []
-    for tensors in _public_tensors(step):
+def add_noise(step: Step) -> None:
+    """Put noise in place of initial weights that are zero: with them blocks are the identity and the prediction is zero
+    whatever the times, and the gate would see no difference."""
+    if isinstance(step, OurStep):
+        networks = [to_public(step.state.weights), to_public(step.state.ema)]
+    else:
+        networks = [{name: tensor.data for name, tensor in net.named_parameters()} for net in (step.model, step.ema)]
+    for tensors in networks:  # both in the public order
         for position, (name, tensor) in enumerate(tensors.items()):
             if name.endswith(ZERO):
-                zeros.append(tensor)
                 number = torch.tensor([position], device=tensor.device)
                 tensor.copy_(0.1 * normals(1, number, Draw.WEIGHT, tensor.numel()).view_as(tensor))
     if isinstance(step, OurStep):
         step.state.refresh_copies()
-    try:
-        yield
-    finally:
-        torch._foreach_zero_(zeros)
-        if isinstance(step, OurStep):
-            step.state.refresh_copies()
-
-
-def _public_tensors(step: Step) -> list[dict[str, Tensor]]:
-    """Weights and EMA in place, by public name and in the public order."""
-    if isinstance(step, OurStep):
-        return [to_public(step.state.weights), to_public(step.state.ema)]
-    return [{name: tensor.data for name, tensor in net.named_parameters()} for net in (step.model, step.ema)]
 
 
 class Gate:
@@ -176,7 +159,8 @@ class Gate:
     def __init__(self, config: Config, batch: Batch, device: torch.device) -> None:
         self.batch = batch
         reference = OurStep(config, Ours("reference", execution="eager", dtype=torch.float32), device)
-        with nonzero_weights(reference), torch.no_grad():
+        add_noise(reference)
+        with torch.no_grad():
             self.expected = [float(loss.detach()) for loss in reference.losses(batch)]
         self.noised = reference.step.perturb(on_device(batch, device))
 
@@ -187,8 +171,7 @@ class Gate:
             GateFailed: if one differs from the reference's.
         """
         for name, step in steps.items():
-            with nonzero_weights(step):
-                losses = step.losses(self.batch if isinstance(step, OurStep) else self.noised)
+            losses = step.losses(self.batch if isinstance(step, OurStep) else self.noised)
             tolerance = TOLERANCE[step.dtype]
             compared = self.expected if step.config.align.method != "none" else self.expected[:1]
             for value, right in zip([float(loss.detach()) for loss in losses], compared, strict=False):
@@ -198,10 +181,10 @@ class Gate:
 
 def build(name: str, config: Config, device: torch.device) -> Step:
     """The step of that name."""
-    for rung in RUNGS:
-        if rung.name == name:
-            return PublicStep(config, rung, device)
-    return OurStep(config, next(variant for variant in OURS if variant.name == name), device)
+    variant = next(variant for variant in (*RUNGS, *OURS) if variant.name == name)
+    step = OurStep(config, variant, device) if isinstance(variant, Ours) else PublicStep(config, variant, device)
+    add_noise(step)
+    return step
 
 
 def make_call(step: Step, batch: Batch, device: torch.device) -> Callable[[], None]:
@@ -267,16 +250,8 @@ def _measure_group(
     return taken
 
 
-def measure_rows(
-    config: Config, size: str, names: Sequence[str], device: torch.device, *, repeats: int, warmup: int, interleave: str
-) -> Iterator[list[Row]]:
-    """Rows of all steps so far, after each group; ours and the rivals on the same batch."""
-    torch.set_float32_matmul_precision("high")  # TF32 for fp32 products on a GPU, as the public code sets it
-    for taken in measure_steps(config, names, device, repeats=repeats, warmup=warmup, interleave=interleave):
-        yield _rows(config, size, taken, device)
-
-
-def _rows(config: Config, size: str, taken: dict[str, Samples], device: torch.device) -> list[Row]:
+def make_rows(config: Config, size: str, taken: dict[str, Samples], device: torch.device) -> list[Row]:
+    """Rows of measured steps, with roofs and circumstances of this moment."""
     now, limits = stamp(device), roofs(device)
     peak = dense_peak_flops(now["device"], "bf16")
     images = config.train.batch
@@ -321,6 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", type=options.device, default=options.default_device())
     parser.add_argument("--depth", type=options.depth, default=0, help="blocks, for a quick look; 0 = the size's")
     args = parser.parse_args(arguments)
+    torch.set_float32_matmul_precision("high")  # TF32 for fp32 products on a GPU, as the public code sets it
     set_deterministic(False)  # cuBLAS reads its workspace setting at start-up, before a deterministic step asks for it
     name = f"step-{args.size}-{args.tokens}-{args.batch}" + (f"-depth{args.depth}" if args.depth else "")
     rows: list[Row] = []
@@ -330,9 +306,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         how = {"repeats": args.repeats, "warmup": args.warmup, "interleave": choose_interleave(args, batch)}
         latest: list[Row] = []
         try:
-            for latest in measure_rows(config, args.size, rungs, args.device, **how):
-                now = stamp(args.device)  # written after each group: whoever is short of time may stop it
-                path = write(folder(now), name, rows + latest, now)
+            for taken in measure_steps(config, rungs, args.device, **how):
+                latest, now = make_rows(config, args.size, taken, args.device), stamp(args.device)
+                path = write(folder(now), name, rows + latest, now)  # after each group: a kill costs only one
         except GateFailed as error:
             print(f"no number: {error}")
             return 1
@@ -340,11 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rungs = [row["params"]["rung"] for row in latest if not row.get("error")]
         if not rungs:
             break
-    print(table(rows))
-    for measured in rows:
-        if "images_per_s" in measured:
-            params = measured["params"]
-            print(f"{params['rung']:>28}  {params['batch']:>4}  {measured['images_per_s']:10.2f} images/s")
+    print(show(rows))
     print(f"raw samples in {path}")
     return 0
 

@@ -1,22 +1,22 @@
 """Which rows got slower: `python -m benchmarks.compare OLD NEW`, each a file of results or a folder of them.
 
-A row is "slower" when three things hold of its slow-down, new median over old median:
+A row is "slower" if three things hold for its slow-down, new median over old median:
 
     it matters      it exceeds the threshold (3 % for kernels, 1.5 % for steps)
     it is real      its confidence interval lies above zero
-    it is measured  the interval is no wider than the samples can bear: its half-width is at most twice the threshold,
-                    or its lower end is still above the half-width
+    it is measured  the interval is narrow enough: its half-width is at most twice the threshold, or its lower end is
+                    still above the half-width
 
 The threshold alone would call noise a slow-down, and the interval alone would fail a build over 0.1 %. Demanding that
-the interval's lower end exceed the threshold would let most slow-downs of 3 % to 5 % pass. The third keeps a machine
-that was busy with something else during half of one run from failing a build: such rows are "too noisy" and are to be
-measured again.
+the interval's lower end exceed the threshold would let most slow-downs of 3 % to 5 % pass. The third condition keeps a
+machine that was busy during half of one run from failing a build: such rows are "too noisy" and should be measured
+again.
 
 The interval comes from resampling blocks of consecutive samples, because neighbours in time are alike (clocks,
-temperature, other work on the machine): resampling single ones would promise too much (Kuensch, "The Jackknife and the
-Bootstrap for General Stationary Observations", 1989; circular, Politis and Romano, 1992).
+temperature, other work on the machine) and resampling single samples would make it too narrow (Kuensch, "The Jackknife
+and the Bootstrap for General Stationary Observations", 1989; circular, Politis and Romano, 1992).
 
-No interval knows of a drift as long as the run itself. On a machine whose noise lasts for 20 samples, 200 samples
+No interval accounts for a drift as long as the run itself. On a machine whose noise lasts for 20 samples, 200 samples
 raised no false alarm in 300 comparisons of equals, and 20 samples up to 24: measure for several times as long as the
 noise lasts, and measure old and new in turns.
 
@@ -37,8 +37,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.harness.rows import markdown, read, say
-from sra_fast.config import refuse_unless
+from benchmarks.harness.rows import markdown, read, text_of
 from sra_fast.errors import Refused
 from sra_fast.files import read_json
 
@@ -46,13 +45,13 @@ Key = tuple[str, tuple[tuple[str, str], ...]]  # name, and params as sorted text
 Rows = dict[Key, list[dict[str, Any]]]  # one entry per run in which the row was measured
 
 RESAMPLES = 1000
-MIN_SAMPLES = 8  # of 7, not even the smallest and the largest enclose the median with 99 % confidence: 1 - 2^-6
+MIN_SAMPLES = 8  # with 7, even smallest and largest enclose the median with less than 99 % confidence: 1 - 2^-6
 MATCHING = ("device", "driver", "power_limit_w", "threads", "versions.torch", "versions.triton")
 
 
 @dataclass(frozen=True)
 class Change:
-    """New over old, both as they were and with its uncertainty."""
+    """Old and new median, and their ratio with its confidence interval."""
 
     old_ms: float
     new_ms: float
@@ -61,21 +60,21 @@ class Change:
     high: float
 
     def verdict(self, threshold: float) -> str:
-        """slower, faster, same or too noisy, at a threshold given as a share (0.03 = 3 %)."""
+        """slower, faster, same or too noisy; threshold 0.03 = 3 %."""
         change, half_width = math.log(self.ratio), math.log(self.high / self.low) / 2
-        matters = abs(change) > math.log1p(threshold)
-        real = abs(change) > half_width
-        measured = half_width <= 2 * math.log1p(threshold) or abs(change) > 2 * half_width
-        if not measured:
+        limit = math.log1p(threshold)
+        if half_width > 2 * limit and abs(change) <= 2 * half_width:
             return "too noisy"
-        return ("slower" if change > 0 else "faster") if matters and real else "same"
+        if abs(change) <= max(limit, half_width):
+            return "same"
+        return "slower" if change > 0 else "faster"
 
 
 def change(old: Sequence[Sequence[float]], new: Sequence[Sequence[float]], confidence: float = 0.99) -> Change:
     """The ratio of the medians with its interval.
 
     Args:
-        old, new: per run of a benchmark, its samples in ms in the order they were taken; the median is over all runs.
+        old, new: samples in ms of each run, in the order they were taken; the median is over all runs.
         confidence: of the two-sided interval.
     """
     generator = np.random.default_rng(0)  # the same files give the same verdict
@@ -91,9 +90,9 @@ def change(old: Sequence[Sequence[float]], new: Sequence[Sequence[float]], confi
 
 
 def _log_medians(runs: list[NDArray[np.float64]], generator: np.random.Generator) -> tuple[NDArray[np.float64], int]:
-    """(log of the median of each resample, number of blocks in one). Blocks stay within their run, which they
-    wrap around, and hold n^(2/3) samples: with sqrt(n), noise that lasts for 20 samples raised false alarms. Three
-    blocks are the fewest whose spread says anything."""
+    """(log of the median of each resample, number of blocks in one). Blocks stay within their run, wrapping around at
+    its end, and hold n^(2/3) samples: with sqrt(n), noise that lasts for 20 samples raised false alarms. At least three
+    blocks are needed for a spread."""
     resampled, total = [], 0
     for samples in runs:
         n = len(samples)
@@ -107,8 +106,8 @@ def _log_medians(runs: list[NDArray[np.float64]], generator: np.random.Generator
 
 
 def student_quantile(probability: float, freedom: int) -> float:
-    """Quantile of Student's t from the normal one, to 1 % from 4 degrees of freedom on at 99 % (Abramowitz and Stegun,
-    26.7.5); numpy has none, and scipy is not needed anywhere else here."""
+    """Quantile of Student's t from the normal one, within 1 % for 4 or more degrees of freedom at 99 % (Abramowitz and
+    Stegun, 26.7.5). numpy has none, and nothing else here needs scipy."""
     z, v = NormalDist().inv_cdf(probability), freedom
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
@@ -117,39 +116,40 @@ def student_quantile(probability: float, freedom: int) -> float:
 
 
 def load(path: Path) -> tuple[dict[str, Any], Rows]:
-    """(stamp, rows) of a file, or of all files of a folder. A row that is in several files was measured in several
-    runs. Understands our own format and pytest-benchmark's with `--benchmark-save-data`.
+    """(stamp, rows) of a file, or of all files of a folder. A row in several files was measured in several runs. Reads
+    our own format and pytest-benchmark's with `--benchmark-save-data`.
 
     Raises:
-        Refused: if there is nothing to compare in it, samples are missing, or its files' stamps differ.
+        Refused: if there are no rows, samples are missing, or the files' stamps differ.
     """
     files = [path]
     if path.is_dir():  # which may also hold traces and summaries
         files = [file for file in sorted(path.glob("*.json")) if {"rows", "benchmarks"} & set(read_json(file))]
-    refuse_unless(bool(files), str(path), "a folder without results", "must hold at least one file of them")
-    stamps, rows = [], {}
+    stamps: list[dict[str, Any]] = []
+    rows: Rows = {}
     for file in files:
-        stamp, found = _load_file(file)
+        stamp, file_rows = _load_file(file)
         stamps.append(stamp)
-        seen = set()
-        for row in found:
-            key = (row["name"], tuple(sorted((name, str(value)) for name, value in row["params"].items())))
-            refuse_unless(key not in seen, f"{file}: row", _title(key), "must be there once")
-            seen.add(key)
-            if not row.get("error"):
-                samples = row.get("samples_ms") or []
-                refuse_unless(
-                    len(samples) >= MIN_SAMPLES,
+        if different := differences(stamps[0], stamp):
+            raise Refused(f"{file}: stamp", "; ".join(different), f"must match {files[0]}")
+        keys = [_key(row) for row in file_rows]
+        for key, row in zip(keys, file_rows, strict=True):
+            if keys.count(key) > 1:
+                raise Refused(f"{file}: row", _title(key), "must occur once")
+            if not row.get("error") and len(row.get("samples_ms") or ()) < MIN_SAMPLES:
+                raise Refused(
                     f"{file}: samples of {_title(key)}",
-                    len(samples),
+                    len(row.get("samples_ms") or ()),
                     f"must be at least {MIN_SAMPLES} raw samples: a summary cannot tell noise from change",
                 )
             rows.setdefault(key, []).append(row)
-    for file, stamp in zip(files, stamps, strict=True):
-        apart = differences(stamps[0], stamp)
-        refuse_unless(not apart, f"{file}: stamp", "; ".join(apart), f"must match {files[0]}")
-    refuse_unless(bool(rows), str(path), "no rows", "must hold some")
+    if not rows:
+        raise Refused(str(path), "no rows", "must be results, or a folder of them")
     return stamps[0], rows
+
+
+def _key(row: dict[str, Any]) -> Key:
+    return row["name"], tuple(sorted((name, str(value)) for name, value in row["params"].items()))
 
 
 def _load_file(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -157,7 +157,7 @@ def _load_file(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     if not (isinstance(content, dict) and "benchmarks" in content):
         content = read(file)
         return content["stamp"], content["rows"]
-    # pytest-benchmark: seconds per call, and a machine_info to which a conftest may have added our stamp
+    # pytest-benchmark: seconds per call; benchmarks/conftest.py adds our stamp to machine_info
     machine = content["machine_info"]
     stamp = machine.get("stamp") or {"device": machine["cpu"].get("brand_raw"), "versions": {}}
     rows = [
@@ -172,7 +172,7 @@ def _load_file(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The fields in which two stamps must match and do not, in words."""
+    """The fields in which two stamps must match and do not, as text."""
 
     def value(stamp: dict[str, Any], field: str) -> Any:
         for part in field.split("."):
@@ -184,27 +184,26 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _title(key: Key) -> str:
-    return f"{key[0]} ({say(dict(key[1]))})" if key[1] else key[0]
+    return f"{key[0]} ({text_of(dict(key[1]))})" if key[1] else key[0]
 
 
 def _judge(old: list[dict[str, Any]], new: list[dict[str, Any]], threshold: float, confidence: float) -> list[str]:
-    """Old, new, ratio, interval and verdict of one row, as cells."""
-    errors = [next((run["error"] for run in runs if run.get("error")), None) for runs in (old, new)]
-    if any(errors):
-        before, after = errors
-        if any(error and error.startswith("not run") for error in errors) or all(errors):
+    """Cells of one row: old, new, ratio, interval and verdict."""
+    before, after = (next((run["error"] for run in runs if run.get("error")), "") for runs in (old, new))
+    if before or after:
+        if (before and after) or "not run" in (before[:7], after[:7]):
             verdict = "not compared"
-        else:  # a row that had a time and now has none is worse than any slow-down
+        else:  # losing its time is worse than any slow-down
             verdict = "slower" if after else "faster"
         return [before or "ran", after or "ran", "", "", verdict]
-    found = change([run["samples_ms"] for run in old], [run["samples_ms"] for run in new], confidence)
-    interval = f"{found.low - 1:+.1%} ... {found.high - 1:+.1%}"
-    numbers = [f"{found.old_ms:.4g} ms", f"{found.new_ms:.4g} ms", f"{found.ratio:.3f}", interval]
-    return [*numbers, found.verdict(threshold)]
+    result = change([run["samples_ms"] for run in old], [run["samples_ms"] for run in new], confidence)
+    interval = f"{result.low - 1:+.1%} ... {result.high - 1:+.1%}"
+    numbers = [f"{result.old_ms:.4g} ms", f"{result.new_ms:.4g} ms", f"{result.ratio:.3f}", interval]
+    return [*numbers, result.verdict(threshold)]
 
 
 def is_step(name: str) -> bool:
-    """Whether a row measures whole training steps and is held to the threshold for them."""
+    """Whether a row measures whole training steps, which have their own threshold."""
     return name == "step" or name.startswith(("step/", "step[", "test_step"))
 
 
@@ -220,37 +219,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--step-threshold", type=float, default=0.015, help="share; default: %(default)s")
     parser.add_argument("--confidence", type=float, default=0.99, help="of the intervals; default: %(default)s")
     parser.add_argument("--allow-different-stamp", action="store_true", help="compare all the same, and say so")
-    options = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
         for name in ("kernel_threshold", "step_threshold"):
-            refuse_unless(getattr(options, name) > 0, name, getattr(options, name), "must be positive")
-        refuse_unless(0 < options.confidence < 1, "confidence", options.confidence, "must be between 0 and 1")
-        return _compare(options)
+            if getattr(args, name) <= 0:
+                raise Refused(name, getattr(args, name), "must be positive")
+        if not 0 < args.confidence < 1:
+            raise Refused("confidence", args.confidence, "must be between 0 and 1")
+        return _compare(args)
     except Refused as error:
         print(f"cannot be compared: {error}", file=sys.stderr)
         return 1
 
 
-def _compare(options: argparse.Namespace) -> int:
-    (old_stamp, old), (new_stamp, new) = load(options.old), load(options.new)
-    apart = differences(old_stamp, new_stamp)
-    refuse_unless(
-        not apart or options.allow_different_stamp,
-        "stamps",
-        "; ".join(apart),
-        "must match, or the ratio says nothing about the code (--allow-different-stamp compares all the same)",
-    )
-    gone = [_title(key) for key in old if key not in new]
-    refuse_unless(not gone, f"{options.new}: rows missing", ", ".join(gone), f"must hold every row of {options.old}")
+def _compare(args: argparse.Namespace) -> int:
+    (old_stamp, old), (new_stamp, new) = load(args.old), load(args.new)
+    different = differences(old_stamp, new_stamp)
+    if different and not args.allow_different_stamp:
+        rule = "must match, or the ratio says nothing about the code (--allow-different-stamp compares all the same)"
+        raise Refused("stamps", "; ".join(different), rule)
+    if missing := [_title(key) for key in old if key not in new]:
+        raise Refused(f"{args.new}: rows missing", ", ".join(missing), f"must hold every row of {args.old}")
     lines, verdicts = [], []
     for key, runs in new.items():
-        threshold = options.step_threshold if is_step(key[0]) else options.kernel_threshold
-        blank = ["", "", "", "", "new"]
-        cells = _judge(old[key], runs, threshold, options.confidence) if key in old else blank
-        lines.append([key[0], say(dict(key[1])), *cells])
+        threshold = args.step_threshold if is_step(key[0]) else args.kernel_threshold
+        cells = ["", "", "", "", "new"]
+        if key in old:
+            cells = _judge(old[key], runs, threshold, args.confidence)
+        lines.append([key[0], text_of(dict(key[1])), *cells])
         verdicts.append(cells[-1])
     print(markdown(HEAD, lines))
-    for difference in apart:
+    for difference in different:
         print(f"different stamps, compared all the same: {difference}")
     slower = [_title(key) for key, verdict in zip(new, verdicts, strict=True) if verdict == "slower"]
     counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts))

@@ -1,15 +1,15 @@
-"""Everything that needs a GPU, the most important first, in one call and within one budget of time.
+"""Everything that needs a GPU, the most important first, in one call and within one time budget.
 
     make gpu-report                                     on a machine with a GPU
     python -m benchmarks.gpu_report --budget-s 480
-    python -m benchmarks.gpu_report --device cpu        the same script, small
+    python -m benchmarks.gpu_report --device cpu        the same programs at small sizes
 
-Every part is a process of its own: one that fails is named, with the end of what it said, and the others go on. Parts
-that the time did not suffice for read "not run (time)", those that need what is not installed "not run". Results are
-gathered after every part in a folder <device>-<date>-<commit> below benchmarks/results, or below $OUT or --out;
-report.py says which files.
+Every part is a process of its own: if one fails, the report names it with the end of its stderr, and the others go on.
+Parts for which no time is left read "not run (time)", those that need something this machine lacks "not run". After
+every part results are collected in a folder <device>-<date>-<commit> below benchmarks/results, or below $OUT or --out;
+harness/report.py describes its files.
 
-Exit code 1 if a part failed; 0 also where parts were merely not reached.
+Exit code 1 if a part failed; 0 also if parts were not reached.
 """
 
 from __future__ import annotations
@@ -26,14 +26,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.parts import FAILED, NOT_RUN, ROOT, Outcome, Part, run_parts, say
+from benchmarks.harness.parts import FAILED, NOT_RUN, ROOT, Outcome, Part, run_parts
 from benchmarks.harness.report import gather
 from benchmarks.harness.rows import RESULTS, folder
 from benchmarks.harness.stamp import command
-from benchmarks.sanitized import NOT_FOUND, TOOLS
 
-NO_TESTS = 5  # pytest's exit code for "nothing was collected"
-# bench_step writes when all of its rungs are measured: the two ends and the strongest rival come before the others.
+SANITIZERS = ("memcheck", "racecheck", "initcheck")
+# bench_step writes after each pair: both ends and the strongest rival come before the variants between them.
 ENDS = ("public", "+ CUDA graph", "ours", "ours, fused ops", "ours, plain SiT")
 BETWEEN = (
     "bf16 teacher to its tap",
@@ -46,59 +45,57 @@ VARIANTS = ("ours compiled", "ours eager", "ours fp32", "ours deterministic")
 
 
 def correctness(share: float, kernels: bool = False) -> Part:
-    """The tests that need a GPU, of kernels or of all else, from the files that have some: what another file needs may
-    not be installed here. tests/interpreter.py has the mark of most tests of kernels."""
+    """The tests that need a GPU, of kernels or of everything else, from the files that have some: other files may need
+    packages that are not installed here. Most tests of kernels are marked by tests/interpreter.py."""
     files = []
     for path in sorted((ROOT / "tests").glob("test_*.py")):
         text = path.read_text()
-        marked = "mark.gpu" in text or "@kernel" in text
-        if marked and kernels == ("kernel" in path.stem or "@kernel" in text):
+        has_gpu_tests = "mark.gpu" in text or "@kernel" in text
+        if has_gpu_tests and kernels == ("kernel" in path.stem or "@kernel" in text):
             files.append(str(path.relative_to(ROOT)))
-    words = ("-v", "--durations=0", "-m", "gpu", *files)
+    arguments = ("-v", "--durations=0", "-m", "gpu", *files)
     name = "kernels" if kernels else "correctness"
-    return Part(name, "pytest", words, share, must_end=True, nothing_to_do=(NO_TESTS,))
+    return Part(name, "pytest", arguments, share, must_end=True)
 
 
 def sanitizer(tool: str) -> Part:
     """The kernels under a tool of compute-sanitizer."""
-    return Part(tool, "benchmarks.sanitized", (tool,), 0.3, most_s=45, not_here=(NOT_FOUND,))
+    return Part(tool, "benchmarks.sanitized", (tool,), 0.3, max_seconds=45)
 
 
-def steps(size: str, tokens: int, batch: int | str, rungs: Sequence[str] = ENDS, *more: str, of: str = "") -> Part:
+def steps(size: str, tokens: int, batch: int | str, rungs: Sequence[str] = ENDS, *more: str, label: str = "") -> Part:
     """Whole steps of one model at one batch: a kill costs no other."""
-    words = ("--size", size, "--tokens", str(tokens), "--batch", str(batch), "--rungs", *rungs, *more)
-    name = f"SiT-{size.upper()}/2, {tokens} tokens, batch {batch}" + (f": {of}" if of else "")
-    return Part(name, "benchmarks.bench_step", words, 0.5)
+    arguments = ("--size", size, "--tokens", str(tokens), "--batch", str(batch), "--rungs", *rungs, *more)
+    name = f"SiT-{size.upper()}/2, {tokens} tokens, batch {batch}" + (f": {label}" if label else "")
+    return Part(name, "benchmarks.bench_step", arguments, 0.5)
 
 
 def parts_for_gpu() -> list[Part]:
-    """The most important first. Each may use its share of what is then left."""
+    """The most important first. Each may use its share of the time that is then left."""
     profile = ("profile", "sit-xl-2", "--train.batch", "32", "--profile.out", "{folder}")
-    first = [(size, batch) for size in ("s", "b", "l") for batch in (32, 256)]
-    then = [(size, batch) for size in ("s", "b", "l", "xl") for batch in (64, 128)]
     return [
         correctness(0.45),
         correctness(0.45, kernels=True),
-        *(sanitizer(tool) for tool in TOOLS),
+        *(sanitizer(tool) for tool in SANITIZERS),
         Part("roofs", "benchmarks.bench_roofs", share=0.15),
         Part("ops", "benchmarks.bench_kernels", ("--sizes", "xl", "--batch", "32"), 0.3),
         Part("update", "benchmarks.bench_optimizer", ("--size", "xl"), 0.3),
         *(steps("xl", 256, batch) for batch in (32, 256)),
-        *(steps("xl", 256, batch, ("ours", *BETWEEN), of="between") for batch in (32, 256)),
+        *(steps("xl", 256, batch, ("ours", *BETWEEN), label="between") for batch in (32, 256)),
         Part("profile", "sra_fast.cli", profile, 0.6),
-        Part("data", "benchmarks.bench_data", ("--repeats", "3", "--passes", "1"), 0.4, most_s=90),
-        *(steps("xl", 256, batch, VARIANTS, of="variants") for batch in (32, 256)),
-        *(steps(size, 256, batch) for size, batch in first),
+        Part("data", "benchmarks.bench_data", ("--repeats", "3", "--passes", "1"), 0.4, max_seconds=90),
+        *(steps("xl", 256, batch, VARIANTS, label="variants") for batch in (32, 256)),
+        *(steps(size, 256, batch) for size in ("s", "b", "l") for batch in (32, 256)),
         steps("xl", 1024, 32),
         steps("xl", 256, "auto-check", ("ours", "public")),
         Part("ops of SiT-S", "benchmarks.bench_kernels", ("--sizes", "s", "--batch", "32")),
-        *(steps(size, 256, batch) for size, batch in then),
+        *(steps(size, 256, batch) for size in ("s", "b", "l", "xl") for batch in (64, 128)),
         *(steps(size, 1024, 32) for size in ("l", "b", "s")),
     ]
 
 
 def parts_for_cpu() -> list[Part]:
-    """The same programs, cut down to seconds."""
+    """The same programs, at sizes that take seconds."""
     few = ("--device", "cpu", "--repeats", "8", "--warmup", "1")
     ways = ("--ways", "torch, defaults", "reference, eager")
     profile = ("profile", "sit-s-2", "--model.depth", "3", "--train.batch", "1", "--train.device", "cpu")
@@ -106,7 +103,7 @@ def parts_for_cpu() -> list[Part]:
     return [
         correctness(0.5),
         correctness(0.5, kernels=True),
-        sanitizer(TOOLS[0]),
+        sanitizer(SANITIZERS[0]),
         Part("roofs", "benchmarks.bench_roofs", few[:4]),
         Part("ops", "benchmarks.bench_kernels", ("--batch", "1", "--implementations", "eager", *few)),
         Part("update", "benchmarks.bench_optimizer", ("--depth", "3", *ways, *few)),
@@ -117,41 +114,40 @@ def parts_for_cpu() -> list[Part]:
 
 
 def stamp_of(device: str) -> dict[str, Any]:
-    """The device's stamp, taken by another process: this one must not hold a part of the GPU's memory.
+    """The device's stamp, taken in another process: this one must not occupy GPU memory.
 
     Raises:
         subprocess.CalledProcessError: if there is no such device.
     """
     code = f"import json; from benchmarks.harness.stamp import stamp; print(json.dumps(stamp({device!r})))"
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    return {**json.loads(ran.stdout.splitlines()[-1]), "command": command()}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return {**json.loads(result.stdout.splitlines()[-1]), "command": command()}
 
 
 def report(parts: Sequence[Part], budget_s: float, device: str, results: Path) -> int:
-    """Run the parts, gather what they leave, and say what became of each. Returns the exit code."""
+    """Run the parts, collect their results and print how each ended. Returns the exit code."""
     stamp = stamp_of(device)
     out = folder(stamp, results)
     with tempfile.TemporaryDirectory(prefix="sra-fast-report-") as temporary:
         staging = Path(temporary)
-        outcomes = run_parts(parts, budget_s, staging, lambda so_far: _gather(staging, out, so_far, stamp))
+
+        def gather_so_far(outcomes: list[Outcome]) -> None:
+            try:
+                gather(staging, out, outcomes, stamp)
+            except Exception:  # whatever it is, the remaining parts are worth more; the last `gather` may raise
+                traceback.print_exc()
+
+        outcomes = run_parts(parts, budget_s, staging, gather_so_far)
         gather(staging, out, outcomes, stamp)
     print()
     for outcome in outcomes:
-        print(f"{outcome.name:>32}  {say(outcome)}")
+        print(f"{outcome.name:>32}  {outcome}")
     failed = [outcome.name for outcome in outcomes if outcome.outcome == FAILED]
     missed = sum(outcome.outcome == NOT_RUN for outcome in outcomes)
     print(f"report in {out}" + (f"; {missed} of {len(outcomes)} parts not run (time)" if missed else ""))
     if failed:
         print(f"failed: {', '.join(failed)}")
     return 1 if failed else 0
-
-
-def _gather(staging: Path, out: Path, so_far: list[Outcome], stamp: dict[str, Any]) -> None:
-    """What cannot be put together now must not keep the next parts from being measured; the last time it counts."""
-    try:
-        gather(staging, out, so_far, stamp)
-    except Exception:  # of any kind, in what hours of measuring hang on; said in full, and the next parts go on
-        traceback.print_exc()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -161,19 +157,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget-s", type=float, default=480, help="seconds for all parts; default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or RESULTS), help="default: %(default)s")
     parser.add_argument("--parts", nargs="+", metavar="NAME", help="only these, by name")
-    options = parser.parse_args(arguments)
-    parts = parts_for_gpu() if options.device == "cuda" else parts_for_cpu()
+    args = parser.parse_args(arguments)
+    parts = parts_for_gpu() if args.device == "cuda" else parts_for_cpu()
     names = [part.name for part in parts]
-    if unknown := set(options.parts or ()) - set(names):
+    if unknown := set(args.parts or ()) - set(names):
         parser.error(f"--parts: {', '.join(sorted(unknown))} given; must be among {'; '.join(names)}")
-    wanted = [part for part in parts if not options.parts or part.name in options.parts]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running part is killed on the way out
+    chosen = [part for part in parts if not args.parts or part.name in args.parts]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running part is killed too
     try:
-        return report(wanted, options.budget_s, options.device, options.out)
+        return report(chosen, args.budget_s, args.device, args.out)
     except subprocess.CalledProcessError as error:
         *_, reason = ["no reason given", *(error.stderr or "").splitlines()]
-        said = f"no {options.device} device is usable here ({reason})"
-        print(f"{said}; --device cpu runs the same script, small", file=sys.stderr)
+        hint = "--device cpu runs the same programs at small sizes"
+        print(f"no {args.device} device is usable here ({reason}); {hint}", file=sys.stderr)
         return 1
 
 

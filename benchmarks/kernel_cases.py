@@ -9,24 +9,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from benchmarks.harness.timing import GateFailed
-from benchmarks.rivals.norms import ANOTHER_FUNCTION, rivals
+from benchmarks.rivals.norms import rivals
 from sra_fast.config import Config, preset
 from sra_fast.kernels import registry
 from sra_fast.kernels.perturb import Settings, Stored
 from sra_fast.model.attention import attention, available
 
 TOKENS = 256
-COMPILED = "compiled"  # torch.compile of the reference: the rival that a fused kernel has to beat
-REFERENCE = {"attention": "math"}  # by op; "eager" for the others
 # Without a reference in fp64: random words agree in every bit, but logarithm and cosine differ between libraries by a
 # few units in the last place.
 ULPS = 16
+# Rows (B, T, D) among the inputs, which of the six vectors (B, D) of a modulation, and the rows and vectors that the
+# forward and the backward pass move.
+NORMS = {
+    # read x, shift, scale; write h. Backward: read x, dh, scale; write dx, dshift, dscale
+    "adaln": (1, slice(0, 2), (2, 2), (3, 3)),
+    # read x, branch, gate, shift, scale; write x', h. Backward: read x', branch, dx', dh, gate, scale; write dx,
+    # dbranch, dgate, dshift, dscale
+    "gated_adaln": (2, slice(2, 5), (4, 3), (6, 5)),
+    # read x, branch, gate; write x'. Backward: read dx', branch, gate; write dbranch, dgate; dx is dx' itself
+    "gated_residual": (2, slice(5, 6), (3, 1), (3, 2)),
+}
+OPS = (*NORMS, "alignment", "perturb", "attention")
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -36,14 +46,12 @@ class Case:
     """One op at one shape.
 
     Attributes:
-        op: its name.
         inputs: as they are passed.
         differentiable: which inputs have a gradient; if none has, there is no backward pass.
         implementations: name -> function of the inputs that returns one tensor or several.
-        forward_bytes, backward_bytes: of each pass, see above.
+        reference: name of the implementation that the others must agree with.
         forward_flops: 2 per multiply-add; the backward pass has twice as many, without recomputation.
         in_fp64: whether the truth is the reference in fp64; else it is the reference as it stands.
-        another_function: implementations that compute something else with the same memory traffic -> its reference.
     """
 
     op: str
@@ -53,17 +61,8 @@ class Case:
     forward_bytes: int
     backward_bytes: int = 0
     forward_flops: int = 0
+    reference: str = "eager"
     in_fp64: bool = True
-    another_function: dict[str, Function] = field(default_factory=dict)
-
-    @property
-    def reference(self) -> str:
-        """Name of the implementation that the others must agree with."""
-        return REFERENCE.get(self.op, "eager")
-
-    def reference_of(self, name: str) -> Function:
-        """The function that an implementation must agree with."""
-        return self.another_function.get(name) or self.implementations[self.reference]
 
     @property
     def passes(self) -> tuple[str, ...]:
@@ -101,67 +100,43 @@ def make_case(
         # Random numbers: zeros draw less power and run faster than real data.
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    case = _MAKERS[op](preset(f"sit-{size}-2"), batch, normal)
-    kept = dict(case.implementations)
-    fused = registry.OPS[op].fused if op in registry.OPS else None
-    if device.type != "cuda" and getattr(fused, "__module__", "").startswith("sra_fast.kernels"):
-        kept.pop("fused")  # a Triton kernel
-    if names is not None:
-        kept = {name: function for name, function in kept.items() if name in (*names, case.reference)}
-    return replace(case, implementations=kept)
+    config = preset(f"sit-{size}-2")
+    if op in NORMS:
+        case = _norm(op, config, batch, normal)
+    else:
+        case = {"alignment": _alignment, "perturb": _perturb, "attention": _attention}[op](config, batch, normal)
+    for name in list(case.implementations):
+        if names is not None and name not in (*names, case.reference):
+            del case.implementations[name]
+    return case
 
 
-def _implementations(op: str, bind: Callable[[Function], Function] = lambda function: function) -> dict[str, Function]:
-    """eager, compiled and, if there is a kernel, fused; `bind` adds the arguments that are no tensors."""
+def _implementations(
+    op: str, device: torch.device, bind: Callable[[Function], Function] = lambda function: function
+) -> dict[str, Function]:
+    """eager, compiled (the rival that a kernel has to beat) and fused; `bind` adds arguments that are no tensors."""
     reference, fused = registry.OPS[op][:2]
-    functions = {"eager": bind(reference), COMPILED: torch.compile(bind(reference), dynamic=False)}
-    return functions | ({"fused": bind(fused)} if fused else {})
+    functions = {"eager": bind(reference), "compiled": torch.compile(bind(reference), dynamic=False)}
+    is_triton = getattr(fused, "__module__", "").startswith("sra_fast.kernels")
+    if fused and (device.type == "cuda" or not is_triton):
+        functions["fused"] = bind(fused)
+    return functions
 
 
-def _adaln(config: Config, batch: int, normal: Callable[..., Tensor]) -> Case:
+def _norm(op: str, config: Config, batch: int, normal: Callable[..., Tensor]) -> Case:
     width = config.model.hidden
-    x = normal(batch, TOKENS, width)
-    shift, scale = normal(batch, 6 * width).chunk(6, dim=-1)[:2]  # views of the modulation, as in a block
-    rows, vectors = x.nbytes, shift.numel() * x.element_size()
+    row_inputs, which, forward, backward = NORMS[op]
+    rows = [normal(batch, TOKENS, width) for _ in range(row_inputs)]
+    vectors = normal(batch, 6 * width).chunk(6, dim=-1)[which]  # views of the modulation, as in a block
+    row_bytes, vector_bytes = rows[0].nbytes, batch * width * rows[0].element_size()
+    functions = _implementations(op, rows[0].device)
     return Case(
-        "adaln",
-        (x, shift, scale),
-        (True, True, True),
-        {**_implementations("adaln"), **rivals(x.device)},
-        forward_bytes=2 * rows + 2 * vectors,  # read x, shift, scale; write h
-        backward_bytes=3 * rows + 3 * vectors,  # read x, dh, scale; write dx, dshift, dscale
-        another_function=ANOTHER_FUNCTION,
-    )
-
-
-def _gated_adaln(config: Config, batch: int, normal: Callable[..., Tensor]) -> Case:
-    width = config.model.hidden
-    x, branch = normal(batch, TOKENS, width), normal(batch, TOKENS, width)
-    gate, shift, scale = normal(batch, 6 * width).chunk(6, dim=-1)[2:5]
-    rows, vectors = x.nbytes, gate.numel() * x.element_size()
-    return Case(
-        "gated_adaln",
-        (x, branch, gate, shift, scale),
-        (True,) * 5,
-        _implementations("gated_adaln"),
-        forward_bytes=4 * rows + 3 * vectors,  # read x, branch, gate, shift, scale; write x', h
-        # read x', branch, dx', dh, gate, scale; write dx, dbranch, dgate, dshift, dscale
-        backward_bytes=6 * rows + 5 * vectors,
-    )
-
-
-def _gated_residual(config: Config, batch: int, normal: Callable[..., Tensor]) -> Case:
-    width = config.model.hidden
-    x, branch = normal(batch, TOKENS, width), normal(batch, TOKENS, width)
-    gate = normal(batch, 6 * width).chunk(6, dim=-1)[5]
-    rows, vectors = x.nbytes, gate.numel() * x.element_size()
-    return Case(
-        "gated_residual",
-        (x, branch, gate),
-        (True,) * 3,
-        _implementations("gated_residual"),
-        forward_bytes=3 * rows + vectors,  # read x, branch, gate; write x'
-        backward_bytes=3 * rows + 2 * vectors,  # read dx', branch, gate; write dbranch, dgate; dx is dx' itself
+        op,
+        (*rows, *vectors),
+        (True,) * (len(rows) + len(vectors)),
+        functions | rivals(rows[0].device) if op == "adaln" else functions,
+        forward_bytes=forward[0] * row_bytes + forward[1] * vector_bytes,
+        backward_bytes=backward[0] * row_bytes + backward[1] * vector_bytes,
     )
 
 
@@ -172,7 +147,7 @@ def _alignment(config: Config, batch: int, normal: Callable[..., Tensor]) -> Cas
         "alignment",
         (student, teacher),
         (True, False),
-        _implementations("alignment", lambda function: lambda s, t: function(s, t, "cosine")),
+        _implementations("alignment", student.device, lambda function: lambda s, t: function(s, t, "cosine")),
         forward_bytes=2 * student.nbytes + 4,  # read student, teacher; write one float32
         backward_bytes=3 * student.nbytes + 4,  # read both again and the loss's gradient; write the student's
     )
@@ -195,15 +170,14 @@ def _perturb(config: Config, batch: int, normal: Callable[..., Tensor]) -> Case:
     moments = torch.cat([x, x.abs()], dim=1).half()
 
     def bind(function: Function) -> Function:
-        # The last field of NoisedBatch is DiT's.
-        return lambda *batch: tuple(function(*batch, settings, stored))[:7]
+        return lambda *batch: tuple(function(*batch, settings, stored))[:7]  # the last field of NoisedBatch is DiT's
 
     return Case(
         "perturb",
         (moments, labels, number),
         (False,) * 3,
-        _implementations("perturb", bind),
-        # read the moments; write x_t, x_teacher and the target; read labels and numbers (int64); write both times
+        _implementations("perturb", x.device, bind),
+        # read the moments; write x_t, x_teacher and the target; read labels and numbers (int64), write both times
         # (float32) and the labels
         forward_bytes=moments.nbytes + 3 * x.nbytes + batch * (2 * 8 + 2 * 4 + 8),
         in_fp64=False,
@@ -213,40 +187,23 @@ def _perturb(config: Config, batch: int, normal: Callable[..., Tensor]) -> Case:
 def _attention(config: Config, batch: int, normal: Callable[..., Tensor]) -> Case:
     width, heads = config.model.hidden, config.model.heads
     qkv = normal(batch, TOKENS, 3, heads, width // heads)
-    rows = qkv.nbytes // 3
+    backends = available(qkv.device, qkv.dtype, width // heads)
     return Case(
         "attention",
         (qkv,),
         (True,),
-        {
-            name: lambda qkv, name=name: attention(qkv, name)
-            for name in available(qkv.device, qkv.dtype, width // heads)
-        },
-        forward_bytes=4 * rows,  # read q, k, v; write the output
-        backward_bytes=7 * rows,  # read q, k, v and the output's gradient; write those of q, k, v
+        {name: lambda qkv, name=name: attention(qkv, name) for name in backends},
+        forward_bytes=4 * qkv.nbytes // 3,  # read q, k, v; write the output
+        backward_bytes=7 * qkv.nbytes // 3,  # read q, k, v and the output's gradient; write those of q, k, v
         forward_flops=2 * 2 * batch * TOKENS * TOKENS * width,  # q k^T, and its softmax times v, over all heads
+        reference="math",
     )
 
 
-_MAKERS: dict[str, Callable[[Config, int, Callable[..., Tensor]], Case]] = {
-    "adaln": _adaln,
-    "gated_adaln": _gated_adaln,
-    "gated_residual": _gated_residual,
-    "alignment": _alignment,
-    "perturb": _perturb,
-    "attention": _attention,
-}
-OPS = tuple(_MAKERS)
-
-
-def prepared(case: Case, name: str, which: str) -> Callable[[], list[Tensor]]:
-    """A call of one pass of an implementation over the case's inputs, which returns the outputs followed by the
-    gradients of a backward pass. Gradients of the outputs are fixed random numbers."""
-    return _prepared(case, case.implementations[name], which)
-
-
-def _prepared(case: Case, function: Function, which: str, dtype: torch.dtype | None = None) -> Callable[[], list]:
-    """As `prepared`; with `dtype`, inputs are converted to it."""
+def prepared(case: Case, name: str, which: str, dtype: torch.dtype | None = None) -> Callable[[], list[Tensor]]:
+    """A call of one pass of an implementation over the case's inputs, converted to `dtype` if one is given. It returns
+    the outputs, followed by the gradients of a backward pass. Gradients of the outputs are fixed random numbers."""
+    function = case.implementations[name]
     inputs = [x.detach().to(dtype) if dtype else x.detach() for x in case.inputs]
     if which == "forward":
 
@@ -278,10 +235,9 @@ def _as_list(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
 
-def truth(case: Case, which: str, name: str = "") -> list[Tensor]:
-    """The right results for an implementation: those of its reference, in fp64 if the case says so, for the same inputs
-    and output gradients."""
-    return _prepared(case, case.reference_of(name), which, torch.float64 if case.in_fp64 else None)()
+def truth(case: Case, which: str) -> list[Tensor]:
+    """The right results: the reference's, in fp64 if the case says so, for the same inputs and output gradients."""
+    return prepared(case, case.reference, which, torch.float64 if case.in_fp64 else None)()
 
 
 def check(case: Case, name: str, which: str, right: list[Tensor]) -> None:
@@ -294,7 +250,7 @@ def check(case: Case, name: str, which: str, right: list[Tensor]) -> None:
     Raises:
         GateFailed: naming the result that is wrong.
     """
-    results, reference = prepared(case, name, which)(), _prepared(case, case.reference_of(name), which)()
+    results, reference = prepared(case, name, which)(), prepared(case, case.reference, which)()
     for index, (result, usual, best) in enumerate(zip(results, reference, right, strict=True)):
         label = f"{case.op} {name}, {which}, result {index}"
         if result.shape != best.shape or result.dtype != usual.dtype:

@@ -1,15 +1,15 @@
 """Registers, spills, shared memory and load width of every Triton kernel, on three architectures, without a GPU.
 
-    python -m benchmarks.kernel_resources            shows them, and what is worse than kernel_resources.json says
-    python -m benchmarks.kernel_resources --write    takes them over
+    python -m benchmarks.kernel_resources            prints them, and what is worse than in kernel_resources.json
+    python -m benchmarks.kernel_resources --write    updates kernel_resources.json
 
 Kernels are compiled as their launchers call them at the widths of SiT-S, B, L and XL, in every dtype. Exit code 1 if
-one spills, needs more registers, stack, shared memory or narrow loads than are on record, or loads no 128 bits at a
+one spills, needs more registers, stack, shared memory or narrow loads than recorded, or does not load 128 bits at a
 time where a row allows it. Narrow loads on record are scalars, and the short tail of a row in two tiles, of which a
-thread has less than 128 bits: 128 of 1,152 elements, for which one tile would compute on 44 % of nothing.
+thread has less than 128 bits: 128 of 1,152 elements, for which one tile would waste 44 % of its work.
 
-What a kernel needs also depends on the compiler: the record names the Triton it holds for, and another version is held
-to spills and load width alone.
+What a kernel needs also depends on the compiler: the record names its Triton version, and under another version only
+spills and load width are checked.
 """
 
 from __future__ import annotations
@@ -36,22 +36,23 @@ from sra_fast.kernels import adaln, alignment, perturb
 
 RECORD = Path(__file__).with_name("kernel_resources.json")
 WIDTHS = sorted({hidden for _, hidden, _ in SIZES.values()})
-BRAIN, HALF, FULL = torch.bfloat16, torch.float16, torch.float32
-DTYPES = {"bf16": (BRAIN, BRAIN), "fp32": (FULL, FULL), "fp16": (HALF, HALF)}  # of rows and of modulation
-MIXED = {"bf16 and fp32": (BRAIN, FULL)}
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = {"bf16": (BF16, BF16), "fp32": (FP32, FP32), "fp16": (FP16, FP16)}  # of rows and of modulation
+MIXED = {"bf16 and fp32": (BF16, FP32)}
 DISTANCES = ("cosine", "cosine_channel", "smooth_l1")  # l1 and l2 differ from the last by an instruction or two
 BATCH, TOKENS = 32, 256
 MUST_NOT_GROW = ("registers", "stack", "shared", "narrow_loads")
 WIDEST = 128  # bits
-Found = dict[str, dict[str, int]]  # "adaln._adaln_forward, D = 1152, bf16, sm_90" -> resources
-Calls = Iterator[tuple[str, Callable[[], None]]]  # a shape, and a function that launches a family's kernels at it
+
+Usage = dict[str, dict[str, int]]  # "adaln._adaln_forward, D = 1152, bf16, sm_90" -> resources
+Launchers = Iterator[tuple[str, Callable[[], None]]]  # (shape, function that launches kernels at this shape)
 
 
 def _rows(width: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(BATCH, TOKENS, width, dtype=dtype)
 
 
-def _norms() -> Calls:
+def _norms() -> Launchers:
     """As the model calls them: modulations are views into one tensor."""
     for width in WIDTHS:
         for name, (dtype, modulation) in (DTYPES | MIXED).items():
@@ -59,22 +60,21 @@ def _norms() -> Calls:
             vector = torch.empty(BATCH, 6 * width, dtype=modulation)[:, :width]
 
             def launch(x: Tensor = x, vector: Tensor = vector, per_token: Tensor = per_token) -> None:
-                dtype = vector.dtype
                 adaln._forward(x, None, None, vector, vector, 1e-6)
-                adaln._backward(None, x, x, None, None, vector, per_token, per_token, dtype)
+                adaln._backward(None, x, x, None, None, vector, per_token, per_token, vector.dtype)
                 adaln._forward(x, x, vector, vector, vector, 1e-6)
-                adaln._backward(x, x, x, x, vector, vector, per_token, per_token, dtype)
+                adaln._backward(x, x, x, x, vector, vector, per_token, per_token, vector.dtype)
 
             yield f"D = {width}, {name}", launch
 
 
-def _distances() -> Calls:
+def _distances() -> Launchers:
     for width in WIDTHS:
         for name, (dtype, _) in DTYPES.items():
             x = _rows(width, dtype)
 
             def launch(x: Tensor = x) -> None:
-                with patch.object(alignment, "_check"):  # tensors here are on the CPU; nothing reads them
+                with patch.object(alignment, "_check"):  # these tensors are on the CPU; nothing reads them
                     for distance in DISTANCES:
                         _, coefficients = alignment._alignment._init_fn(x, x, distance)
                         alignment._alignment_backward._init_fn(torch.empty(()), x, x, coefficients, distance)
@@ -82,15 +82,14 @@ def _distances() -> Calls:
             yield f"D = {width}, {name}", launch
 
 
-def _draws() -> Calls:
-    """Of pixels, and of the moments of 4-channel latents, in every way that they are kept."""
-    labels = torch.empty(BATCH, dtype=torch.int64)
-    vector = torch.empty(4)
+def _draws() -> Launchers:
+    """For pixels, and for the stored moments of 4-channel latents."""
+    labels, vector = torch.empty(BATCH, dtype=torch.int64), torch.empty(4)
     for path, times in (("linear", "uniform"), ("cosine", "lognormal")):
         settings = (3, path, times, 0.2, 1000, 0.1, True)
         for name, data, stored in (
             ("pixels", torch.empty(BATCH, 3, 64, 64), (None, None, False)),
-            ("fp16 moments", torch.empty(BATCH, 8, 32, 32, dtype=HALF), (vector, vector, True)),
+            ("fp16 moments", torch.empty(BATCH, 8, 32, 32, dtype=FP16), (vector, vector, True)),
         ):
 
             def launch(data: Tensor = data, stored: tuple = stored, settings: tuple = settings) -> None:
@@ -99,11 +98,11 @@ def _draws() -> Calls:
             yield f"{name}, {path}, {times}", launch
 
 
-FAMILIES: tuple[Callable[[], Calls], ...] = (_norms, _distances, _draws)
+FAMILIES: tuple[Callable[[], Launchers], ...] = (_norms, _distances, _draws)
 
 
 def _variant(launch: Launch) -> str:
-    """What a kernel is compiled for apart from shape and dtypes."""
+    """What a kernel is specialised for apart from shape and dtypes."""
     constants = dict(launch.constants)
     if launch.name == "rows._adaln_total":
         return " of 2" if "third" in constants else " of 3"
@@ -113,84 +112,80 @@ def _variant(launch: Launch) -> str:
 
 
 def launches() -> Iterator[tuple[str, Launch]]:
-    """(description without the architecture, launch) of every kernel; one that is needed for several shapes is told of
-    the first. Only the first is, too, where another number of partial sums is all that differs."""
+    """(description without the architecture, launch) of every kernel. A kernel that several shapes share is described
+    by the first of them; of launches that differ in the number of partial sums only, the first is kept."""
     known: set[Launch | str] = set()
     for family in FAMILIES:
         for shape, call in family():
-            with recorded() as made:
+            with recorded() as recording:
                 call()
-            for launch in made:
-                described = f"{launch.name}{_variant(launch)}, {shape}"
-                if launch not in known and described not in known:
-                    known |= {launch, described}
-                    yield described, launch
+            for launch in recording:
+                description = f"{launch.name}{_variant(launch)}, {shape}"
+                if launch not in known and description not in known:
+                    known |= {launch, description}
+                    yield description, launch
 
 
-def measure(every: Sequence[tuple[str, Launch]], architectures: Sequence[int] = ARCHITECTURES) -> Found:
-    """Resources of all launches on the architectures. ptxas and cuobjdump are other processes: threads keep the cores
-    busy."""
-    jobs = [(f"{described}, sm_{capability}", launch, capability) for described, launch in every
-            for capability in architectures]  # fmt: skip
+def measure(every: Sequence[tuple[str, Launch]], architectures: Sequence[int] = ARCHITECTURES) -> Usage:
+    """Resources of all launches on the architectures, in threads: ptxas and cuobjdump are other processes."""
+    jobs = [(f"{name}, sm_{capability}", launch, capability) for name, launch in every for capability in architectures]
 
-    def one(job: tuple[str, Launch, int]) -> tuple[str, dict[str, int]]:
-        described, launch, capability = job
-        return described, resources(compiled(launch, capability)).json()
+    def run(job: tuple[str, Launch, int]) -> tuple[str, dict[str, int]]:
+        name, launch, capability = job
+        return name, resources(compiled(launch, capability)).json()
 
-    parse, parsing = JITFunction.parse, threading.Lock()
+    parse, lock = JITFunction.parse, threading.Lock()
 
     def parse_alone(kernel: JITFunction) -> Any:
         """CPython's `ast.parse` counts its depth for all threads together (python/cpython#106905)."""
-        with parsing:
+        with lock:
             return parse(kernel)
 
     with patch.object(JITFunction, "parse", parse_alone), ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(pool.map(one, jobs))
+        return dict(pool.map(run, jobs))
 
 
-def complaints(found: Found, record: dict[str, Any]) -> list[str]:
-    """What is wrong, or worse than on record, a line each."""
-    said = []
-    comparable = record["triton"] == triton.__version__
-    for name, now in found.items():
+def complaints(usage: Usage, record: dict[str, Any]) -> list[str]:
+    """What is wrong or worse than recorded, a line each."""
+    lines = []
+    is_comparable = record["triton"] == triton.__version__
+    for name, now in usage.items():
         before = record["kernels"].get(name)
         if now["spills"]:
-            said.append(f"{name}: {now['spills']} instructions spill registers")
+            lines.append(f"{name}: {now['spills']} instructions spill registers")
         if 0 < now["load_bits"] < WIDEST and not name.startswith(("rows.", "alignment._alignment_mean")):
-            said.append(f"{name}: loads {now['load_bits']} bits at a time; must be {WIDEST}")
+            lines.append(f"{name}: loads {now['load_bits']} bits at a time; must be {WIDEST}")
         if before is None:
-            said.append(f"{name}: not on record (--write)")
-        elif comparable:
-            said += [
+            lines.append(f"{name}: not on record (--write)")
+        elif is_comparable:
+            lines += [
                 f"{name}: {now[field]} {field}, {before[field]} on record"
                 for field in MUST_NOT_GROW
                 if now[field] > before.get(field, 0)
             ]
-    return said
+    return lines
 
 
-def table(found: Found) -> str:
-    """For people."""
-    fields = list(next(iter(found.values())))
-    return markdown(
-        ["kernel", *fields], [[name, *(str(now[field]) for field in fields)] for name, now in found.items()]
-    )
+def table(usage: Usage) -> str:
+    """A Markdown table of all kernels."""
+    fields = list(next(iter(usage.values())))
+    lines = [[name, *(str(now[field]) for field in fields)] for name, now in usage.items()]
+    return markdown(["kernel", *fields], lines)
 
 
-def main(arguments: Sequence[str] | None = None, record: Path = RECORD) -> int:
-    """The program. Returns its exit code: 1 if there is something to complain about."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program. Returns its exit code: 1 if there are complaints."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_resources", description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="take the numbers over into kernel_resources.json")
-    chosen = parser.parse_args(arguments)
-    found = measure(list(launches()))
-    print(table(found))
-    on_record = {"triton": triton.__version__, "kernels": found} if chosen.write else read_json(record)
-    if chosen.write:
-        write_json(record, on_record)
-    said = complaints(found, on_record)
-    for line in said:
+    parser.add_argument("--write", action="store_true", help="update kernel_resources.json")
+    args = parser.parse_args(arguments)
+    usage = measure(list(launches()))
+    print(table(usage))
+    if args.write:
+        write_json(RECORD, {"triton": triton.__version__, "kernels": usage})
+    lines = complaints(usage, read_json(RECORD))
+    for line in lines:
         print(line)
-    return 1 if said else 0
+    return 1 if lines else 0
 
 
 if __name__ == "__main__":

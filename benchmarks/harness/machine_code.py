@@ -1,4 +1,4 @@
-"""What a Triton kernel becomes on an architecture, read from its machine code. Needs no GPU.
+"""What a Triton kernel compiles to on an architecture, read from its machine code. Needs no GPU.
 
 Registers, stack and static shared memory come from `cuobjdump -res-usage`, spills and the width of loads and stores
 from `cuobjdump -sass`, both of Triton's own wheel; dynamic shared memory from the compiler's metadata.
@@ -6,8 +6,6 @@ from `cuobjdump -sass`, both of Triton's own wheel; dynamic shared memory from t
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import subprocess
 import tempfile
@@ -23,16 +21,15 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
 ARCHITECTURES = (80, 90, 100)
 POINTERS = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.int32: "i32",
-    torch.int64: "i64",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -50,18 +47,25 @@ class Resources:
     store_bits: int  # of the widest store to global memory
 
     def json(self) -> dict[str, int]:
-        """As it is written down."""
+        """The entry in kernel_resources.json."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel as its launcher calls it: everything that decides what is compiled."""
+    """A kernel as its launcher calls it: everything that decides what is compiled.
 
-    kernel: Any  # a function under triton.jit
-    signature: tuple[tuple[str, str], ...]  # parameter and "*bf16", "i64", "fp32" ..., or "constexpr"
-    constants: tuple[tuple[str, Any], ...]  # of the "constexpr" ones
-    aligned: tuple[str, ...]  # pointers and whole numbers that are multiples of 16: only these loads can be wide
+    Attributes:
+        kernel: a function under triton.jit.
+        signature: (parameter, "*bf16", "i64", "fp32" ..., or "constexpr").
+        constants: (parameter, value) of the "constexpr" ones.
+        aligned: pointers and integers that are multiples of 16; only loads through these can be wide.
+    """
+
+    kernel: Any
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[str, ...]
     num_warps: int
 
     @property
@@ -72,33 +76,32 @@ class Launch:
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Launches in here are noted down, in order, and not made."""
+    """Records launches, in order, instead of running them."""
     launches: list[Launch] = []
 
-    def note(kernel: Any, *arguments: Any, grid: Any, warmup: bool, num_warps: int = 4, **named: Any) -> None:
-        given = dict(zip((parameter.name for parameter in kernel.params), arguments, strict=False)) | named
-        constant = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
-        # As Triton has it: a 1 is compiled in, so is a missing pointer.
-        constant |= {name for name, value in given.items() if value is None or (type(value) is int and value == 1)}
-        types = {name: "constexpr" if name in constant else _type(value) for name, value in given.items()}
-        order = [parameter.name for parameter in kernel.params]
+    def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, num_warps: int = 4, **named: Any) -> None:
+        names = [parameter.name for parameter in kernel.params]
+        values = dict(zip(names, arguments, strict=False)) | named
+        # Triton compiles a 1 and a missing pointer in, besides what is declared constexpr.
+        constants = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+        constants |= {name for name, value in values.items() if value is None or (type(value) is int and value == 1)}
         launches.append(
             Launch(
                 kernel,
-                tuple((name, types[name]) for name in order),
-                tuple((name, given[name]) for name in order if name in constant),
-                tuple(name for name in order if name not in constant and _aligned(given[name])),
+                tuple((name, "constexpr" if name in constants else _type(values[name])) for name in names),
+                tuple((name, values[name]) for name in names if name in constants),
+                tuple(name for name in names if name not in constants and _is_aligned(values[name])),
                 num_warps,
             )
         )
 
-    with patch.object(JITFunction, "run", note):
+    with patch.object(JITFunction, "run", record):
         yield launches
 
 
 def _type(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"*{POINTERS[value.dtype]}"
+        return POINTERS[value.dtype]
     if isinstance(value, bool):
         return "i1"
     if isinstance(value, int):
@@ -106,57 +109,41 @@ def _type(value: Any) -> str:
     return "fp32"
 
 
-def _aligned(value: Any) -> bool:
+def _is_aligned(value: Any) -> bool:
     return isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
 
 
 def compiled(launch: Launch, capability: int) -> Any:
-    """The kernel for an architecture, 80, 90 or 100; Triton's cache answers for sources that have not changed."""
+    """The kernel compiled for an architecture, 80, 90 or 100; Triton caches it by its sources."""
     names = [name for name, _ in launch.signature]
-    values = {(names.index(name),): value for name, value in launch.constants}
+    constants = {(names.index(name),): value for name, value in launch.constants}
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
-    source = ASTSource(launch.kernel, dict(launch.signature), constexprs=values, attrs=attributes)
+    source = ASTSource(launch.kernel, dict(launch.signature), constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.num_warps})
 
 
 def resources(kernel: Any) -> Resources:
-    """Read the machine code of `compiled`'s answer, or what Triton's cache holds of an earlier reading: cuobjdump takes
-    longer to start than most kernels to compile."""
-    read_by = hashlib.sha256(Path(__file__).read_bytes())
-    read_by.update(kernel.asm["cubin"])
-    cache, name = get_cache_manager(read_by.hexdigest()), f"{kernel.metadata.shared}.json"
-    if found := cache.get_file(name):
-        return Resources(**json.loads(Path(found).read_text()))
-    result = _disassembled(kernel)
-    cache.put(json.dumps(result.json()), name, binary=False)
-    return result
-
-
-def _disassembled(kernel: Any) -> Resources:
+    """Read the machine code of a kernel from `compiled`."""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(kernel.asm["cubin"])
-        usage, code = (_cuobjdump(option, file) for option in ("-res-usage", "-sass"))
-    return Resources(**_usage(usage, kernel.metadata.shared), **_instructions(code))
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        usage, code = (
+            subprocess.run([CUOBJDUMP, option, cubin], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    numbers = dict(re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage))
+    shared = max(int(numbers["SHARED"]), kernel.metadata.shared)
+    return Resources(int(numbers["REG"]), stack=int(numbers["STACK"]), shared=shared, **count_instructions(code))
 
 
-def _cuobjdump(option: str, file: Path) -> str:
-    return subprocess.run([CUOBJDUMP, option, file], capture_output=True, text=True, check=True).stdout
-
-
-def _usage(text: str, dynamic: int) -> dict[str, int]:
-    found = dict(re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text))
-    return {"registers": int(found["REG"]), "stack": int(found["STACK"]), "shared": max(int(found["SHARED"]), dynamic)}
-
-
-def _instructions(text: str) -> dict[str, int]:
-    """LDG.E.128 is a load of 128 bits, LDGSTS one into shared memory; without a number it is 32, and .U8, .S8, .U16,
-    .S16 are what they say."""
-    loads = [_bits(suffixes) for suffixes in re.findall(r"\bLDG(?:STS)?((?:\.\w+)*)(?!\w)", text)]  # not LDGDEPBAR
-    stores = [_bits(suffixes) for suffixes in re.findall(r"\bSTG((?:\.\w+)*)", text)]
+def count_instructions(code: str) -> dict[str, int]:
+    """Spills and the widths of global loads and stores. LDG.E.128 loads 128 bits, LDGSTS loads into shared memory;
+    without a number it is 32 bits, and .U8, .S8, .U16, .S16 are what they say."""
+    loads = [_bits(suffixes) for suffixes in re.findall(r"\bLDG(?:STS)?((?:\.\w+)*)(?!\w)", code)]  # not LDGDEPBAR
+    stores = [_bits(suffixes) for suffixes in re.findall(r"\bSTG((?:\.\w+)*)", code)]
     widest = max(loads, default=0)
     return {
-        "spills": len(re.findall(r"\b(?:STL|LDL)\b", text)),
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
         "load_bits": widest,
         "narrow_loads": sum(bits < widest for bits in loads),
         "store_bits": max(stores, default=0),
@@ -164,5 +151,5 @@ def _instructions(text: str) -> dict[str, int]:
 
 
 def _bits(suffixes: str) -> int:
-    found = re.search(r"\.[US]?(8|16|64|128|256)(?=\.|$)", suffixes)
-    return int(found[1]) if found else 32
+    match = re.search(r"\.[US]?(8|16|64|128|256)(?=\.|$)", suffixes)
+    return int(match[1]) if match else 32

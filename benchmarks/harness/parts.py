@@ -14,14 +14,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.harness.stamp import ROOT
 
 LAUNCHER = ROOT / "benchmarks" / "in_tree.py"
 OK, FAILED, NOT_RUN, NOT_HERE = "ok", "failed", "not run (time)", "not run"
+UNAVAILABLE = 69  # exit code of a program that lacks something here: EX_UNAVAILABLE of sysexits.h
 MIN_SECONDS = 3.0  # in less than this nothing can even be imported
 STDERR_LINES = 30
 
@@ -31,13 +31,10 @@ class Part:
     """One program.
 
     Attributes:
-        name: in the report.
         module, arguments: `python -m MODULE ARGUMENTS`; "{folder}" in an argument becomes the folder for its results.
         share: of the remaining time that it may use.
         max_seconds: that it may use however much time remains.
         must_end: whether running out of its share is a failure rather than a lack of time.
-        nothing_to_do: non-zero exit codes that are no failure.
-        not_here: exit codes that say this machine lacks something; the last line of stderr names it.
     """
 
     name: str
@@ -46,8 +43,6 @@ class Part:
     share: float = 0.5
     max_seconds: float = math.inf
     must_end: bool = False
-    nothing_to_do: tuple[int, ...] = ()
-    not_here: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,10 +62,6 @@ class Outcome:
     reason: str = ""
     stderr: tuple[str, ...] = ()
 
-    def json(self) -> dict[str, Any]:
-        """The entry in report.json."""
-        return asdict(self)
-
     def __str__(self) -> str:
         return f"{self.outcome}, {self.seconds:.0f} s" + (f": {self.reason}" if self.reason else "")
 
@@ -78,14 +69,8 @@ class Outcome:
 def run_parts(
     parts: Sequence[Part], budget_s: float, folder: Path, after_each: Callable[[list[Outcome]], None]
 ) -> list[Outcome]:
-    """Run the parts in order, as far as the budget goes.
-
-    Args:
-        parts: the most important first.
-        budget_s: seconds for all of them.
-        folder: holds a folder `<number>-<module>` for each part's results, which $SRA_FAST_RESULTS names.
-        after_each: called with the outcomes so far.
-    """
+    """Run the parts in order, the most important first, as far as the budget goes. Each writes its results to
+    `<folder>/<number>-<module>`, which $SRA_FAST_RESULTS names; `after_each` gets the outcomes so far."""
     end = time.monotonic() + budget_s
     outcomes: list[Outcome] = []
     for number, part in enumerate(parts):
@@ -94,17 +79,16 @@ def run_parts(
         results = folder / f"{number:02d}-{part.module.rpartition('.')[2]}"
         results.mkdir(parents=True, exist_ok=True)
         if limit < MIN_SECONDS:
-            outcomes.append(Outcome(part.name, command(part, results), 0.0, NOT_RUN, f"{remaining:.0f} s were left"))
+            outcomes.append(Outcome(part.name, _command(part, results), 0.0, NOT_RUN, f"{remaining:.0f} s were left"))
         else:
             print(f"\n== {part.name} (up to {limit:.0f} s)", flush=True)
-            outcomes.append(run_part(part, limit, results))
+            outcomes.append(_run_part(part, limit, results))
             print(f"== {part.name}: {outcomes[-1]}", flush=True)
         after_each(outcomes)
     return outcomes
 
 
-def command(part: Part, results: Path) -> str:
-    """The part's command line."""
+def _command(part: Part, results: Path) -> str:
     return shlex.join(["python", "-m", part.module, *_arguments(part, results)])
 
 
@@ -112,8 +96,7 @@ def _arguments(part: Part, results: Path) -> list[str]:
     return [argument.replace("{folder}", str(results)) for argument in part.arguments]
 
 
-def run_part(part: Part, limit_s: float, results: Path) -> Outcome:
-    """Run one part for at most `limit_s` seconds."""
+def _run_part(part: Part, limit_s: float, results: Path) -> Outcome:
     start = time.monotonic()
     with tempfile.TemporaryFile() as stderr:
         process = subprocess.Popen(
@@ -134,18 +117,15 @@ def run_part(part: Part, limit_s: float, results: Path) -> Outcome:
         lines = stderr.read().decode(errors="replace").splitlines()[-STDERR_LINES:]
     outcome, reason = _judge(part, code, seconds, lines)
     shown = tuple(lines) if outcome in (FAILED, NOT_RUN) else ()
-    return Outcome(part.name, command(part, results), seconds, outcome, reason, shown)
+    return Outcome(part.name, _command(part, results), seconds, outcome, reason, shown)
 
 
 def _judge(part: Part, code: int | None, seconds: float, stderr: list[str]) -> tuple[str, str]:
-    """(outcome, reason)."""
     if code is None:
         return (FAILED if part.must_end else NOT_RUN), f"killed after {seconds:.0f} s, its share of the time"
     if code == 0:
         return OK, ""
-    if code in part.nothing_to_do:
-        return OK, "nothing to do here"
-    if code in part.not_here:
+    if code == UNAVAILABLE:
         return NOT_HERE, stderr[-1] if stderr else f"exit code {code}"
     return FAILED, f"exit code {code}" if code > 0 else f"ended by signal {-code} ({signal.Signals(-code).name})"
 

@@ -11,34 +11,28 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import tables
 from benchmarks.harness.parts import FAILED, OK, Outcome
-from benchmarks.harness.rows import Row, markdown, read, table, write
+from benchmarks.harness.rows import Row, markdown, read, write
 from sra_fast.errors import Refused
 from sra_fast.files import replacing, write_json
 
-MAX_FILES = 8
+MAX_TRACES = 2
 MAX_BYTES = 16 * 2**20
 PROFILE = "profile.json"
-FILES = ("report.json", "report.md", "step.json", "kernels.json", "steps.png", PROFILE)  # without traces
 
 
 def gather(staging: Path, out: Path, outcomes: Sequence[Outcome], stamp: dict[str, Any]) -> None:
-    """Write the folder anew from what the parts have left so far, so that a killed report keeps all of it.
-
-    Args:
-        staging: holds the folders of the parts.
-        out: the folder to write; other files in it are kept.
-        outcomes: of the parts so far.
-        stamp: of the report.
-    """
+    """Write `out` anew from the parts' folders in `staging`. Called after every part, so that a killed report keeps
+    what was measured."""
     out.mkdir(parents=True, exist_ok=True)
     rows, remarks = _rows(staging)
-    steps = [row for row in rows if tables.is_step(row)]
-    others = [row for row in rows if not tables.is_step(row)]
+    steps = [row for row in rows if tables.kind(row) == "step"]
+    others = [row for row in rows if tables.kind(row) != "step"]
     for name, some in (("step", steps), ("kernels", others)):
         if some:
             write(out, name, some, stamp)
@@ -48,7 +42,7 @@ def gather(staging: Path, out: Path, outcomes: Sequence[Outcome], stamp: dict[st
         if path.stat().st_size > MAX_BYTES:
             remarks.append(_left_out(path))
             path.unlink()
-    parts = [outcome.json() for outcome in outcomes]
+    parts = [asdict(outcome) for outcome in outcomes]
     write_json(out / "report.json", {"format_version": 1, "stamp": stamp, "parts": parts, "remarks": remarks})
     with replacing(out / "report.md") as partial:
         partial.write_text(_text(outcomes, steps, others, stamp, remarks))
@@ -77,20 +71,15 @@ def _rows(staging: Path) -> tuple[list[Row], list[str]]:
 
 
 def _copy_profile(staging: Path, out: Path) -> list[str]:
-    """Copy the newest profile and as many of its traces as fit; returns remarks on those left out."""
-    remarks: list[str] = []
+    """Copy the newest profile and its smallest traces; returns remarks on those left out."""
     folders = sorted({path.parent for path in staging.glob(f"*/{PROFILE}")})
     if not folders:
-        return remarks
+        return []
     shutil.copy(folders[-1] / PROFILE, out / PROFILE)
-    places = MAX_FILES - len(FILES)
-    for trace in sorted(folders[-1].glob("*.pt.trace.json.gz"), key=lambda path: path.stat().st_size):
-        if places and trace.stat().st_size <= MAX_BYTES:
-            shutil.copy(trace, out / trace.name)
-            places -= 1
-        else:
-            remarks.append(_left_out(trace))
-    return remarks
+    traces = sorted(folders[-1].glob("*.pt.trace.json.gz"), key=lambda path: path.stat().st_size)
+    for trace in traces[:MAX_TRACES]:
+        shutil.copy(trace, out / trace.name)
+    return [_left_out(trace) for trace in traces[MAX_TRACES:]]
 
 
 def _left_out(path: Path) -> str:
@@ -145,17 +134,8 @@ def _text(
             stderr = "\n".join(("```", *outcome.stderr, "```"))
             blocks += [f"{outcome.name} failed: {outcome.reason}", stderr]
     blocks += remarks
-    for family, rows in tables.families(steps).items():
-        blocks += [f"## {tables.title(family)}", tables.step_table(rows), tables.alignment_cost(rows)]
-    for title, belongs, make_table in (
-        ("Ops", tables.is_kernel, tables.kernel_table),
-        ("Update", tables.is_update, tables.update_table),
-        ("Data", tables.is_data, tables.data_table),
-        ("Roofs", lambda row: row["name"] == "roof", table),
-    ):
-        rows = [row for row in others if belongs(row)]
-        if rows:
-            blocks += [f"## {title}", make_table(rows)]
+    for title, table in tables.sections([*steps, *others]).items():
+        blocks += [f"## {title}", table]
     if all(outcome.outcome == OK for outcome in outcomes):
         blocks.append("All parts ran.")
     return "\n\n".join(filter(None, blocks)) + "\n"

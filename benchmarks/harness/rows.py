@@ -1,4 +1,4 @@
-"""Measurements as rows: what a row holds, files of rows with their stamp, and the table that programs print."""
+"""Measurements as rows: what a row holds, and files of rows with their stamp."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Samples:
 
     @property
     def median_ms(self) -> float | None:
-        """The median, None without samples."""
+        """The median; None without samples."""
         return _percentile(self.ms, 50)
 
 
@@ -68,15 +68,12 @@ def row(
     """One measurement with its circumstances, in JSON values.
 
     Args:
-        name: what was measured. Rows of whole training steps are named "step" or "step/..."; compare.py holds them to
-            its threshold for steps, and all other rows to the one for kernels.
-        params: shape, dtype and switches; name and params identify a row.
-        samples: the timings.
+        name, params: identify the row. Rows of whole steps are named "step" or "step/..."; compare.py holds them to
+            its threshold for steps.
         stamp: from `stamp.stamp`.
         bytes: that one call must read and write, each input and output once.
         flops: of one call, 2 per multiply-add.
-        roofs: from `roofs.roofs`. `roof_share` is the time that bytes or flops take at the roofs, whichever is longer,
-            over the measured median.
+        roofs: from `roofs.roofs`. `roof_share` is the longer time of bytes and flops at the roofs, over the median.
     """
     median = samples.median_ms
     return {
@@ -105,9 +102,8 @@ def _roof_share(ms: float | None, bytes: int | None, flops: int | None, roofs: d
 
 
 def folder(stamp: dict[str, Any], results: Path | None = None) -> Path:
-    """The folder for results with this stamp: `<results>/<device>-<date>-<commit>`, by default below
-    benchmarks/results. Without `results`, $SRA_FAST_RESULTS overrides it: ab.py and gpu_report.py set it to collect
-    what other processes write."""
+    """`<results>/<device>-<date>-<commit>`, by default below benchmarks/results. Without `results`, $SRA_FAST_RESULTS
+    overrides it: ab.py and gpu_report.py collect what other processes write."""
     if results is None and (override := os.environ.get("SRA_FAST_RESULTS")):
         return Path(override)
     device = "cpu" if stamp["kind"] == "cpu" else stamp["device"].lower().removeprefix("nvidia ")
@@ -136,31 +132,6 @@ def read(file: Path) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise Refused(f"{file}: format_version", version, f"must be {FORMAT_VERSION}")
     return content
-
-
-COLUMNS = ("name", "params", "median ms", "p20 ... p80", "host ms", "GB/s", "TFLOP/s", "of roof", "GiB")
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Rows as a Markdown table. A row without numbers shows its error."""
-    return markdown(COLUMNS, [_cells(row) for row in rows])
-
-
-def _cells(row: Row) -> list[str]:
-    start = [row["name"], text_of(row["params"])]
-    if row.get("error"):
-        return [*start, row["error"]]
-    ms = row["median_ms"]
-    return [
-        *start,
-        digits(ms),
-        spread(row),
-        digits(row["host_ms"]),
-        digits(row["bytes"] and row["bytes"] / ms / 1e6),
-        digits(row["flops"] and row["flops"] / ms / 1e9),
-        percent(row["roof_share"]),
-        digits(row["peak_memory_gib"]),
-    ]
 
 
 def text_of(params: dict[str, Any]) -> str:

@@ -4,41 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.harness.rows import Row, digits, markdown, percent, spread
+from benchmarks.harness.rows import Row, digits, markdown, percent, spread, text_of
 
 STEP_HEAD = ("step", "images/s", "x public", "ms", "p20 ... p80", "TFLOP/s", "of roof", "of peak", "GiB")
 SUMMARY_HEAD = ("model", "tokens", "batch", "public", "best rival", "ours", "ours / public", "ours / best rival")
 KERNEL_HEAD = ("op", "size", "batch", "dtype", "pass", "µs", "fastest", "GB/s", "of roof")
 UPDATE_HEAD = ("update", "size", "ms", "p20 ... p80", "x defaults", "GB/s", "of roof", "GiB")
+ROOF_HEAD = ("roof", "ms", "p20 ... p80", "GB/s", "TFLOP/s")
 DATA_HEAD = ("data", "by", "images/s", "x rival", "images/CPU-s", "x rival", "ms a batch", "p20 ... p80")
 
 Family = tuple[str, int, int, int]  # size, tokens, batch, and the depth if it is not the size's, else 0
 
 
-def is_step(row: Row) -> bool:
-    """Whether it is a row of bench_step."""
-    return row["name"] == "step"
-
-
-def is_update(row: Row) -> bool:
-    """Whether it is a row of bench_optimizer."""
-    return row["name"] == "optimizer"
-
-
-def is_data(row: Row) -> bool:
-    """Whether it is a row of bench_data."""
-    return "loader" in row["params"]
-
-
-def is_kernel(row: Row) -> bool:
-    """Whether it is a row of bench_kernels."""
-    return "implementation" in row["params"]
+def kind(row: Row) -> str:
+    """The program that measured it: "step", "update", "data", "op" or "roof"."""
+    if "loader" in row["params"]:
+        return "data"
+    if "implementation" in row["params"]:
+        return "op"
+    return {"optimizer": "update"}.get(row["name"], row["name"])
 
 
 def families(rows: Sequence[Row]) -> dict[Family, list[Row]]:
-    """Rows of bench_step by model and batch."""
+    """Rows of whole steps by model and batch."""
     grouped: dict[Family, list[Row]] = {}
-    for row in filter(is_step, rows):
+    for row in rows:
+        if kind(row) != "step":
+            continue
         params = row["params"]
         family = (params["size"], params["tokens"], params["batch"], params.get("depth", 0))
         grouped.setdefault(family, []).append(row)
@@ -56,9 +48,8 @@ def title(family: Family) -> str:
 
 
 def step_table(rows: Sequence[Row]) -> str:
-    """One family's steps against the public recipe. "of roof" is the share of the matrix product measured in the same
-    run, "of peak" of the data sheet's."""
-    public = _images_per_s(rows, "public")
+    """One family's steps against the public recipe, and what self-alignment adds to a step."""
+    public = images_per_s(rows, "public")
     lines = []
     for row in rows:
         ms, name = row["median_ms"], row["params"]["rung"]
@@ -79,21 +70,17 @@ def step_table(rows: Sequence[Row]) -> str:
                 digits(row["peak_memory_gib"]),
             ]
         )
-    return markdown(STEP_HEAD, lines)
-
-
-def alignment_cost(rows: Sequence[Row]) -> str:
-    """What self-alignment adds to a step, in a sentence; '' if one of the two rows is missing."""
     ms = {row["params"]["rung"]: row["median_ms"] for row in rows}
     aligned, plain = ms.get("ours"), ms.get("ours, plain SiT")
-    return f"A step with SRA takes {aligned / plain:.2f} x the time of plain SiT." if aligned and plain else ""
+    cost = f"\n\nA step with SRA takes {aligned / plain:.2f} x the time of plain SiT." if aligned and plain else ""
+    return markdown(STEP_HEAD, lines) + cost
 
 
 def summary_table(by_family: dict[Family, Sequence[Row]]) -> str:
     """Images/s of several families: the public recipe, the fastest of its variants, and ours."""
     lines = []
     for family, rows in by_family.items():
-        public, ours = _images_per_s(rows, "public"), _images_per_s(rows, "ours")
+        public, ours = images_per_s(rows, "public"), images_per_s(rows, "ours")
         rivals = [row.get("images_per_s") for row in rows if not row["params"]["rung"].startswith("ours")]
         best = max(filter(None, rivals), default=None)
         ratios = [f"{ours / other:.2f}" if ours and other else "" for other in (public, best)]
@@ -105,7 +92,7 @@ def summary_table(by_family: dict[Family, Sequence[Row]]) -> str:
 def kernel_table(rows: Sequence[Row]) -> str:
     """Ops: the medians of all implementations in one line, and what the fastest of the op itself reaches."""
     grouped: dict[tuple[str, ...], list[Row]] = {}
-    for row in filter(is_kernel, rows):
+    for row in rows:
         shape = [str(row["params"].get(name, "")) for name in ("size", "batch", "dtype", "pass")]
         grouped.setdefault((row["name"], *shape), []).append(row)
     lines = []
@@ -129,7 +116,6 @@ def _microseconds(row: Row) -> str:
 
 def update_table(rows: Sequence[Row]) -> str:
     """Ways to do the work that follows the backward pass."""
-    rows = list(filter(is_update, rows))
     defaults = {row["params"]["size"]: row["median_ms"] for row in rows if row["params"]["way"] == "torch, defaults"}
     lines = []
     for row in rows:
@@ -148,7 +134,6 @@ def update_table(rows: Sequence[Row]) -> str:
 
 def data_table(rows: Sequence[Row]) -> str:
     """Images delivered per second of wall and CPU time, each compared with the rival that is best by that clock."""
-    rows = list(filter(is_data, rows))
     clocks = ("images_per_s", "images_per_cpu_s")
     best: dict[tuple[str, str], float] = {}
     for row in rows:
@@ -167,5 +152,33 @@ def data_table(rows: Sequence[Row]) -> str:
     return markdown(DATA_HEAD, lines)
 
 
-def _images_per_s(rows: Sequence[Row], rung: str) -> float | None:
+def images_per_s(rows: Sequence[Row], rung: str) -> float | None:
+    """Of the row of that name; None without a number."""
     return next((row.get("images_per_s") for row in rows if row["params"]["rung"] == rung), None)
+
+
+def roof_table(rows: Sequence[Row]) -> str:
+    """Copies and matrix products."""
+    lines = []
+    for row in rows:
+        rates = [amount and amount / row["median_ms"] for amount in (row["bytes"], row["flops"])]
+        speeds = [digits(rates[0] and rates[0] / 1e6), digits(rates[1] and rates[1] / 1e9)]
+        lines.append([text_of(row["params"]), digits(row["median_ms"]), spread(row), *speeds])
+    return markdown(ROOF_HEAD, lines)
+
+
+def sections(rows: Sequence[Row]) -> dict[str, str]:
+    """title -> table, for every kind of rows that there is."""
+    found = {title(family): step_table(some) for family, some in families(rows).items()}
+    others = {"Ops": ("op", kernel_table), "Update": ("update", update_table)}
+    others |= {"Data": ("data", data_table), "Roofs": ("roof", roof_table)}
+    for name, (wanted, make_table) in others.items():
+        some = [row for row in rows if kind(row) == wanted]
+        if some:
+            found[name] = make_table(some)
+    return found
+
+
+def show(rows: Sequence[Row]) -> str:
+    """All tables with their titles, for a terminal."""
+    return "\n\n".join(f"{name}\n\n{table}" for name, table in sections(rows).items())

@@ -33,23 +33,19 @@ def measure(
     device: torch.device | str,
     repeats: int,
     warmup: int,
-    cold_l2: bool = False,
     graph: bool = False,
     gate: Call | None = None,
     clock: CpuClock | GpuClock | None = None,
 ) -> dict[str, Samples]:
     """Time every candidate `repeats` times, interleaved; each round starts with the next candidate.
 
-    On a GPU without `graph`, the host's launch gaps are part of the time of kernels below about 100 us, unless
-    `cold_l2` is set: its flush keeps the device busy while the host runs ahead.
-
     Args:
         candidates: name -> call to time; its result is ignored.
         device: where they compute.
         repeats: samples of each, at least 1.
         warmup: calls of each before the first sample, at least 1, for compilation and autotuning.
-        cold_l2: empty the GPU's L2 cache before each sample, outside the timed window.
-        graph: capture each call in a CUDA graph and time its replay. GPU only.
+        graph: time each call as it runs within a training step on a GPU: as the replay of a CUDA graph, from an L2
+            cache that is emptied outside the timed window. Without it, the host's launch gaps are part of the time.
         gate: called first; raises `GateFailed` if results disagree with the reference.
         clock: takes the samples; None = the device's own.
 
@@ -63,11 +59,11 @@ def measure(
     device = torch.device(device)
     if min(repeats, warmup) < 1:
         raise ValueError(f"repeats, warmup: {repeats}, {warmup} given; each must be at least 1")
-    if (cold_l2 or graph) and device.type != "cuda":
-        raise ValueError(f"cold_l2 and graph need a CUDA device; {device} given")
+    if graph and device.type != "cuda":
+        raise ValueError(f"graph needs a CUDA device; {device} given")
     if gate is not None:
         gate()
-    clock = clock or (GpuClock(device, cold_l2, graph) if device.type == "cuda" else CpuClock())
+    clock = clock or (GpuClock(device, graph) if device.type == "cuda" else CpuClock())
     ready: dict[str, Call] = {}
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
     peaks: dict[str, float | None] = {}
@@ -137,12 +133,12 @@ class CpuClock:
 class GpuClock:
     """CUDA events around a call, or around the replay of its graph."""
 
-    def __init__(self, device: torch.device, cold_l2: bool, graph: bool) -> None:
+    def __init__(self, device: torch.device, graph: bool) -> None:
         self.device, self.graph = device, graph
         # Twice the cache evicts all of it; 256 MiB also keeps the device busy for some 60 us, in which the host queues
         # the sample, so that the events do not measure launch gaps.
         size = max(2 * torch.cuda.get_device_properties(device).L2_cache_size, 256 * 2**20)
-        self.flush = torch.empty(size, dtype=torch.int8, device=device) if cold_l2 else None
+        self.flush = torch.empty(size, dtype=torch.int8, device=device) if graph else None
 
     def begin(self) -> None:
         """Memory counts from here."""
