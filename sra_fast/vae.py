@@ -1,7 +1,7 @@
-"""Images to latents and back, by diffusers' AutoencoderKL (a posterior) or AutoencoderTiny (a point).
+"""Encode images to latents and decode them, with diffusers' AutoencoderKL (a posterior) or AutoencoderTiny (a point).
 
-diffusers is imported here only, and only when a VAE is opened. Weights are read from safetensors: a pickle can run
-code.
+diffusers is imported only here, and only when a VAE is opened. Weights are read from safetensors, never from a pickle,
+which can run code.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from sra_fast.config import refuse_unless
 from sra_fast.errors import Refused
 
 KINDS = ("AutoencoderKL", "AutoencoderTiny")
 Factor = float | tuple[float, ...]  # one for all channels, or one for each
-# All that diffusers, huggingface_hub and safetensors raise for files that are missing, damaged or of another kind.
-TROUBLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
+# What diffusers, huggingface_hub and safetensors raise for files that are missing, damaged or of another kind.
+LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
 
 def per_channel(factor: Factor, channels: int) -> np.ndarray:
@@ -33,16 +32,16 @@ def per_channel(factor: Factor, channels: int) -> np.ndarray:
 
 
 class Vae:
-    """An autoencoder, frozen. x of training = (z - shift) * scale.
+    """A frozen autoencoder. The network is trained on x = (z - shift) * scale.
 
     Attributes:
-        name: the folder or hub id it was opened by.
+        name: the folder or hub id it was opened with.
         kind: one of `KINDS`.
         channels: C, of z.
-        posterior: whether `encode` gives a mean and a standard deviation; otherwise it gives z itself.
+        posterior: whether `encode` returns a mean and a standard deviation; otherwise it returns z itself.
         scale, shift: a number, or one for each channel.
-        downsampling: pixels to a latent, along each axis.
-        fingerprint: SHA-256, in hex, of its configuration and its weights at the dtype it runs in.
+        downsampling: pixels per latent along each axis.
+        fingerprint: SHA-256, in hex, of its configuration and its weights in the dtype it runs in.
     """
 
     def __init__(
@@ -53,72 +52,74 @@ class Vae:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """`config` is what the file config.json holds; `model` has it filled up with defaults."""
-        kind, full = config["_class_name"], model.config
+        """config: the content of config.json; model.config also has the defaults."""
+        kind, settings = config["_class_name"], model.config
         self.name, self.kind, self.posterior = name, kind, kind == "AutoencoderKL"
-        self.channels = int(full.latent_channels)
-        self.scale, self.shift = _factors(full)
-        blocks = full.block_out_channels if self.posterior else full.encoder_block_out_channels
-        self.downsampling = 2 ** (len(blocks) - 1)  # each block but one halves the sides
+        self.channels = int(settings.latent_channels)
+        self.scale, self.shift = _factors(settings)
+        blocks = settings.block_out_channels if self.posterior else settings.encoder_block_out_channels
+        self.downsampling = 2 ** (len(blocks) - 1)  # every block except one halves the sides
         self.device, self.dtype = device, dtype
         self.fingerprint = _fingerprint(config, model)
-        # Tensor cores want channels last; on a CPU it changes little but the last bits.
+        # Tensor cores need channels last; on a CPU it only changes the last bits.
         self._layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         self._model = model.requires_grad_(False).eval().to(device, memory_format=self._layout)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """What images are in the latent space, before scaling.
+        """Encode images to the latent space, before scaling.
 
         Args:
             images: (B, 3, H, W) in [-1, 1], sides divisible by `downsampling`.
 
         Returns:
-            float32, on the device, of h = H / downsampling, w alike: with a posterior (B, 2C, h, w), means and then
-            standard deviations (not logarithms of variances); without (B, C, h, w).
+            float32 on the device, with h = H / downsampling and w likewise: (B, 2C, h, w) with a posterior, means and
+            then standard deviations (not logarithms of variances); otherwise (B, C, h, w).
         """
-        encoded = self._model.encode(self._ready(images))
+        encoded = self._model.encode(self._to_model(images))
         if not self.posterior:
             return encoded.latents.float()
         mean, logvar = encoded.latent_dist.parameters.float().chunk(2, dim=1)
-        # As diffusers does it, but not at the dtype that the network runs in.
+        # As diffusers computes it, but in float32 whatever the dtype of the network.
         return torch.cat([mean, torch.exp(0.5 * logvar.clamp(-30.0, 20.0))], dim=1)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Images (B, 3, H, W) float32 around [-1, 1], not clamped, of latents (B, C, h, w) before scaling."""
-        return self._model.decode(self._ready(z)).sample.float()
+        """Decode latents (B, C, h, w) before scaling to images (B, 3, H, W) float32 in about [-1, 1], not clamped."""
+        return self._model.decode(self._to_model(z)).sample.float()
 
-    def _ready(self, x: Tensor) -> Tensor:
+    def _to_model(self, x: Tensor) -> Tensor:
         return x.to(self.device, self.dtype, memory_format=self._layout)
 
 
-def from_anywhere(name: str) -> str:
-    """The name by which a VAE is found from any working folder: a folder's whole path, or the hub id as it is."""
+def absolute_name(name: str) -> str:
+    """A VAE's name that is valid from any working folder: an absolute path, or the hub id as it is."""
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
 def open_vae(name: str, device: torch.device, dtype: torch.dtype) -> Vae:
-    """A VAE, ready to run on a device.
+    """Open a VAE on a device.
 
     Args:
-        name: a folder with config.json and safetensors weights, a folder of a whole pipeline with such a folder vae/ in
-            it, an id on the Hugging Face hub, or an id and the subfolder: owner/name/vae.
+        name: a folder with config.json and safetensors weights, the folder of a pipeline that has such a folder as
+            vae/, an id on the Hugging Face hub, or an id and a subfolder: owner/name/vae.
         dtype: of weights and activations.
 
     Raises:
-        Refused: if it cannot be had or is no VAE of these kinds: which file or id, and how to get it.
+        Refused: if it cannot be found or loaded, or is another kind of model: which file or id, and how to get it.
     """
-    diffusers = _diffusers()
-    place, subfolder, shown = _locate(name)
-    config = _read_config(diffusers, name, place, subfolder, shown)
+    diffusers = _import_diffusers()
+    place, subfolder, config_file = _locate(name)
+    config = _read_config(diffusers, name, place, subfolder, config_file)
     kind = config.get("_class_name") if isinstance(config, dict) else None
-    refuse_unless(kind in KINDS, "vae", name, f"{shown} is of class {kind!r}; must be one of {', '.join(KINDS)}")
-    refuse_unless(config.get("in_channels", 3) == 3, "vae", name, "must take 3 channels, RGB")
+    if kind not in KINDS:
+        raise Refused("vae", name, f"{config_file} is of class {kind!r}; must be one of {', '.join(KINDS)}")
+    if config.get("in_channels", 3) != 3:
+        raise Refused("vae", name, "must take 3 channels, RGB")
     options = {"subfolder": subfolder} if subfolder else {}
     try:
         with _quiet(diffusers):
-            # Without low_cpu_mem_usage: it needs another package, and says so in every run.
+            # low_cpu_mem_usage would need another package, and diffusers warns about it in every run.
             model, info = getattr(diffusers, kind).from_pretrained(
                 place,
                 torch_dtype=dtype,
@@ -127,19 +128,17 @@ def open_vae(name: str, device: torch.device, dtype: torch.dtype) -> Vae:
                 output_loading_info=True,
                 **options,
             )
-    except TROUBLE as error:
-        raise Refused(
-            f"vae: {name!r} given; its weights cannot be loaded ({_one_line(error)}){_cure(place)}"
-        ) from error
-    # diffusers fills what a file lacks with random numbers, and goes on.
-    lacking = sorted([*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])])
-    if lacking:
-        raise Refused(f"vae: {name!r} given; its weights lack {len(lacking)} tensors, the first {lacking[0]}")
+    except LOAD_ERRORS as error:
+        raise Refused("vae", name, f"its weights cannot be loaded ({_one_line(error)}){_hint(place)}") from error
+    # diffusers initialises tensors that a file lacks with random numbers.
+    missing = sorted([*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])])
+    if missing:
+        raise Refused("vae", name, f"its weights lack {len(missing)} tensors, the first {missing[0]}")
     return Vae(name, config, model, device, dtype)
 
 
-def _diffusers() -> Any:
-    logging.getLogger("diffusers").setLevel(logging.ERROR)  # it speaks of missing packages while it is imported
+def _import_diffusers() -> Any:
+    logging.getLogger("diffusers").setLevel(logging.ERROR)  # it warns about missing packages when it is imported
     try:
         import diffusers
     except ImportError as error:
@@ -148,53 +147,49 @@ def _diffusers() -> Any:
 
 
 def _locate(name: str) -> tuple[str, str, str]:
-    """(folder or hub id, subfolder of the id, the configuration's place for messages)."""
+    """(folder or hub id, subfolder of the id, name of the configuration file for messages)."""
     path = Path(name).expanduser()
     if name and path.is_dir():
         if not (path / "config.json").exists() and (path / "vae" / "config.json").exists():
             path = path / "vae"
-        here = path / "config.json"
-        refuse_unless(here.is_file(), "vae", name, f"{here} is missing: must be a folder that diffusers saved a VAE to")
-        return str(path), "", str(here)
+        config = path / "config.json"
+        if not config.is_file():
+            raise Refused("vae", name, f"{config} is missing: must be a folder that diffusers saved a VAE to")
+        return str(path), "", str(config)
     owner, _, rest = name.partition("/")
     repository, _, subfolder = rest.partition("/")
     place = f"{owner}/{repository}"
     is_id = bool(owner and repository) and not name.startswith((".", "~")) and not name.endswith("/")
-    refuse_unless(
-        is_id and not Path(place).exists(),
-        "vae",
-        name,
-        "there is no such folder; must be one that diffusers saved a VAE to, or an id on the Hugging Face hub, such as "
-        "stabilityai/sd-vae-ft-mse",
-    )
+    if not is_id or Path(place).exists():
+        rule = "there is no such folder; must be one that diffusers saved a VAE to, or an id on the Hugging Face hub"
+        raise Refused("vae", name, f"{rule}, such as stabilityai/sd-vae-ft-mse")
     return place, subfolder, f"config.json of {name}"
 
 
-def _read_config(diffusers: Any, name: str, place: str, subfolder: str, shown: str) -> Any:
+def _read_config(diffusers: Any, name: str, place: str, subfolder: str, config_file: str) -> Any:
     if Path(place).is_dir():
         try:
-            return json.loads(Path(shown).read_text())
+            return json.loads(Path(config_file).read_text())
         except (OSError, ValueError) as error:
-            raise Refused(f"vae: {name!r} given; {shown} cannot be read ({_one_line(error)})") from error
+            raise Refused("vae", name, f"{config_file} cannot be read ({_one_line(error)})") from error
     try:
         with _quiet(diffusers):
             return diffusers.AutoencoderKL.load_config(place, **({"subfolder": subfolder} if subfolder else {}))
-    except TROUBLE as error:
-        raise Refused(
-            f"vae: {name!r} given; there is no such folder, and the Hugging Face hub has no such id, wants a "
-            f"login or cannot be reached{_cure(place, subfolder)}"
-        ) from error
+    except LOAD_ERRORS as error:
+        rule = "there is no such folder, and the Hugging Face hub has no such id, requires a login or is unreachable"
+        raise Refused("vae", name, f"{rule}{_hint(place, subfolder)}") from error
 
 
-def _cure(place: str, subfolder: str = "") -> str:
+def _hint(place: str, subfolder: str = "") -> str:
+    """How to get a VAE from the hub; empty for a folder."""
     if Path(place).is_dir():
         return ""
-    part, below = (f" --include '{subfolder}/*'", f"/{subfolder}") if subfolder else ("", "")
-    return f"; where there is a network: `hf download {place}{part} --local-dir DIR`, then give DIR{below}"
+    option, folder = (f" --include '{subfolder}/*'", f"/{subfolder}") if subfolder else ("", "")
+    return f"; on a machine with a network: `hf download {place}{option} --local-dir DIR`, then give DIR{folder}"
 
 
 class _quiet(warnings.catch_warnings):
-    """diffusers and the hub's client hold their tongues: what went wrong is said by us, in one line."""
+    """Silences diffusers and huggingface_hub; we report failures in one line."""
 
     def __init__(self, diffusers: Any) -> None:
         super().__init__()
@@ -214,8 +209,8 @@ class _quiet(warnings.catch_warnings):
 
 
 def _factors(config: Any) -> tuple[Factor, Factor]:
-    """(scale, shift) as diffusers' pipelines apply them: where a VAE has latents_mean and latents_std, in place of
-    shift_factor and beside scaling_factor."""
+    """(scale, shift) as diffusers' pipelines apply them: latents_mean and latents_std, if there are any, replace
+    shift_factor and are combined with scaling_factor."""
     scale = config.get("scaling_factor")
     scale = 1.0 if scale is None else float(scale)
     mean, std = config.get("latents_mean"), config.get("latents_std")
@@ -225,9 +220,9 @@ def _factors(config: Any) -> tuple[Factor, Factor]:
 
 
 def _fingerprint(config: dict[str, Any], model: torch.nn.Module) -> str:
-    # Its other notes, such as diffusers' version, change no number.
-    told = {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    # Other private keys, such as diffusers' version, do not change any number.
+    relevant = {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
+    digest = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy())

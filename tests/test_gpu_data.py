@@ -20,8 +20,8 @@ from sra_fast.data.decoders import Decoder, Undecodable, open_decoder
 from sra_fast.data.folder import scan
 from sra_fast.data.image_stream import ImageStream
 from sra_fast.data.latent_stream import LatentStream
-from sra_fast.data.packed import open_moments
-from sra_fast.data.rows import Moments, split
+from sra_fast.data.packed import open_row_set
+from sra_fast.data.rows import RowSet, split
 from sra_fast.data.stream import Batch
 from sra_fast.packing import prepare as prepare_module
 from sra_fast.packing.prepare import prepare
@@ -190,7 +190,7 @@ def test_interrupted_it_goes_on_to_the_same_bytes(images, kl, undisturbed, tmp_p
 
 
 def test_pinned_rows_are_the_rows_also_when_they_arrive(tmp_path):
-    chosen = split(open_moments(pack(tmp_path, flips=True).root), 0.2)[0]
+    chosen = split(open_row_set(pack(tmp_path, flips=True).root), 0.2)[0]
     settings = {"seed": 3, "batch": 9, "first_image": 0}
     with LatentStream(chosen, **settings, pinned=True) as pinned, LatentStream(chosen, **settings) as plain:
         there, here = [], []
@@ -233,8 +233,8 @@ def test_a_graph_on_pinned_rows_learns_as_eager_steps_on_others_and_resumes(imag
     code, last, after, pinned = watched(graph)
     assert (code, len(last), pinned) == (0, 4, {True})
     assert "no CUDA graph" not in capsys.readouterr().err
-    gather = Moments.gather
-    monkeypatch.setattr(Moments, "gather", lambda self, index, flipped=None, pinned=False: gather(self, index, flipped))
+    gather = RowSet.gather
+    monkeypatch.setattr(RowSet, "gather", lambda self, index, flipped=None, pinned=False: gather(self, index, flipped))
     code, eager, plain, pinned = watched(on_rows(tmp_path, run__name="eager", train__execution="eager"))
     assert (code, len(eager), pinned) == (0, 10, {False})
     for ours, theirs in zip(before + after, plain, strict=True):

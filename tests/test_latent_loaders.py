@@ -14,7 +14,7 @@ from benchmarks.harness.timing import GateFailed
 from benchmarks.rivals import latent_loaders
 from benchmarks.rivals.latent_loaders import WORKERS, PublicFiles, bench_latents, same_rows, write_sets
 from sra_fast.data.latent_stream import LatentStream
-from sra_fast.data.packed import open_moments
+from sra_fast.data.packed import open_row_set
 
 FEW = argparse.Namespace(rows=40, batch=16, repeats=2, jpegs=None, vae=None)
 
@@ -23,7 +23,7 @@ FEW = argparse.Namespace(rows=40, batch=16, repeats=2, jpegs=None, vae=None)
 def test_both_sets_hold_the_same_rows_and_labels(tmp_path, monkeypatch, shard):
     monkeypatch.setattr(latent_loaders, "SHARD", shard)
     write_sets(tmp_path, 40)
-    packed, files = open_moments(tmp_path / "packed"), open_moments(tmp_path / "public")
+    packed, files = open_row_set(tmp_path / "packed"), open_row_set(tmp_path / "public")
     public = PublicFiles(tmp_path / "public")
     x = packed.gather(np.arange(40)).float()
     assert torch.equal(x, files.gather(np.arange(40)))
@@ -67,14 +67,14 @@ def spoiled_order(monkeypatch):
 
 
 def spoiled_labels(monkeypatch):
-    make = LatentStream.make
+    make = LatentStream.read_batch
 
     def other(stream, first):
         batch, replaced = make(stream, first)
         batch.labels[3] += 1
         return batch, replaced
 
-    monkeypatch.setattr(LatentStream, "make", other)
+    monkeypatch.setattr(LatentStream, "read_batch", other)
     return "ours, packed"
 
 

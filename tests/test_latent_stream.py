@@ -16,7 +16,7 @@ from small_sets import pack, publish
 from sra_fast.data import latent_stream
 from sra_fast.data.latent_stream import LatentStream, load
 from sra_fast.data.order import rows
-from sra_fast.data.packed import open_moments
+from sra_fast.data.packed import open_row_set
 from sra_fast.data.rows import Rows, split
 from sra_fast.errors import Refused
 from sra_fast.kernels.philox import Draw, uniforms
@@ -34,7 +34,7 @@ def numbered(root, count, **options):
         if options.get("flips"):
             np.save(root / f"moments_flip-{number:05d}.npy", -values)
         first += size
-    return open_moments(root)
+    return open_row_set(root)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_batches_are_as_the_set_stores_them(tmp_path):
     stored = pack(tmp_path / "p", flips=False)
     published = publish(tmp_path / "q")
     for one, dtype in ((stored, torch.float16), (published, torch.float32)):
-        moments = open_moments(one.root)
+        moments = open_row_set(one.root)
         with LatentStream(split(moments, 0.2)[0], seed=1, batch=9, first_image=2**40) as stream:
             x, labels, number = next(stream)
         assert (x.dtype, x.device.type, x.shape[0]) == (dtype, "cpu", 9)
@@ -151,7 +151,7 @@ def test_load_gives_rows_in_their_order(sets):
 def test_memory_stays_flat_over_thousands_of_batches(tmp_path):
     """Epochs of 80 rows: 3,000 batches read 94 MiB; the first 500 settle what is kept."""
     pack(tmp_path, shape=(8, 8, 8), flips=True)
-    chosen, resident = Rows(open_moments(tmp_path), np.arange(80)), []
+    chosen, resident = Rows(open_row_set(tmp_path), np.arange(80)), []
     with LatentStream(chosen, seed=0, batch=32, first_image=0) as stream:
         for number in range(3000):
             next(stream)

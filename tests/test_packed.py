@@ -13,7 +13,7 @@ import torch
 from small_sets import ROW, change, pack, publish
 
 from sra_fast.data import packed as latents
-from sra_fast.data.packed import PackedSet, open_moments
+from sra_fast.data.packed import PackedSet, open_row_set
 from sra_fast.errors import Refused
 from sra_fast.kernels.perturb import clean_ref
 from sra_fast.kernels.philox import Draw, normals
@@ -44,7 +44,7 @@ def packed(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_row_is_what_was_stored(tmp_path, kind):
     stored = pack(tmp_path, **KINDS[kind])
-    moments = open_moments(tmp_path)
+    moments = open_row_set(tmp_path)
     assert isinstance(moments, PackedSet)
     count = len(stored.labels)
     order = np.random.default_rng(1).permutation(np.concatenate([np.arange(count)] * 2))
@@ -65,7 +65,7 @@ def test_every_row_is_what_was_stored(tmp_path, kind):
 
 def test_x_of_training_is_scaled_per_channel(tmp_path):
     stored = pack(tmp_path, scale=[1.0, 2.0, 3.0, 4.0], shift=[0.5, 0.0, 0.0, -1.0])
-    moments = open_moments(tmp_path)
+    moments = open_row_set(tmp_path)
     assert moments.channels == 4
     number = torch.arange(80)
     x = clean_ref(moments.gather(np.arange(80)), number, 7, moments.stored(torch.device("cpu")))
@@ -78,7 +78,7 @@ def test_x_of_training_is_scaled_per_channel(tmp_path):
 def test_more_shards_than_open_files(tmp_path, monkeypatch):
     monkeypatch.setattr(latents, "OPEN_FILES", 3)
     stored = pack(tmp_path, shards=(2,) * 10, flips=True)
-    moments = open_moments(tmp_path)
+    moments = open_row_set(tmp_path)
     before = len(os.listdir("/proc/self/fd"))
     order = np.random.default_rng(0).integers(0, 20, 200)
     coin = np.random.default_rng(1).random(200) < 0.5
@@ -95,7 +95,7 @@ def test_more_shards_than_open_files(tmp_path, monkeypatch):
 def test_threads_share_a_set_with_few_open_files(tmp_path, monkeypatch):
     monkeypatch.setattr(latents, "OPEN_FILES", 1)
     stored = pack(tmp_path, shards=(3,) * 6)
-    moments = open_moments(tmp_path)
+    moments = open_row_set(tmp_path)
     # What another thread does between opening and reading: without a lock, close the file under it.
     read, wrong = os.preadv, []
     monkeypatch.setattr(os, "preadv", lambda *words: (threading.Event().wait(0.0005), read(*words))[1])
@@ -119,7 +119,7 @@ def test_threads_share_a_set_with_few_open_files(tmp_path, monkeypatch):
 
 def test_opening_reads_no_rows(packed, monkeypatch):
     monkeypatch.setattr(os, "preadv", lambda *_: pytest.fail("a row was read"))
-    open_moments(packed.root)
+    open_row_set(packed.root)
 
 
 @pytest.mark.parametrize("name", ["moments-00001.npy", "moments_flip-00002.npy", "labels-00003.npy"])
@@ -135,7 +135,7 @@ def test_a_damaged_file_is_refused_by_name(packed, name, damage):
         broken[20:24] = b"((\n("
         made = {"empty": b"", "cut": whole[:-1], "longer": whole + b"\0", "text": b"not an array" * 20}
         path.write_bytes(made.get(damage, bytes(broken)))
-    assert f"{path}: " in refusal(open_moments, packed.root)
+    assert f"{path}: " in refusal(open_row_set, packed.root)
 
 
 def test_any_flipped_bit_of_a_header_is_refused_or_harmless(tmp_path):
@@ -149,7 +149,7 @@ def test_any_flipped_bit_of_a_header_is_refused_or_harmless(tmp_path):
             damaged[place] ^= bit
             path.write_bytes(damaged)
             try:
-                moments = open_moments(tmp_path)
+                moments = open_row_set(tmp_path)
             except Refused as error:
                 said = str(error)
                 refused += 1
@@ -176,18 +176,18 @@ def test_any_flipped_bit_of_a_header_is_refused_or_harmless(tmp_path):
 )
 def test_what_is_not_as_the_manifest_says_is_refused(packed, name, content, said):
     np.save(packed.root / name, content)
-    message = refusal(open_moments, packed.root)
+    message = refusal(open_row_set, packed.root)
     assert str(packed.root) in message
     assert said in message
 
 
 def test_a_class_without_rows_is_named(packed):
     change(packed.root, lambda m: m["classes"].append("zebra"))
-    assert "class 4 (zebra) has no images" in refusal(open_moments, packed.root)
+    assert "class 4 (zebra) has no images" in refusal(open_row_set, packed.root)
 
 
 def test_a_shard_that_shrinks_or_vanishes_while_it_is_read(packed):
-    moments = open_moments(packed.root)
+    moments = open_row_set(packed.root)
     rows = np.arange(80)
     path = packed.root / "moments-00003.npy"
     moments.gather(rows)
@@ -203,7 +203,7 @@ def test_a_shard_that_shrinks_or_vanishes_while_it_is_read(packed):
 def test_a_packed_set_has_precedence(tmp_path):
     publish(tmp_path)
     pack(tmp_path)
-    assert isinstance(open_moments(tmp_path), PackedSet)
+    assert isinstance(open_row_set(tmp_path), PackedSet)
 
 
 def test_rows_need_no_memory_of_the_set(tmp_path):
@@ -217,7 +217,7 @@ def test_rows_need_no_memory_of_the_set(tmp_path):
     np.save(tmp_path / "labels-00001.npy", np.zeros(size, np.int64))
     change(tmp_path, lambda m: (m["shards"][1].update(rows=size), m.update(count=size + 1)))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    x = open_moments(tmp_path).gather(np.array([size, 0, 12345]))
+    x = open_row_set(tmp_path).gather(np.array([size, 0, 12345]))
     assert not x[[0, 2]].any()
     assert x[1].any()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
@@ -231,5 +231,5 @@ def test_checksums_are_not_read_by_training(packed):
     path.write_bytes(damaged)
     assert hashlib.sha256(damaged).hexdigest() not in (packed.root / "manifest.json").read_text()
     before = packed.rows[7:37].view(np.uint16)
-    after = open_moments(packed.root).gather(np.arange(7, 37)).numpy().view(np.uint16)
+    after = open_row_set(packed.root).gather(np.arange(7, 37)).numpy().view(np.uint16)
     assert (before != after).sum() == 1

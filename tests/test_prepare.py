@@ -163,13 +163,13 @@ def test_archives_give_the_same_rows_as_folders(images, kl, tmp_path):
 
 
 def test_batches_never_cross_shards(images, kl, tmp_path, monkeypatch):
-    seen, decode, files = [], encoding.FromImages._decode, open_images(str(images)).files
+    seen, decode, files = [], encoding.ImageEncoder._decode, open_images(str(images)).files
 
     def noted(self, batch):
         seen.append(batch)
         return decode(self, batch)
 
-    monkeypatch.setattr(encoding.FromImages, "_decode", noted)
+    monkeypatch.setattr(encoding.ImageEncoder, "_decode", noted)
     prepare(config(images, tmp_path / "set", batch=6))
     assert [row for batch in seen for row in batch] == list(range(len(files)))
     for batch in seen:
@@ -213,8 +213,8 @@ def test_help_documents_every_field(capsys, monkeypatch):
 
 
 def test_ranks_of_a_launcher_begin_at_different_shards(images, tmp_path, monkeypatch):
-    seen, parts = [], encoding.FromImages.parts
-    monkeypatch.setattr(encoding.FromImages, "parts", lambda self, *ends: seen.append(ends) or parts(self, *ends))
+    seen, parts = [], encoding.ImageEncoder.parts
+    monkeypatch.setattr(encoding.ImageEncoder, "parts", lambda self, *ends: seen.append(ends) or parts(self, *ends))
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "3")
     prepare(config(images, tmp_path / "set"))

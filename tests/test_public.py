@@ -11,7 +11,7 @@ from small_set import config, refusal, rows
 from small_sets import ROW, publish
 from small_vae import save_kl
 
-from sra_fast.data.packed import open_moments
+from sra_fast.data.packed import open_row_set
 from sra_fast.data.public import PublicSet
 from sra_fast.errors import Refused
 from sra_fast.packing.prepare import prepare
@@ -23,7 +23,7 @@ from sra_fast.packing.prepare import prepare
 @pytest.mark.parametrize("below", ["", "vae-sd"])
 def test_the_public_layout_is_read_as_it_is(tmp_path, leading, below):
     stored = publish(tmp_path, leading=leading)
-    moments = open_moments(tmp_path / below)
+    moments = open_row_set(tmp_path / below)
     assert isinstance(moments, PublicSet)
     order = np.random.default_rng(0).integers(0, 24, 60)
     assert np.array_equal(moments.gather(order).numpy(), stored.rows[order])
@@ -36,13 +36,13 @@ def test_the_public_layout_is_read_as_it_is(tmp_path, leading, below):
 def test_the_public_fingerprint_is_of_names_and_labels(tmp_path):
     publish(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    first = open_moments(tmp_path / "a").fingerprint
-    assert open_moments(tmp_path / "b/vae-sd").fingerprint == first
+    first = open_row_set(tmp_path / "a").fingerprint
+    assert open_row_set(tmp_path / "b/vae-sd").fingerprint == first
     path = tmp_path / "b/vae-sd/dataset.json"
     given = json.loads(path.read_text())
     given["labels"][0][1] = 1
     path.write_text(json.dumps(given))
-    assert open_moments(tmp_path / "b").fingerprint != first
+    assert open_row_set(tmp_path / "b").fingerprint != first
 
 
 DATASETS = [
@@ -153,7 +153,7 @@ def test_a_dataset_json_that_cannot_serve_is_refused(tmp_path, content, said):
     (tmp_path / "vae-sd").mkdir()
     (tmp_path / "vae-sd" / "dataset.json").write_text(content)
     with pytest.raises(Refused) as caught:
-        open_moments(tmp_path)
+        open_row_set(tmp_path)
     message = str(caught.value)
     assert message.startswith("data.latents: ")
     assert str(tmp_path) in message
@@ -170,7 +170,7 @@ def test_moments_of_another_vae_need_its_name(tmp_path):
     vae = save_kl(tmp_path / "vae", channels=2, scaling_factor=0.5, shift_factor=0.25)
     publish(tmp_path / "public", shape=(4, 4, 4))
     with pytest.raises(Refused, match=r"data\.latents: .*: channels: 2 given; must be 4, Stable Diffusion's: .*--vae"):
-        open_moments(tmp_path / "public")
+        open_row_set(tmp_path / "public")
     assert "have 2 channels and Stable Diffusion's VAE 4: --vae must name theirs" in refusal(
         public(tmp_path / "public", tmp_path / "set")
     )
@@ -180,7 +180,7 @@ def test_moments_of_another_vae_need_its_name(tmp_path):
     assert not (tmp_path / "set").exists()
     manifest = prepare(public(tmp_path / "public", tmp_path / "set", vae=str(vae)))
     assert (manifest.scale, manifest.shift, manifest.vae, manifest.resolution) == (0.5, 0.25, str(vae), 16)
-    assert open_moments(tmp_path / "set").scale == 0.5
+    assert open_row_set(tmp_path / "set").scale == 0.5
     assert "vae" in refusal(public(tmp_path / "public", tmp_path / "set", vae=str(save_kl(vae, channels=2))))
 
 
@@ -188,7 +188,7 @@ def test_conversion_does_not_change_which_image_is_which(tmp_path):
     """Nor do the rows held out, or the order of training, which go by the row."""
     write_public(tmp_path / "public")
     prepare(public(tmp_path / "public", tmp_path / "set"))
-    before, after = open_moments(tmp_path / "public"), open_moments(tmp_path / "set")
+    before, after = open_row_set(tmp_path / "public"), open_row_set(tmp_path / "set")
     every = np.arange(10)
     assert np.array_equal(before.gather(every).numpy().astype(np.float16), after.gather(every).numpy())
     assert np.array_equal(before.labels, after.labels)
@@ -226,6 +226,6 @@ def test_a_public_file_that_cannot_serve_is_named(tmp_path, kind, row):
     if kind == "another shape" and row == 0:  # then the first is right and the others are not
         path = path.with_name("img-mean-std-00000001.npy")
     with pytest.raises(Refused) as caught:
-        open_moments(tmp_path).gather(np.arange(24))
+        open_row_set(tmp_path).gather(np.arange(24))
     assert f"data.latents: {path}: cannot be read (" in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -84,9 +84,9 @@ def test_on_a_cpu_the_number_of_threads_changes_no_bit(kl, tmp_path):
 STARTED = """
 import os, signal, sys, threading, time
 from sra_fast import cli
-from sra_fast.packing.encoding import FromImages
+from sra_fast.packing.encoding import ImageEncoder
 kill_at, after = int(sys.argv[1]), float(sys.argv[2])
-encode, calls = FromImages._encode, []
+encode, calls = ImageEncoder._encode, []
 def slow(self, *given):
     calls.append(1)
     if len(calls) == kill_at:
@@ -95,7 +95,7 @@ def slow(self, *given):
         timer.start()
     time.sleep(0.01)
     return encode(self, *given)
-FromImages._encode = slow
+ImageEncoder._encode = slow
 raise SystemExit(cli.main(sys.argv[3:]))
 """
 
@@ -250,7 +250,7 @@ def test_a_shard_that_lost_a_file_or_a_byte_before_the_end_is_made_again(
 def test_a_complete_set_is_left_as_it_is(images, tmp_path, monkeypatch, capsys):
     prepare(config(images, tmp_path / "set"))
     before = content(tmp_path / "set")
-    monkeypatch.setattr(encoding.FromImages, "_decode", kill)
+    monkeypatch.setattr(encoding.ImageEncoder, "_decode", kill)
     capsys.readouterr()
     assert prepare(config(images, tmp_path / "set")).count == 40
     assert content(tmp_path / "set") == before
@@ -345,7 +345,7 @@ def test_an_archive_that_goes_bad_is_no_thousand_bad_images(tmp_path):
         members |= {f"{row}.jpg": jpeg(row), f"{row}.cls": b"0"}
     path = write_tar(tmp_path / "a.tar", members)
     source = open_images(str(path))
-    maker = encoding.FromImages(config(path, tmp_path / "set"), source)
+    maker = encoding.ImageEncoder(config(path, tmp_path / "set"), source)
     path.unlink()
     with pytest.raises(Refused, match="cannot be read"):
         list(maker.parts(0, 4))

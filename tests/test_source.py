@@ -43,7 +43,7 @@ def test_the_model_fits_the_rows(tmp_path, options, size, channels):
     assert (found.model.input_size, found.model.channels, found.model.classes) == (size, channels, 4)
     assert source.holds_pixels == (options.get("dtype") == "uint8")
     assert len(source.train) + len(source.held_out) == 80
-    assert source.fingerprint == source.moments.fingerprint
+    assert source.fingerprint == source.row_set.fingerprint
     assert str(tmp_path / "set") in source.reader
 
 
@@ -84,7 +84,7 @@ def test_packed_pixels_are_the_images_they_were(tmp_path):
     stored = pack(tmp_path / "set", dtype="uint8", shape=(1, 8, 8))
     source, _ = open_source(config(tmp_path), CPU)
     x, labels = source.pixels(source.held_out)
-    rows = stored.rows[split(source.moments, 0.2)[1].index].astype(np.float32)
+    rows = stored.rows[split(source.row_set, 0.2)[1].index].astype(np.float32)
     assert np.abs(x.numpy() - (rows / 127.5 - 1)).max() < 1e-6
     assert labels.tolist() == source.held_out.labels.tolist()
     raw, _ = source.load(source.held_out)

@@ -60,7 +60,7 @@ def test_steps_see_posteriors_sampled_and_scaled_per_channel(tmp_path, packed):
     trainer = Trainer(small(tmp_path, **options(tmp_path)), report=lambda line: None)
     with LatentStream(trainer.source.train, seed=0, batch=8, first_image=0) as stream:
         batch = next(stream)
-    seen = trainer.step.perturb(batch.x, batch.labels, batch.number)[0]
+    seen = trainer.step.perturb(batch)
     x = clean_ref(batch.x, batch.number, 0, trainer.source.stored)
     t = seen.t.view(-1, 1, 1, 1)
     noise = (seen.x_t - (1 - t) * x) / t
@@ -162,7 +162,7 @@ def test_the_public_layout_trains_as_it_is(tmp_path):
 
 
 def test_a_shard_cut_short_ends_the_run_with_what_was_learned(tmp_path, packed, main, monkeypatch):
-    make = LatentStream.make
+    make = LatentStream.read_batch
     path = packed.root / "moments-00003.npy"
 
     def cut(stream, first):
@@ -171,7 +171,7 @@ def test_a_shard_cut_short_ends_the_run_with_what_was_learned(tmp_path, packed, 
             os.truncate(path.with_name("moments_flip-00003.npy"), 200)
         return make(stream, first)
 
-    monkeypatch.setattr(LatentStream, "make", cut)
+    monkeypatch.setattr(LatentStream, "read_batch", cut)
     code, output, error = main(arguments(tmp_path, **options(tmp_path)))
     assert code == 1
     said = complaint((output, error))
@@ -225,7 +225,7 @@ def test_a_set_of_another_resolution_is_refused(tmp_path, packed, refused, monke
         path.unlink()
     pack(packed.root, seed=1, flips=True, **FACTORS)
     message = refused(arguments(tmp_path, **options(tmp_path)))
-    assert message.startswith(f"sra-fast: data.latents: {str(packed.root)!r} holds other files or classes than ")
+    assert message.startswith(f"sra-fast: data.latents: {str(packed.root)!r} has other files or classes than ")
     assert checkpoints(tmp_path / "runs/a") == before
 
 

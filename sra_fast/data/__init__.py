@@ -1,3 +1,1 @@
-"""Images in, batches out: which image is the n-th (`order`), what a folder holds (`folder`), pixels (`images`),
-batches (`stream`).
-"""
+"""Reading data sets: image folders, packed sets and the public layout, and the batches of a run read from them."""

@@ -1,13 +1,14 @@
-"""Files in, pixels out: JPEG and PNG decoding with the ADM center crop (crop.py), by DALI or by Pillow.
+"""Decode JPEG and PNG files and crop them (crop.py), with DALI or Pillow.
 
-On a CPU either decodes and PyTorch resizes: in a quarter of the time of either's own filter. Their pixels are the same;
-where they turn colours to grey they differ by up to 0.6 grey levels (of 255) in an image's mean. On a GPU DALI resizes
-too, with its antialiased cubic filter, which differs by 0.2 levels.
+On a CPU either library decodes and PyTorch resizes, in a quarter of the time of either's own filter. Pixels are the
+same, except that converting colours to grey differs by up to 0.6 grey levels (of 255) in an image's mean. On a GPU DALI
+also resizes, with its antialiased cubic filter, which differs by 0.2 levels.
 
-DALI leaves to Pillow the images to be halved, being too large to hold a batch of them, and on a GPU for lack of a box
-filter (plain cubic differs by up to 28 levels there); and PNGs of other than 8 bits, for their conversion.
+DALI leaves two kinds of files to Pillow: images that must be halved, because a batch of them is too large for memory
+and on a GPU there is no box filter (plain cubic differs by up to 28 levels); and PNGs of other than 8 bits, which it
+converts differently.
 
-Both agree on which files are cut short. Damage within the compressed data is noticed by Pillow more often than by DALI.
+Both agree on which files are truncated. Pillow detects damage within the compressed data more often than DALI.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ DALI_PACKAGE = f"nvidia-dali-cuda{'120' if (torch.version.cuda or '').startswith
 
 
 class Undecodable(Exception):
-    """Raised for all undecodable files of a batch together: `reasons` maps their index in it to one line each."""
+    """Some files of a batch cannot be decoded. `reasons`: {index in the batch: one line}."""
 
     def __init__(self, reasons: dict[int, str]) -> None:
         self.reasons = {index: " ".join(reason.split()) for index, reason in sorted(reasons.items())}
@@ -42,7 +43,7 @@ class Undecodable(Exception):
 
 
 class Header(NamedTuple):
-    """What a file's first bytes say, before decoding."""
+    """What a file's header says about its image."""
 
     width: int
     height: int
@@ -51,15 +52,15 @@ class Header(NamedTuple):
 
 
 def read_header(file: bytes) -> Header:
-    """Size of a JPEG or PNG, if the file reaches to the end of its image.
+    """Read the header of a JPEG or PNG, and check that the file reaches to the end of its image.
 
     Raises:
-        ValueError: with the reason, if the file is empty, is of another kind, or is cut short.
+        ValueError: with the reason, if the file is empty, of another kind, or truncated.
     """
     if not file:
         raise ValueError("empty file")
     if file.startswith(b"\x89PNG\r\n\x1a\n"):
-        if file[12:16] != b"IHDR" or file.rfind(b"IEND\xaeB`\x82") < 0:  # The last chunk: its name and its checksum.
+        if file[12:16] != b"IHDR" or file.rfind(b"IEND\xaeB`\x82") < 0:  # name and checksum of the last chunk
             raise ValueError("PNG cut short")
         return Header(int.from_bytes(file[16:20], "big"), int.from_bytes(file[20:24], "big"), file[24])
     if file.startswith(b"\xff\xd8\xff"):
@@ -68,29 +69,29 @@ def read_header(file: bytes) -> Header:
 
 
 def _read_jpeg_header(file: bytes) -> Header:
-    """Walk the segments (0xFF, kind, length, content) to the compressed data, after which 0xFF 0xD9 must come.
+    """Walk the segments (0xFF, marker, length, content) to the compressed data, which must be followed by 0xFF 0xD9.
 
-    Decoders fill a missing rest with grey, some without a word, hence this check. A search of the whole file would be
-    fooled: embedded thumbnails have an end marker of their own.
+    Decoders fill a missing rest with grey, some of them silently. Searching the whole file for the end marker would not
+    do: an embedded thumbnail has its own.
     """
     header, at = None, 2
     while 0 <= at < len(file) - 9:
-        kind = file[at + 1]
-        if kind == 0xDA:  # start of scan
+        marker = file[at + 1]
+        if marker == 0xDA:  # start of scan
             if header is None or file.rfind(b"\xff\xd9", at) < 0:
                 break
             return header
-        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):  # start of frame: length, bits, height, width
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame: length, bits, height, width
             header = Header(int.from_bytes(file[at + 7 : at + 9]), int.from_bytes(file[at + 5 : at + 7]), file[at + 4])
         # 0xFF may be repeated before a marker, and restart markers have no content.
-        bare = kind == 0xFF or kind == 0x01 or 0xD0 <= kind <= 0xD8
-        step = (1 if kind == 0xFF else 2) if bare else 2 + int.from_bytes(file[at + 2 : at + 4])
+        bare = marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD8
+        step = (1 if marker == 0xFF else 2) if bare else 2 + int.from_bytes(file[at + 2 : at + 4])
         at = file.find(b"\xff", at + step)
     raise ValueError("JPEG cut short")
 
 
 def decode_with_pillow(file: bytes, data: DataConfig) -> np.ndarray:
-    """Pixels (C, R, R) uint8 of a file in any colours: grey, palette, CMYK, 16 bits. Transparency is dropped.
+    """Pixels (C, R, R) uint8 of a grey, colour, palette, CMYK or 16-bit file. Transparency is dropped.
 
     Raises:
         Exception: of nearly any kind, if the file is damaged.
@@ -100,21 +101,21 @@ def decode_with_pillow(file: bytes, data: DataConfig) -> np.ndarray:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip to white; 257 = 65535 / 255
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
-    colours = "L" if data.channels == 1 else "RGB"
+    mode = "L" if data.channels == 1 else "RGB"
     if image.mode not in ("L", "RGB"):
         image = image.convert("RGB")
-    if image.mode != colours:
-        image = image.convert(colours)
+    if image.mode != mode:
+        image = image.convert(mode)
     return adm_crop(np.array(image).reshape(image.height, image.width, data.channels), data.resolution)
 
 
 class Decoder(ABC):
-    """Decodes batches of any size; threads that share one wait for each other."""
+    """Decodes batches of any size. Safe to share between threads, which wait for each other."""
 
     name: str
     """"dali cpu", "dali gpu" or "pillow"."""
     note: str = ""
-    """What else there is to say of it, in parentheses."""
+    """A remark in parentheses."""
 
     def __init__(self, data: DataConfig, device: torch.device) -> None:
         self.data, self.device = data, device
@@ -122,11 +123,11 @@ class Decoder(ABC):
         self._on_host = device.type == "cpu"
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
         self._lock = threading.Lock()
-        # On the device, because CUDA turns division by a host number into a multiplication, which rounds differently.
+        # A tensor, because CUDA turns division by a Python number into a multiplication, which rounds differently.
         self._scale = torch.tensor(127.5, device=device)
 
     def decode(self, files: list[bytes]) -> Tensor:
-        """Pixels of the files, in their order.
+        """Decode all files, in their order.
 
         Returns:
             (B, C, R, R) float32 on the device: pixel / 127.5 - 1, in [-1, 1].
@@ -148,23 +149,44 @@ class Decoder(ABC):
             raise Undecodable(reasons)
         return pixels if self._on_host else pixels.to(torch.float32).div_(self._scale).sub_(1.0)
 
+    def decode_readable(self, files: dict[int, bytes]) -> tuple[list[int], Tensor, dict[int, str]]:
+        """Decode the files that can be decoded.
+
+        Args:
+            files: by any key.
+
+        Returns:
+            their keys, their pixels as from `decode`, and {key: why it cannot be decoded} of the others.
+        """
+        files, reasons = dict(files), {}
+        while True:
+            keys = list(files)
+            try:
+                return keys, self.decode(list(files.values())), reasons
+            except Undecodable as error:
+                for index, reason in error.reasons.items():
+                    reasons[keys[index]] = reason
+                    del files[keys[index]]
+
     @abstractmethod
     def _fill(self, pixels: Tensor, files: list[bytes], headers: dict[int, Header]) -> dict[int, str]:
-        """Decode the files whose index is in `headers` into pixels (B, C, R, R), float32 in [-1, 1] on the host, else
-        uint8; return what failed, by index."""
+        """Decode the files whose index is in `headers` into pixels (B, C, R, R), float32 in [-1, 1] on the host, uint8
+        elsewhere. Returns {index: reason} of the files that failed."""
 
     def _fill_rows(self, pixels: Tensor, indices: list[int], decode: Callable[[int], np.ndarray]) -> dict[int, str]:
-        """pixels[indices[k]] = decode(k), which is (C, R, R) uint8; returns what failed, by index. By all threads: each
-        takes every so-many-th, as handing over single ones takes longer than to decode small images."""
+        """pixels[indices[k]] = decode(k), which is (C, R, R) uint8. Returns {index: reason} of what failed.
+
+        Each thread takes every n-th file, because for small images handing over single files costs more than decoding.
+        """
         host = pixels.numpy() if self._on_host else np.empty((len(indices), *pixels.shape[1:]), np.uint8)
         reasons: dict[int, str] = {}
 
-        def share(first: int) -> None:
+        def decode_share(first: int) -> None:
             for place in range(first, len(indices), self.threads):
                 try:
                     decoded = decode(place)
-                except Exception as error:  # Damaged files make Pillow raise nearly anything; the reason is reported.
-                    reasons[indices[place]] = _explained(error)
+                except Exception as error:  # Pillow raises nearly anything for damaged files.
+                    reasons[indices[place]] = _reason(error)
                     continue
                 if self._on_host:
                     row = host[indices[place]]
@@ -173,64 +195,53 @@ class Decoder(ABC):
                 else:
                     host[place] = decoded
 
-        list(self._pool.map(share, range(min(self.threads, len(indices)))))
+        list(self._pool.map(decode_share, range(min(self.threads, len(indices)))))
         if not self._on_host:
-            _place(pixels, indices, torch.from_numpy(host))
+            _scatter(pixels, indices, torch.from_numpy(host))
         return reasons
 
 
+def _scatter(pixels: Tensor, indices: list[int], decoded: Tensor) -> None:
+    # Not pixels[indices] = decoded, which takes 60 times as long for small images.
+    pixels.index_copy_(0, torch.tensor(indices, dtype=torch.int64, device=pixels.device), decoded.to(pixels.device))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its message is the address of a buffer
+        return "damaged header"
+    return str(error) or type(error).__name__
+
+
 class PillowDecoder(Decoder):
-    """Decodes with Pillow on a pool of threads (it drops Python's lock while it works)."""
+    """Decodes with Pillow, which releases the GIL, in a pool of threads."""
 
     name = "pillow"
 
     def __init__(self, data: DataConfig, device: torch.device) -> None:
         super().__init__(data, device)
-        Image.preinit()  # Here once, rather than in every thread at the same time.
+        Image.preinit()  # once here rather than in all threads at the same time
 
     def _fill(self, pixels: Tensor, files: list[bytes], headers: dict[int, Header]) -> dict[int, str]:
         indices = list(headers)
         return self._fill_rows(pixels, indices, lambda place: decode_with_pillow(files[indices[place]], self.data))
 
 
-def _place(pixels: Tensor, indices: list[int], decoded: Tensor) -> None:
-    """pixels[indices] = decoded, which itself starts a parallel loop and takes 60 times as long for small images."""
-    pixels.index_copy_(0, torch.tensor(indices, dtype=torch.int64, device=pixels.device), decoded.to(pixels.device))
-
-
-def _explained(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):  # Its own text is the address of a buffer.
-        return "damaged header"
-    return str(error) or type(error).__name__
-
-
-def _refuse_trouble_of_the_device(error: RuntimeError) -> None:
-    """Pass on what is not the file's fault."""
-    if isinstance(error, torch.OutOfMemoryError):
-        raise error
-    # What is before that quotes the pipeline, with paths of this machine.
-    text = (str(error).partition("encountered:")[2] or str(error)).lower()
-    if "out of memory" in text or "bad_alloc" in text:
-        raise Refused("data.reader: DALI needs more memory than there is; choose pillow, or smaller batches") from error
-    if "cuda" in text and "nvjpeg" not in text and "nvimgcodec" not in text:
-        raise error
-
-
 class DaliDecoder(Decoder):
-    """Decodes with DALI: on the CPU, or on the GPU if that is where the pixels go."""
+    """Decodes with DALI, on the device that the pixels go to."""
 
     def __init__(self, data: DataConfig, device: torch.device) -> None:
         super().__init__(data, device)
         self.name = "dali gpu" if device.type == "cuda" else "dali cpu"
         self.note = f" (pillow where a side of {2 * data.resolution} or more is halved first)"
         self._pillow = PillowDecoder(data, device)
-        self._pipelines: dict[bool, Any] = {}  # whether for one file: what runs it
+        self._pipelines: dict[bool, Any] = {}  # by whether they are for single files
         self._capacity = 0
 
     def _fill(self, pixels: Tensor, files: list[bytes], headers: dict[int, Header]) -> dict[int, str]:
-        unlike = {i: h for i, h in headers.items() if h.bits != 8 or min(h.width, h.height) >= 2 * self.data.resolution}
-        reasons = self._pillow._fill(pixels, files, unlike) if unlike else {}
-        return reasons | self._fill_with_dali(pixels, files, [index for index in headers if index not in unlike])
+        halved = 2 * self.data.resolution
+        for_pillow = {i: h for i, h in headers.items() if h.bits != 8 or min(h.width, h.height) >= halved}
+        reasons = self._pillow._fill(pixels, files, for_pillow) if for_pillow else {}
+        return reasons | self._fill_with_dali(pixels, files, [index for index in headers if index not in for_pillow])
 
     def _fill_with_dali(self, pixels: Tensor, files: list[bytes], indices: list[int]) -> dict[int, str]:
         if not indices:
@@ -241,69 +252,70 @@ class DaliDecoder(Decoder):
         try:
             decoded = self._run([files[index] for index in indices])
         except RuntimeError as error:
-            _refuse_trouble_of_the_device(error)
+            _raise_if_not_the_file(error)
         else:
-            return self._take(decoded, pixels, indices)
+            return self._store(decoded, pixels, indices)
         # One bad file fails a whole batch without being named, so each is decoded alone. (Asking Pillow instead would
-        # make a verdict depend on a file's neighbours: the two differ on some damaged files.)
+        # make the result depend on a file's neighbours: the two libraries disagree on some damaged files.)
         reasons = {}
         for index in indices:
             try:
-                decoded = self._run([files[index]], alone=True)
+                decoded = self._run([files[index]], single=True)
             except RuntimeError as error:
-                _refuse_trouble_of_the_device(error)
-                reasons[index] = self._explained(files[index], error)
+                _raise_if_not_the_file(error)
+                reasons[index] = self._failure(files[index], error)
             else:
-                reasons |= self._take(decoded, pixels, [index])
+                reasons |= self._store(decoded, pixels, [index])
         return reasons
 
-    def _run(self, files: list[bytes], alone: bool = False):
-        """What the pipeline makes of some files, or of one. After a failure DALI declares a pipeline dead."""
-        if alone not in self._pipelines:
-            self._pipelines[alone] = self._start(1 if alone else self._capacity)
-        pipeline = self._pipelines.pop(alone)
+    def _run(self, files: list[bytes], single: bool = False) -> Any:
+        """The pipeline's output. A pipeline that has failed cannot be used again, and is not kept."""
+        if single not in self._pipelines:
+            self._pipelines[single] = self._start(1 if single else self._capacity)
+        pipeline = self._pipelines.pop(single)
         pipeline.feed_input("files", [np.frombuffer(file, np.uint8) for file in files])
         (decoded,) = pipeline.run()
-        self._pipelines[alone] = pipeline
+        self._pipelines[single] = pipeline
         return decoded
 
-    def _explained(self, file: bytes, error: RuntimeError) -> str:
-        """Pillow's reason for a file that DALI refuses, being the clearer one, if it has one."""
+    def _failure(self, file: bytes, error: RuntimeError) -> str:
+        """Why DALI failed: in Pillow's words, which are clearer, if it fails too."""
         try:
             decode_with_pillow(file, self.data)
         except Exception as pillow_error:
-            return _explained(pillow_error)
-        lines = (str(error).partition("encountered:")[2] or str(error)).splitlines()
+            return _reason(pillow_error)
+        lines = _dali_message(error).splitlines()
         return "DALI: " + next((line.strip() for line in lines if line.strip()), type(error).__name__)
 
-    def _take(self, decoded, pixels: Tensor, indices: list[int]) -> dict[int, str]:
-        """pixels[indices] from what the pipeline returned: whole images on a CPU, resized and cut ones on a GPU. What
-        failed, by index."""
-        side = self.data.resolution
+    def _store(self, decoded: Any, pixels: Tensor, indices: list[int]) -> dict[int, str]:
+        """pixels[indices] = the pipeline's output: whole images on a CPU, cropped ones on a GPU. Returns {index:
+        reason} of what failed."""
         if self._on_host:
-            return self._fill_rows(pixels, indices, lambda place: adm_crop(np.asarray(decoded[place]), side))
+            return self._fill_rows(
+                pixels, indices, lambda place: adm_crop(np.asarray(decoded[place]), self.data.resolution)
+            )
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
-        cut = torch.empty((len(indices), *pixels.shape[1:]), dtype=torch.uint8, device=self.device)
+        cropped = torch.empty((len(indices), *pixels.shape[1:]), dtype=torch.uint8, device=self.device)
         stream = torch.cuda.current_stream(self.device)
-        feed_ndarray(decoded.as_tensor(), cut, cuda_stream=stream)
-        stream.synchronize()  # the pipeline's next run writes where `decoded` is
-        _place(pixels, indices, cut)
+        feed_ndarray(decoded.as_tensor(), cropped, cuda_stream=stream)
+        stream.synchronize()  # the next run overwrites `decoded`
+        _scatter(pixels, indices, cropped)
         return {}
 
-    def _start(self, capacity: int):
+    def _start(self, capacity: int) -> Any:
         try:
             return self._build(capacity)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise Refused(f"data.reader: DALI cannot start ({reason}); choose pillow") from error
+            raise Refused(f"reader: DALI cannot start ({reason}); choose pillow") from error
 
-    def _build(self, capacity: int):
+    def _build(self, capacity: int) -> Any:
         from nvidia.dali import Pipeline, fn, types
 
         on_gpu, side = self.device.type == "cuda", self.data.resolution
         gpu = (torch.cuda.current_device() if self.device.index is None else self.device.index) if on_gpu else None
-        # Depth 1: reading ahead is the stream's work, and a failed run then concerns exactly the batch just fed.
+        # Depth 1: the stream reads ahead already, and a failed run then concerns exactly the batch just fed.
         pipeline = Pipeline(capacity, num_threads=self.threads, device_id=gpu, prefetch_queue_depth=1)
         with pipeline:
             image = fn.decoders.image(
@@ -311,13 +323,13 @@ class DaliDecoder(Decoder):
                 device="mixed" if on_gpu else "cpu",
                 output_type=types.GRAY if self.data.channels == 1 else types.RGB,
                 adjust_orientation=self.data.exif,
-                # On a GPU: chroma interpolated, as Pillow does it (repeated, it is off by 2 levels), and no file for
-                # the JPEG engine, to which DALI gives a share of each batch: pixels would depend on the place in it.
+                # On a GPU: interpolate chroma as Pillow does (repeating it is off by 2 levels), and do not use the
+                # hardware JPEG engine, which takes a share of each batch: pixels would depend on the place in it.
                 jpeg_fancy_upsampling=True,
                 hw_decoder_load=0.0,
             )
             if on_gpu:
-                # Whole-pixel sizes and a crop that rounds down, as in the ADM crop: with DALI's defaults the mean
+                # Integer sizes and a crop that rounds down, as in the ADM crop: with DALI's defaults the mean
                 # difference is 5.5 levels.
                 image = fn.resize(
                     image, resize_shorter=side, interp_type=types.INTERP_CUBIC, antialias=True, subpixel_scale=False
@@ -328,10 +340,25 @@ class DaliDecoder(Decoder):
         return pipeline
 
 
-def open_decoder(data: DataConfig, device: torch.device) -> Decoder:
-    """The decoder that `data.reader` asks for, with output on `device`.
+def _dali_message(error: RuntimeError) -> str:
+    """The message without the quoted pipeline that precedes it."""
+    return str(error).partition("encountered:")[2] or str(error)
 
-    auto takes DALI, or says in one line on stderr that it is not installed and takes Pillow.
+
+def _raise_if_not_the_file(error: RuntimeError) -> None:
+    """Re-raise errors of the device or of memory; return from those that a damaged file can cause."""
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    message = _dali_message(error).lower()
+    if "out of memory" in message or "bad_alloc" in message:
+        raise Refused("reader: DALI needs more memory than there is; choose pillow, or smaller batches") from error
+    if "cuda" in message and "nvjpeg" not in message and "nvimgcodec" not in message:
+        raise error
+
+
+def open_decoder(data: DataConfig, device: torch.device) -> Decoder:
+    """The decoder that `data.reader` selects, with output on `device`. auto is DALI if it is installed, otherwise
+    Pillow and a line on stderr.
 
     Raises:
         Refused: if data.reader is dali and DALI is not installed.
@@ -342,8 +369,8 @@ def open_decoder(data: DataConfig, device: torch.device) -> Decoder:
         import nvidia.dali  # noqa: F401
     except ImportError as error:
         if data.reader == "dali":
-            raise Refused(f"data.reader: 'dali' given; needs `pip install {DALI_PACKAGE}`, or choose pillow") from error
-        cure = f"for faster decoding: pip install {DALI_PACKAGE}"
-        print(f"data.reader: DALI is not installed, images are decoded with Pillow; {cure}", file=sys.stderr)
+            raise Refused("reader", "dali", f"needs `pip install {DALI_PACKAGE}`, or choose pillow") from error
+        hint = f"for faster decoding: pip install {DALI_PACKAGE}"
+        print(f"reader: DALI is not installed, images are decoded with Pillow; {hint}", file=sys.stderr)
         return PillowDecoder(data, device)
     return DaliDecoder(data, device)

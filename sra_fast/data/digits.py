@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sra_fast.errors import Refused
+from sra_fast.errors import Damaged
 
 COUNT = 1797
 
@@ -21,12 +21,11 @@ COUNT = 1797
 def write_digits(root: Path | str) -> None:
     """Write the digits as class folders of 8 x 8 grey PNG files, root/<digit>/<index>.png, unless root already exists.
 
-    A grey level of 0 .. 16 becomes round(255 level / 16). The folder appears under its name only when it is complete,
-    so an interrupted write leaves nothing half-written; a root that exists, whatever it holds, is the user's and is
-    not touched.
+    A grey level of 0 .. 16 becomes round(255 level / 16). The folder gets its name only when it is complete, so an
+    interrupted write leaves nothing behind. A root that exists belongs to the user and is not touched.
 
     Raises:
-        Refused: if scikit-learn, which carries the data, is not installed.
+        Damaged: if scikit-learn, which contains the data, is not installed.
     """
     root = Path(root)
     if root.exists():
@@ -34,13 +33,11 @@ def write_digits(root: Path | str) -> None:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise Refused(
-            f"data.images: {str(root)!r} given; writing the digits needs `pip install scikit-learn`"
-        ) from error
+        raise Damaged(root, "does not exist; writing the digits needs `pip install scikit-learn`") from error
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
     root.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, because a rename must not cross file systems.
+    # A rename must not cross file systems.
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as temporary:
         unfinished = Path(temporary) / root.name
         for digit in range(10):
@@ -50,5 +47,5 @@ def write_digits(root: Path | str) -> None:
         try:
             os.rename(unfinished, root)
         except OSError:
-            if not root.exists():  # Otherwise another process was faster, with the same files.
+            if not root.exists():  # otherwise another process has written the same files
                 raise

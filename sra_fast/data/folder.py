@@ -1,4 +1,4 @@
-"""A data set as it lies on disk: one folder per class, JPEG and PNG files below it at any depth."""
+"""A data set of image files: one folder per class, with JPEG and PNG files below it at any depth."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from sra_fast.config import refuse_unless
-from sra_fast.errors import Refused
+from sra_fast.errors import Damaged, Refused
 
 EXTENSIONS = (".jpg", ".jpeg", ".png")
 
 
 @dataclass(frozen=True, eq=False)
 class ImageFolder:
-    """Names and labels of a data set; the images stay on disk. `row` below is a position in `files`."""
+    """Names and labels of a data set; the images stay on disk. A `row` is a position in `files`."""
 
     root: Path
     classes: tuple[str, ...]
@@ -29,7 +28,7 @@ class ImageFolder:
     labels: np.ndarray
     """(len(files),) int64."""
     others: tuple[tuple[str, int], ...] = ()
-    """Kinds of files that are no images to us, the most common first, and how many there are."""
+    """(kind, count) of files that are not read, the most common first."""
 
     def __len__(self) -> int:
         return len(self.files)
@@ -45,12 +44,12 @@ class ImageFolder:
         return replace(self, files=files, labels=self.labels[rows])
 
     def ignored(self) -> str:
-        """A line on what is left out, or nothing."""
+        """One line about the files that are not read; empty if there are none."""
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.others[:5]) + (", ..." if self.others[5:] else "")
-        return f"{self.root}: not read, being no JPEG or PNG in a class folder: {kinds}" if kinds else ""
+        return f"{self.root}: ignored, because not JPEG or PNG files in a class folder: {kinds}" if kinds else ""
 
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of all names and labels (not of the pixels): equal for equal rows, wherever root lies."""
+        """SHA-256, in hex, of all names and labels, not of the pixels: equal for equal rows, wherever root is."""
         digest = hashlib.sha256()
         for name, label in zip(self.files, self.labels.tolist(), strict=True):
             digest.update(b"%b\0%d\0" % (os.fsencode(name), label))
@@ -60,36 +59,34 @@ class ImageFolder:
 def scan(root: Path | str) -> ImageFolder:
     """Find the images of a data set.
 
-    Classes are the folders directly under root. Extensions are compared without case; hidden files and folders are
-    left out without a word, other files are counted, and a link to a folder is followed only where it is a class. No
-    file is opened or asked for its status, so that 1.28 million take seconds.
+    Classes are the folders directly under root. Extensions are compared case-insensitively. Hidden files and folders
+    are left out silently, other files are counted, and a link to a folder is followed only if it is a class. No file
+    is opened or queried for its status, so that 1.28 million files take seconds.
 
     Raises:
-        Refused: if root is missing or not a folder, has no class folders, or one of them has no images, or cannot be
-        listed.
+        Damaged: if root is not a folder, has no class folders, or one of them has no images or cannot be listed.
     """
     root = Path(root)
-    refuse_unless(root.is_dir(), "data.images", str(root), "must be a folder of class folders")
+    if not root.is_dir():
+        raise Damaged(root, "must be a folder of class folders")
     try:
         entries = [entry for entry in os.scandir(root) if _visible(entry)]
         classes = sorted(entry.name for entry in entries if entry.is_dir())
-        refuse_unless(bool(classes), "data.images", str(root), "must hold one folder per class")
-        found, others = [], Counter(_kind(entry) for entry in entries if not entry.is_dir())
+        if not classes:
+            raise Damaged(root, "must hold one folder per class")
+        images: list[tuple[str, int]] = []
+        others = Counter(_kind(entry) for entry in entries if not entry.is_dir())
         for label, name in enumerate(classes):
-            before = len(found)
-            found.extend((file, label) for file in _files(os.path.join(root, name), name, others))
-            refuse_unless(
-                len(found) > before,
-                "data.images",
-                os.path.join(root, name),
-                "every class folder must hold at least one .jpg, .jpeg or .png file",
-            )
+            before = len(images)
+            images.extend((file, label) for file in _files(os.path.join(root, name), name, others))
+            if len(images) == before:
+                raise Damaged(root / name, "every class folder must hold at least one .jpg, .jpeg or .png file")
     except OSError as error:
-        raise Refused(f"data.images: {error.filename!r} given; cannot be listed: {error.strerror}") from error
-    found.sort()
-    labels = np.array([label for _, label in found], dtype=np.int64)
-    counted = tuple(sorted(others.items(), key=lambda other: (-other[1], other[0])))
-    return ImageFolder(root, tuple(classes), tuple(file for file, _ in found), labels, counted)
+        raise Damaged(error.filename, f"cannot be listed: {error.strerror}") from error
+    images.sort()
+    labels = np.array([label for _, label in images], dtype=np.int64)
+    counts = tuple(sorted(others.items(), key=lambda other: (-other[1], other[0])))
+    return ImageFolder(root, tuple(classes), tuple(file for file, _ in images), labels, counts)
 
 
 def _visible(entry: os.DirEntry) -> bool:
@@ -97,14 +94,14 @@ def _visible(entry: os.DirEntry) -> bool:
 
 
 def _kind(entry: os.DirEntry) -> str:
-    """Of what is left out: ".gif" and the like."""
+    """The kind of a file that is not read: ".gif" and the like."""
     if entry.is_symlink() and entry.is_dir():
         return "linked folders"
     return os.path.splitext(entry.name)[1].lower() or "without extension"
 
 
 def _files(path: str, name: str, others: Counter[str]) -> Iterator[str]:
-    """Images in the folder `path`, as names that begin with `name`; in no particular order. The rest is counted."""
+    """Images in the folder `path`, as names that start with `name`, in no particular order. Others are counted."""
     with os.scandir(path) as entries:
         for entry in entries:
             if not _visible(entry):
@@ -118,20 +115,17 @@ def _files(path: str, name: str, others: Counter[str]) -> Iterator[str]:
 
 
 def split(folder: ImageFolder, held_out_share: float) -> tuple[ImageFolder, ImageFolder]:
-    """Divide a data set into images to train on and images held out: (train, held_out), with unchanged classes.
+    """Split a data set into (training, held-out) images, with unchanged classes.
 
-    A file is held out if a hash of its name, read as a number in [0, 1), is below held_out_share: it stays on its
-    side when others come or go, when the share grows (held-out files stay held out), and on every machine.
+    A file is held out if a hash of its name, read as a number in [0, 1), is below held_out_share. So it stays on its
+    side when other files are added or removed and on every machine, and a larger share only adds held-out files.
 
     Raises:
         Refused: if either side would be empty.
     """
     hashes = (hashlib.blake2b(os.fsencode(name), digest_size=8).digest() for name in folder.files)
     held_out = np.fromiter((int.from_bytes(h, "big") < held_out_share * 2.0**64 for h in hashes), bool, len(folder))
-    refuse_unless(
-        0 < held_out.sum() < len(folder),
-        "data.held-out",
-        held_out_share,
-        f"must leave images on both sides, but it holds out {held_out.sum()} of {len(folder)}",
-    )
+    if not 0 < held_out.sum() < len(folder):
+        counts = f"{held_out.sum()} of {len(folder)}"
+        raise Refused("data.held-out", held_out_share, f"must leave images on both sides, but holds out {counts}")
     return folder.take(~held_out), folder.take(held_out)

@@ -1,7 +1,7 @@
 """Batches of stored rows, gathered ahead of the trainer.
 
-Image number n is row `order.rows(seed, n)` of the training rows, mirrored where the set has mirrored rows and a coin of
-(seed, n, FLIP) says so. No worker processes: a row is one read of some kilobytes.
+Image number n is row `order.rows(seed, n)` of the training rows. If the set has mirrored rows, a coin of
+(seed, n, FLIP) chooses between the two. There are no worker processes: a row is a single read of some kilobytes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sra_fast.data.stream import Batch, Stream
 from sra_fast.kernels.philox import Draw, uniforms
 
 BLOCK = 1 << 15
-"""Image numbers whose rows are computed together: the order's integer arithmetic is then cheap beside the reads."""
+"""Image numbers whose rows are computed together, which makes the order's arithmetic cheap compared to the reads."""
 
 
 class LatentStream(Stream):
@@ -27,41 +27,39 @@ class LatentStream(Stream):
         seed: the run's 64-bit seed.
         batch: images per batch.
         first_image: image number of the first image.
-        pinned: gather into memory that a GPU copies from by itself.
+        pinned: gather into page-locked memory, from which a GPU copies asynchronously.
 
     Raises:
-        Refused: by `next`, naming a file that has become unreadable.
+        Damaged: from `next`, naming a file that has become unreadable.
     """
 
     def __init__(self, training: Rows, *, seed: int, batch: int, first_image: int, pinned: bool = False) -> None:
-        super().__init__(batch, first_image, torch.device("cpu"))
         self.bad = {}
-        self._training, self._seed, self._pinned = training, seed, pinned
-        self._known = first_image, np.empty(0, dtype=np.int64), np.empty(0, dtype=bool)
-        self.begin()
+        self._training, self._seed, self._batch, self._pinned = training, seed, batch, pinned
+        self._block = first_image, np.empty(0, dtype=np.int64), np.empty(0, dtype=bool)
+        super().__init__(batch, first_image, torch.device("cpu"))
 
-    def make(self, first: int) -> tuple[Batch, int]:
+    def read_batch(self, first: int) -> tuple[Batch, int]:
         chosen, flipped = self._order(first)
         index = self._training.index[chosen]
-        x = self._training.moments.gather(index, flipped, self._pinned)
-        labels = torch.from_numpy(self._training.moments.labels[index])
+        x = self._training.row_set.gather(index, flipped, self._pinned)
+        labels = torch.from_numpy(self._training.row_set.labels[index])
         return Batch(x, labels, torch.arange(first, first + self._batch)), 0
 
     def _order(self, first: int) -> tuple[np.ndarray, np.ndarray]:
-        """(rows (B,) int64, flipped (B,) bool) of the batch that begins at image number `first`."""
-        begin, known, flips = self._known
-        if first + self._batch > begin + len(known):
-            count = max(BLOCK, self._batch)
-            known = rows(self._seed, first, count, len(self._training))
+        """(rows (B,) int64, flipped (B,) bool) of the batch that starts at image number `first`."""
+        begin, order, flips = self._block
+        if first + self._batch > begin + len(order):
+            begin, count = first, max(BLOCK, self._batch)
+            order = rows(self._seed, first, count, len(self._training))
             flips = np.zeros(count, dtype=bool)
-            if self._training.moments.flips:
+            if self._training.row_set.flips:
                 flips = (uniforms(self._seed, torch.arange(first, first + count), Draw.FLIP)[:, 0] < 0.5).numpy()
-            begin = first
-            self._known = begin, known, flips
+            self._block = begin, order, flips
         part = slice(first - begin, first - begin + self._batch)
-        return known[part], flips[part]
+        return order[part], flips[part]
 
 
 def load(chosen: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
-    """All of some rows: (x (N, *shape) as stored, labels (N,) int64), on the device."""
-    return chosen.moments.gather(chosen.index).to(device), torch.from_numpy(chosen.labels).to(device)
+    """Load all of these rows: (x (N, *shape) as stored, labels (N,) int64), on the device."""
+    return chosen.row_set.gather(chosen.index).to(device), torch.from_numpy(chosen.labels).to(device)

@@ -1,36 +1,35 @@
-"""What a packed data set says of itself: manifest.json.
+"""The manifest of a packed data set, manifest.json. docs/packed-sets.md describes the format.
 
-    manifest.json            count, classes, shape and dtype of a row, what numbers these are, shards, what was left out
+    manifest.json            what the rows are, the shards with their checksums, and the images that were left out
     moments-00000.npy        (n, 2C, h, w) float16: means and standard deviations of a VAE's posterior; or (n, C, h, w)
                              float16: latents without a posterior; or (n, C, H, W) uint8: pixels
-    moments_flip-00000.npy   the same of the mirrored images, where asked for
+    moments_flip-00000.npy   the same of the mirrored images, optional
     labels-00000.npy         (n,) int64
 
-A set without a manifest is one that is being made.
+It is written last: a folder without it is an unfinished set.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sra_fast.config import refuse_unless
-from sra_fast.errors import Refused
+from sra_fast.errors import Damaged, Refused
+from sra_fast.files import read_json
 from sra_fast.vae import Factor
 
 NAME = "manifest.json"
-SETTINGS = "prepare.json"  # what `sra-fast prepare` keeps beside a set, to go on with it or make it again
+SETTINGS = "prepare.json"  # the settings of `sra-fast prepare`, kept beside the set to continue or repair it
 FORMAT_VERSION = 1
 DTYPES = ("float16", "float32", "uint8")
-_LARGEST = 3.4e38  # of float32, as which factors are applied; NaN is not below it
+_LARGEST = 3.4e38  # of float32, in which the factors are applied
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Some consecutive rows."""
+    """Consecutive rows, in files beside the manifest."""
 
     file: str
     rows: int
@@ -42,8 +41,8 @@ class Shard:
 
     def files(self) -> dict[str, str]:
         """{file: SHA-256 of its bytes}."""
-        found = {self.file: self.sha256, self.labels: self.labels_sha256}
-        return found | ({self.flip: self.flip_sha256} if self.flip else {})
+        files = {self.file: self.sha256, self.labels: self.labels_sha256}
+        return files | ({self.flip: self.flip_sha256} if self.flip else {})
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,8 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A packed set. x of training = (z - shift) * scale, where z is a row, or with `posterior` a sample of
-    N(mean, std^2) for its first and second half of channels."""
+    """A packed set. The network is trained on x = (z - shift) * scale, where z is a row or, with `posterior`, a sample
+    of N(mean, std^2), whose mean and std are the first and second half of the row's channels."""
 
     count: int
     classes: tuple[str, ...]
@@ -68,32 +67,31 @@ class Manifest:
     scale: Factor
     shift: Factor
     vae: str
-    """Where the VAE came from: a folder, or an id on the Hugging Face hub; empty for pixels."""
+    """Folder of the VAE or its id on the Hugging Face hub; empty for pixels."""
     crop: str
     resolution: int
-    """Side in pixels of the images."""
+    """Side of the images in pixels."""
     shards: tuple[Shard, ...]
     skipped: tuple[Skipped, ...] = ()
     format_version: int = FORMAT_VERSION
 
     @property
     def channels(self) -> int:
-        """Of x."""
+        """Channels of x."""
         return self.shape[0] // 2 if self.posterior else self.shape[0]
 
     @property
     def flips(self) -> bool:
-        """Whether there is a mirrored row for every row."""
+        """Whether every row has a mirrored one."""
         return bool(self.shards) and all(shard.flip for shard in self.shards)
 
     def size(self, root: Path) -> int:
-        """Bytes of the shards' files that are in a folder."""
-        files = [root / name for shard in self.shards for name in shard.files()]
-        return sum(path.stat().st_size for path in files if path.is_file())
+        """Bytes of the shards' files that exist in `root`."""
+        paths = [root / name for shard in self.shards for name in shard.files()]
+        return sum(path.stat().st_size for path in paths if path.is_file())
 
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of everything that makes a training run what it is: equal for equal rows, wherever they
-        lie."""
+        """SHA-256, in hex, of everything that influences training: equal for equal rows, wherever they are stored."""
         facts = (self.count, self.shape, self.dtype, self.posterior, self.scale, self.shift, len(self.classes))
         digest = hashlib.sha256(repr(facts).encode())
         for shard in self.shards:
@@ -102,80 +100,95 @@ class Manifest:
 
 
 def read_manifest(root: Path) -> Manifest:
-    """The manifest of the set in a folder.
+    """Read and check the manifest of the set in a folder.
 
     Raises:
-        Refused: if there is none, or it cannot be what it says: naming the file and the field.
+        Damaged: if there is none or it is invalid, naming the file and the field.
     """
     path = root / NAME
-    refuse_unless(root.is_dir(), "data.latents", str(root), "must be a folder that `sra-fast prepare` made")
-    try:
-        given = json.loads(path.read_text())
-    except FileNotFoundError:
+    if not root.is_dir():
+        raise Damaged(root, "must be a folder that `sra-fast prepare` made")
+    if not path.exists():
         begun = (root / SETTINGS).exists() or any(root.glob("*.npy"))
-        unfinished = " (it is unfinished: run the same `sra-fast prepare` again)" if begun else ""
-        raise Refused(f"data.latents: {str(root)!r} given; has no {NAME}{unfinished}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise Refused(f"{path}: cannot be read ({error})") from error
+        unfinished = "; the set is unfinished: run the same `sra-fast prepare` again" if begun else ""
+        raise Damaged(root, f"has no {NAME}{unfinished}")
+    fields = read_json(path)
     try:
-        return _manifest(given)
+        manifest = _parse(fields)
+        _check(manifest)
+        _check_files(manifest)
     except Refused as error:
-        raise Refused(f"{path}: {error}") from None
+        raise Damaged(path, error) from None
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise Refused(f"{path}: is no manifest ({type(error).__name__}: {error})") from error
+        raise Damaged(path, f"not a manifest ({type(error).__name__}: {error})") from error
+    return manifest
 
 
-def _manifest(given: dict[str, Any]) -> Manifest:
-    version = given["format_version"]
-    refuse_unless(version == FORMAT_VERSION, "format_version", version, f"must be {FORMAT_VERSION}, which we read")
-    fields = given | {
-        "classes": tuple(given["classes"]),
-        "shape": tuple(given["shape"]),
-        "scale": _factor(given["scale"]),
-        "shift": _factor(given["shift"]),
-        "shards": tuple(Shard(**shard) for shard in given["shards"]),
-        "skipped": tuple(Skipped(**file) for file in given["skipped"]),
+def _parse(fields: dict[str, Any]) -> Manifest:
+    version = fields["format_version"]
+    if version != FORMAT_VERSION:
+        raise Refused("format_version", version, f"must be {FORMAT_VERSION}")
+    if type(fields["classes"]) is not list:
+        raise Refused("classes", fields["classes"], "must be a list of names")
+    parsed = {
+        "classes": tuple(fields["classes"]),
+        "shape": tuple(fields["shape"]),
+        "scale": _factor(fields["scale"]),
+        "shift": _factor(fields["shift"]),
+        "shards": tuple(Shard(**shard) for shard in fields["shards"]),
+        "skipped": tuple(Skipped(**file) for file in fields["skipped"]),
     }
-    made = Manifest(**fields)
-    texts = {"vae": made.vae, "crop": made.crop, "classes": "".join(made.classes)}
-    for name, value in texts.items():
-        refuse_unless(type(value) is str, name, value, "must be text")
-    refuse_unless(type(given["classes"]) is list, "classes", given["classes"], "must be a list of names")
-    refuse_unless(type(made.posterior) is bool, "posterior", made.posterior, "must be true or false")
-    positive = type(made.resolution) is int and made.resolution > 0
-    refuse_unless(positive, "resolution", made.resolution, "must be a number of pixels")
-    for shard in made.shards:
-        refuse_unless(type(shard.rows) is int and shard.rows > 0, "shards", shard.rows, "must have rows, a number")
-    rows = sum(shard.rows for shard in made.shards)
-    refuse_unless(
-        made.count == rows > 0, "count", made.count, f"must be the sum of the shards' rows, {rows}, and not 0"
-    )
-    refuse_unless(made.dtype in DTYPES, "dtype", made.dtype, f"must be one of {', '.join(DTYPES)}")
-    good = len(made.shape) == 3 and all(type(n) is int and n > 0 for n in made.shape)
-    refuse_unless(good, "shape", made.shape, "must be (channels, height, width)")
-    refuse_unless(made.shape[1] == made.shape[2], "shape", made.shape, "must be square")
-    refuse_unless(
-        not made.posterior or made.shape[0] % 2 == 0, "shape", made.shape, "must have means and deviations: 2C channels"
-    )
-    pixels = made.dtype == "uint8"
-    fits = not pixels or (made.shape[0] in (1, 3) and not made.posterior)
-    refuse_unless(fits, "shape", made.shape, "of uint8 must be pixels: 1 or 3 channels, without a posterior")
-    for name in ("scale", "shift"):
-        factor = getattr(made, name)
-        numbers = factor if isinstance(factor, tuple) else (factor,)
-        good = all(abs(n) <= _LARGEST for n in numbers) and len(numbers) in (1, made.channels)
-        refuse_unless(good, name, factor, f"must be a number, or one for each of {made.channels} channels")
-        refuse_unless(name == "shift" or 0 not in numbers, name, factor, "must not be 0")
-    seen: set[str] = set()
-    for shard in made.shards:
-        refuse_unless(bool(shard.flip) == made.flips, "shards", shard.flip, "must have mirrored rows all or none")
-        for file in (shard.file, shard.labels, *([shard.flip] if shard.flip else [])):
-            alone = file == Path(file).name and file not in ("", "..")
-            refuse_unless(alone, "shards", file, "must be the name of a file beside the manifest")
-            refuse_unless(file not in seen, "shards", file, "is named twice")
-            seen.add(file)
-    return made
+    return Manifest(**fields | parsed)
 
 
 def _factor(value: Any) -> Factor:
     return tuple(map(float, value)) if isinstance(value, list) else float(value)
+
+
+def _check(m: Manifest) -> None:
+    for name, text in [("vae", m.vae), ("crop", m.crop), *(("classes", name) for name in m.classes)]:
+        if type(text) is not str:
+            raise Refused(name, text, "must be text")
+    if type(m.posterior) is not bool:
+        raise Refused("posterior", m.posterior, "must be true or false")
+    if not _is_positive(m.resolution):
+        raise Refused("resolution", m.resolution, "must be a number of pixels")
+    if m.dtype not in DTYPES:
+        raise Refused("dtype", m.dtype, f"must be one of {', '.join(DTYPES)}")
+    if len(m.shape) != 3 or not all(map(_is_positive, m.shape)):
+        raise Refused("shape", m.shape, "must be (channels, height, width)")
+    if m.shape[1] != m.shape[2]:
+        raise Refused("shape", m.shape, "must be square")
+    if m.posterior and m.shape[0] % 2:
+        raise Refused("shape", m.shape, "must have means and deviations: 2C channels")
+    if m.dtype == "uint8" and (m.posterior or m.shape[0] not in (1, 3)):
+        raise Refused("shape", m.shape, "of uint8 must be pixels: 1 or 3 channels, without a posterior")
+    for name, factor in {"scale": m.scale, "shift": m.shift}.items():
+        numbers = factor if isinstance(factor, tuple) else (factor,)
+        # A NaN fails the comparison.
+        if len(numbers) not in (1, m.channels) or not all(abs(number) <= _LARGEST for number in numbers):
+            raise Refused(name, factor, f"must be a number, or one for each of {m.channels} channels")
+        if name == "scale" and 0 in numbers:
+            raise Refused(name, factor, "must not be 0")
+
+
+def _check_files(m: Manifest) -> None:
+    for shard in m.shards:
+        if not _is_positive(shard.rows):
+            raise Refused("shards", shard.rows, "must be a positive number of rows")
+        if bool(shard.flip) != m.flips:
+            raise Refused("shards", shard.flip, "all shards must have mirrored rows, or none")
+    rows = sum(shard.rows for shard in m.shards)
+    if m.count != rows or not rows:
+        raise Refused("count", m.count, f"must be positive and the sum of the shards' rows, {rows}")
+    seen: set[str] = set()
+    for file in (name for shard in m.shards for name in (shard.file, shard.labels, *filter(None, [shard.flip]))):
+        if file != Path(file).name or file in ("", ".."):
+            raise Refused("shards", file, "must be the name of a file beside the manifest")
+        if file in seen:
+            raise Refused("shards", file, "is named twice")
+        seen.add(file)
+
+
+def _is_positive(value: object) -> bool:
+    return type(value) is int and value > 0

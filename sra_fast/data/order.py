@@ -2,14 +2,14 @@
 
     epoch = n // N,  row = P(n % N),  P = a bijection of [0, N) keyed by (seed, epoch)
 
-so every row appears once in each epoch, in an order that is a pure function of (seed, n): no shuffled index is
-stored, resuming costs nothing, and ranks agree without talking. A library's `randperm` would do neither: it needs
-O(N) memory and may change with versions.
+Every row appears once in each epoch, in an order that is a pure function of (seed, n): no shuffled index is stored,
+resuming costs nothing, and ranks agree without communication. A library's `randperm` needs O(N) memory and its result
+may change with the version.
 
 P is a Feistel network on pairs. With a = ceil(sqrt(N)) and b = ceil(N / a), a number below a b is a pair (left in
 Z_a, right in Z_b), and each round adds a random function of one half to the other: a bijection whatever the function.
-A result of N or more is permuted again until it lies below N ("cycle walking"), which keeps it a bijection of [0, N);
-fewer than one in b needs that.
+A result of N or more is permuted again until it lies below N ("cycle walking"), which gives a bijection of [0, N);
+fewer than one in b needs this.
 
 Source: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002 (generalized Feistel and cycle walking).
 """
@@ -24,18 +24,18 @@ from torch import Tensor
 
 from sra_fast.kernels.philox import Draw, below, philox
 
-ROUNDS = 8  # Four changes of each half. Frozen with the rest of this file: a different order is a different run.
-LARGEST_SIZE = 1 << 46  # The halves are then at most 2^23, and a round's counter word has 24 bits for them.
+ROUNDS = 8  # each half changes four times. Frozen like the rest of this file: another order is another run.
+LARGEST_SIZE = 1 << 46  # the halves are then at most 2^23, and a round's counter word has 24 bits for them
 _MASK = 0xFFFFFFFF
 
 
 def rows(seed: int, first: int, count: int, size: int) -> np.ndarray:
-    """The data rows of images number first .. first + count - 1.
+    """The data rows of image numbers first .. first + count - 1.
 
     Args:
         seed: the run's 64-bit seed.
-        first: image number of the first one, counted from the start of the run.
-        count: how many; they may straddle epochs.
+        first: first image number.
+        count: number of images; they may span epochs.
         size: N, rows in the data set, in [1, 2^46].
 
     Returns:
@@ -54,13 +54,13 @@ def rows(seed: int, first: int, count: int, size: int) -> np.ndarray:
     halves = left_size, -(-size // left_size)
     outside = torch.arange(count)
     while len(outside):
-        permuted = _permuted(seed, epoch.index_select(0, outside), row.index_select(0, outside), halves)
+        permuted = _permute(seed, epoch.index_select(0, outside), row.index_select(0, outside), halves)
         row.index_copy_(0, outside, permuted)
         outside = outside[permuted >= size]
     return row.numpy()
 
 
-def _permuted(seed: int, epoch: Tensor, value: Tensor, halves: tuple[int, int]) -> Tensor:
+def _permute(seed: int, epoch: Tensor, value: Tensor, halves: tuple[int, int]) -> Tensor:
     """The Feistel network on [0, a b): epoch and value (B,) int64, halves = (a, b). Returns (B,) int64."""
     key = seed & _MASK, seed >> 32
     low, high = epoch & _MASK, epoch >> 32

@@ -1,9 +1,9 @@
-"""The public SiT-SRA layout: one .npy an image, labels in one JSON file.
+"""The public SiT-SRA layout: one .npy file per image, labels in one JSON file.
 
     <DIR>/vae-sd/dataset.json                       {"labels": [["00000/img-mean-std-00000000.npy", 0], ...]}
     <DIR>/vae-sd/00000/img-mean-std-00000000.npy    (8, 32, 32) float32: 4 means, 4 standard deviations, unscaled
 
-It trains as it is, a file a row, or is converted to a packed set.
+It can be trained on directly, or converted to a packed set.
 """
 
 from __future__ import annotations
@@ -15,77 +15,78 @@ from pathlib import Path
 
 import numpy as np
 
-from sra_fast.config import refuse_unless
 from sra_fast.data import npy
-from sra_fast.data.rows import Moments, refuse_classes
-from sra_fast.errors import Refused
+from sra_fast.data.rows import RowSet, check_classes
+from sra_fast.errors import Damaged
 
-# Of Stable Diffusion's VAE, which made the published ones.
+# Of Stable Diffusion's VAE, which made the published files.
 CHANNELS, SCALE, DOWNSAMPLING = 4, 0.18215, 8
 
 
-class PublicSet(Moments):
-    """A row a file, sorted by name as the public reader sorts them; see `Moments`.
+class PublicSet(RowSet):
+    """One row per file, sorted by name as in the public code; see `RowSet`.
 
     Attributes:
         root: the folder of dataset.json.
         files: paths below root.
-        shape: of the first file that can be read; the others must have it too.
+        shape: of the first file that can be read; the others must have the same.
 
     Raises:
-        Refused: if dataset.json cannot serve, or no file can be read.
+        Damaged: if dataset.json is invalid, or no file can be read.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root / "vae-sd" if (root / "vae-sd").is_dir() else root
         self.files, self.labels = _read_labels(self.root / "dataset.json")
         self.classes = tuple(str(label) for label in range(int(self.labels.max()) + 1))
-        refuse_classes(self.root, self.labels, self.classes)
+        check_classes(self.root, self.labels, self.classes)
         self.dtype, self.posterior, self.scale, self.shift = np.dtype(np.float32), True, SCALE, 0.0
         self.vae, self.flips = "", False
-        self._known, self._size = (b"", self.dtype), 0  # head and length of a file like the others
+        self._known_header, self._known_dtype, self._known_size = b"", self.dtype, 0  # of the first file read
         self.shape = self._first_shape()
         facts = json.dumps([self.shape, self.files, self.labels.tolist()])
         self.fingerprint = f"public {hashlib.sha256(facts.encode()).hexdigest()}"
 
-    def read(self, rows: np.ndarray, flipped: np.ndarray, out: memoryview) -> None:
-        made = np.frombuffer(out, dtype=self.dtype).reshape(-1, *self.shape)
-        for place, row in enumerate(rows.tolist()):
-            try:
-                made[place] = self.moments(row)
-            except (OSError, ValueError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise Refused(f"data.latents: {self.file(row)}: cannot be read ({reason})") from error
-
     def file(self, row: int) -> Path:
         return self.root / self.files[row]
 
-    def moments(self, row: int) -> np.ndarray:
+    def read(self, rows: np.ndarray, flipped: np.ndarray, out: memoryview) -> None:
+        x = np.frombuffer(out, dtype=self.dtype).reshape(-1, *self.shape)
+        for place, row in enumerate(rows.tolist()):
+            x[place] = self.read_row(row)
+
+    def read_row(self, row: int) -> np.ndarray:
         """(2C, h, h) float32.
 
         Raises:
-            OSError: if the file cannot be read.
-            ValueError: if it is damaged or has another shape.
+            Damaged: if the file cannot be read (caused by an OSError), is damaged or has another shape.
         """
-        file = self.file(row).read_bytes()
-        known, dtype = self._known
-        if known and file.startswith(known) and len(file) == self._size:  # parsing a head takes longer than reading
-            return np.frombuffer(file, dtype, offset=len(known)).reshape(self.shape).astype(np.float32, copy=False)
-        moments, head = _parsed(file)
-        if moments.shape != self.shape:
-            raise ValueError(f"shape {moments.shape}, not {self.shape} as the first file")
-        if not known:
-            self._known, self._size = (file[: head.begin], head.dtype), len(file)
-        return moments
+        path = self.file(row)
+        try:
+            file = path.read_bytes()
+            # Parsing a header takes longer than reading a file, and the headers are usually all the same.
+            if self._known_header and file.startswith(self._known_header) and len(file) == self._known_size:
+                x = np.frombuffer(file, self._known_dtype, offset=len(self._known_header)).reshape(self.shape)
+                return x.astype(np.float32, copy=False)
+            x, header = _parse(file)
+        except OSError as error:
+            raise Damaged(path, error.strerror or error) from error
+        except ValueError as error:
+            raise Damaged(path, error) from error
+        if x.shape != self.shape:
+            raise Damaged(path, f"shape {x.shape}, not {self.shape} as the first file")
+        if not self._known_header:
+            self._known_header, self._known_dtype, self._known_size = file[: header.begin], header.dtype, len(file)
+        return x
 
     def _first_shape(self) -> tuple[int, int, int]:
         reason = ""
         for row in range(len(self)):
             try:
-                return _parsed(self.file(row).read_bytes())[0].shape
+                return _parse(self.file(row).read_bytes())[0].shape
             except (OSError, ValueError) as error:
                 reason = reason or f"the first, {self.file(row)}: {getattr(error, 'strerror', None) or error}"
-        raise Refused(f"data.latents: {self.root}: none of {len(self)} files can be read ({reason})")
+        raise Damaged(self.root, f"none of {len(self)} files can be read ({reason})")
 
 
 def is_public(root: Path) -> bool:
@@ -99,24 +100,25 @@ def _read_labels(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
         pairs = [(str(name), label) for name, label in json.loads(path.read_text())["labels"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         form = 'must be {"labels": [[file, label], ...]}'
-        raise Refused(f"data.latents: {path}: {form}; cannot be read ({' '.join(str(error).split())})") from error
-    refuse_unless(bool(pairs), "data.latents", str(path), "must name at least one file")
+        raise Damaged(path, f"{form}; cannot be read ({' '.join(str(error).split())})") from error
+    if not pairs:
+        raise Damaged(path, "must name at least one file")
     pairs.sort(key=lambda pair: pair[0])
-    for place, (name, label) in enumerate(pairs):  # of a million: no words before they are needed
-        if type(label) is not int or not 0 <= label < len(pairs):  # as every class has a file
-            raise Refused(f"data.latents: {path}: label of {name}: {label!r} given; must be the number of a class")
+    for place, (name, label) in enumerate(pairs):
+        if type(label) is not int or not 0 <= label < len(pairs):  # every class has at least one file
+            raise Damaged(path, f"label of {name}: {label!r} given; must be the number of a class")
         if name.startswith("/") or (".." in name and ".." in Path(name).parts):
-            raise Refused(f"data.latents: {path}: file: {name!r} given; must be the path of a file below")
+            raise Damaged(path, f"file: {name!r} given; must be a path below the folder")
         if place and name == pairs[place - 1][0]:
-            raise Refused(f"data.latents: {path}: file: {name!r} given; must be named once")
+            raise Damaged(path, f"file: {name!r} given; must be named once")
     return tuple(name for name, _ in pairs), np.array([label for _, label in pairs], dtype=np.int64)
 
 
-def _parsed(file: bytes) -> tuple[np.ndarray, npy.Header]:
-    """((2C, h, h) float32, head). A leading dimension of 1 is left out, as the public reader does."""
-    head = npy.read_header(io.BytesIO(file), len(file))
-    shape = head.shape[1:] if len(head.shape) == 4 and head.shape[0] == 1 else head.shape
-    if head.dtype.kind != "f" or len(shape) != 3 or shape[0] % 2 or shape[1] != shape[2] or 0 in shape:
-        raise ValueError(f"{head.dtype} {shape}, not means and deviations (2C, h, h)")
-    moments = np.frombuffer(file, head.dtype, offset=head.begin).reshape(shape)
-    return moments.astype(np.float32, copy=False), head
+def _parse(file: bytes) -> tuple[np.ndarray, npy.Header]:
+    """((2C, h, h) float32, header). A leading dimension of 1 is dropped, as in the public code."""
+    header = npy.read_header(io.BytesIO(file), len(file))
+    shape = header.shape[1:] if len(header.shape) == 4 and header.shape[0] == 1 else header.shape
+    if header.dtype.kind != "f" or len(shape) != 3 or shape[0] % 2 or shape[1] != shape[2] or 0 in shape:
+        raise ValueError(f"{header.dtype} {shape}, not means and deviations (2C, h, h)")
+    x = np.frombuffer(file, header.dtype, offset=header.begin).reshape(shape)
+    return x.astype(np.float32, copy=False), header

@@ -1,5 +1,4 @@
-"""Where a run's images come from: a folder of images, or a packed set of latents. Either is split into what is trained
-on and what is held out, and says what the model must fit."""
+"""Opens the data set of a run, an image folder or a row set, and splits it into training and held-out images."""
 
 from __future__ import annotations
 
@@ -13,14 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sra_fast.config import DIGITS_FOLDER, Config, DataConfig, refuse_unless
-from sra_fast.data import folder, image_stream, latent_stream
+from sra_fast.config import DIGITS_FOLDER, Config, DataConfig
+from sra_fast.data import folder, image_stream, latent_stream, rows
 from sra_fast.data.decoders import Decoder, open_decoder
 from sra_fast.data.digits import write_digits
 from sra_fast.data.folder import ImageFolder
-from sra_fast.data.packed import open_moments
-from sra_fast.data.rows import Moments, Rows, split
+from sra_fast.data.packed import open_row_set
+from sra_fast.data.rows import Rows, RowSet
 from sra_fast.data.stream import Stream
+from sra_fast.errors import Damaged, Refused
 from sra_fast.kernels.perturb import Stored, clean_ref
 
 
@@ -30,31 +30,31 @@ class Source(Protocol):
     train: ImageFolder | Rows
     held_out: ImageFolder | Rows
     fingerprint: str
-    """Equal for equal data, wherever they lie."""
+    """Equal for equal data, wherever it is stored."""
     stored: Stored | None
-    """What makes images of a batch's rows; None: they are."""
+    """Turns the rows of a batch into x; None: the batch is x."""
 
     @property
     def holds_pixels(self) -> bool:
-        """Whether x of training are images rather than latents."""
+        """Whether the network is trained on pixels rather than latents."""
 
     @property
     def reader(self) -> str:
-        """Who reads, in words for the run's first lines."""
+        """One line on how the data is read."""
 
     def stream(self, config: Config, first_image: int, bad: Mapping[str, str]) -> Stream:
-        """Training batches from an image number on. bad: files already known to be undecodable."""
+        """Training batches starting at an image number. bad: files already known to be undecodable."""
 
     def load(self, images: ImageFolder | Rows) -> tuple[Tensor, Tensor]:
-        """All of some images at once, on the device: (x as in a batch, labels (N,) int64)."""
+        """Load all of these images onto the device: (x as in a batch, labels (N,) int64)."""
 
     def pixels(self, images: ImageFolder | Rows) -> tuple[Tensor, Tensor]:
-        """All of some images at once: ((N, C, H, W) float32 in [-1, 1], labels (N,) int64). Refuses latents."""
+        """Load all of these images: ((N, C, H, W) float32 in [-1, 1], labels (N,) int64). Refuses latents."""
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """A folder of class folders, decoded on the way; see `Source`."""
+    """A folder of class folders, decoded during training; see `Source`."""
 
     train: ImageFolder
     held_out: ImageFolder
@@ -87,7 +87,7 @@ class ImageSource:
 
 @dataclass(frozen=True)
 class LatentSource:
-    """A packed set, or the public layout; see `Source`."""
+    """A packed set or the public layout; see `Source`."""
 
     train: Rows
     held_out: Rows
@@ -96,15 +96,19 @@ class LatentSource:
     device: torch.device
 
     @property
-    def moments(self) -> Moments:
-        """The whole set."""
-        return self.train.moments
+    def row_set(self) -> RowSet:
+        """The data set that both parts belong to."""
+        return self.train.row_set
+
+    @property
+    def holds_pixels(self) -> bool:
+        return self.row_set.dtype == np.uint8
 
     @property
     def reader(self) -> str:
-        channels, height, width = self.moments.shape
-        kind = "moments" if self.moments.posterior else "rows"
-        return f"{kind} of {channels} x {height} x {width} {self.moments.dtype} from {self.moments.root}"
+        channels, height, width = self.row_set.shape
+        kind = "moments" if self.row_set.posterior else "rows"
+        return f"{kind} of {channels} x {height} x {width} {self.row_set.dtype} from {self.row_set.root}"
 
     def stream(self, config: Config, first_image: int, bad: Mapping[str, str]) -> Stream:
         return latent_stream.LatentStream(
@@ -119,39 +123,33 @@ class LatentSource:
         return latent_stream.load(images, self.device)
 
     def pixels(self, images: Rows) -> tuple[Tensor, Tensor]:
-        refuse_unless(self.holds_pixels, "data.latents", str(self.moments.root), "must be images to be judged")
+        if not self.holds_pixels:
+            raise Refused("data.latents", str(self.row_set.root), "must be images to be judged")
         x, labels = self.load(images)
         return clean_ref(x, labels, 0, self.stored), labels
-
-    @property
-    def holds_pixels(self) -> bool:
-        """Whether rows are images rather than latents."""
-        return self.moments.dtype == np.uint8
 
 
 def open_source(config: Config, device: torch.device) -> tuple[Source, Config]:
     """Open `data.images` or `data.latents`, split it, and fill in the model's input size, channels and classes.
 
     Raises:
-        Refused: on data that cannot serve, or a model that does not fit them.
+        Refused: if the data cannot be used, or the model does not fit it.
     """
     data = config.data
-    refuse_unless(
-        bool(data.images or data.latents),
-        "data.images",
-        data.images,
-        "must be a folder of class folders of images, or data.latents one that `sra-fast prepare` made",
-    )
-    refuse_unless(
-        not (data.images and data.latents), "data.latents", data.latents, f"but so is data.images = {data.images}"
-    )
-    source, size, channels = _open_latents(data, device) if data.latents else _open_images(data, device)
+    if not data.images and not data.latents:
+        rule = "must be a folder of class folders, or data.latents a set that `sra-fast prepare` made"
+        raise Refused("data.images", data.images, rule)
+    if data.images and data.latents:
+        raise Refused("data.latents", data.latents, f"excludes data.images, which is {data.images!r}")
+    try:
+        source, size, channels = _open_latents(data, device) if data.latents else _open_images(data, device)
+    except Damaged as error:
+        raise Refused(f"data.{'latents' if data.latents else 'images'}: {error}") from error
     facts = {"input_size": size, "channels": channels, "classes": len(source.train.classes)}
     for name, fact in facts.items():
-        given = getattr(config.model, name)
-        refuse_unless(
-            given in (0, fact), f"model.{name.replace('_', '-')}", given, f"must be {fact}, as the data is, or 0"
-        )
+        value = getattr(config.model, name)
+        if value not in (0, fact):
+            raise Refused(f"model.{name.replace('_', '-')}", value, f"must be {fact}, as in the data, or 0")
     return source, replace(config, model=replace(config.model, **facts))
 
 
@@ -160,17 +158,17 @@ def _open_images(data: DataConfig, device: torch.device) -> tuple[ImageSource, i
     root = Path(data.images)
     if root == Path(DIGITS_FOLDER):
         write_digits(root)
-    found = folder.scan(root)
-    if ignored := found.ignored():
+    images = folder.scan(root)
+    if ignored := images.ignored():
         print(f"data.images: {ignored}", file=sys.stderr)
-    train, held_out = folder.split(found, data.held_out)
+    train, held_out = folder.split(images, data.held_out)
     decoder = open_decoder(data, device)
-    return ImageSource(train, held_out, found.fingerprint(), decoder), data.resolution, data.channels
+    return ImageSource(train, held_out, images.fingerprint(), decoder), data.resolution, data.channels
 
 
 def _open_latents(data: DataConfig, device: torch.device) -> tuple[LatentSource, int, int]:
     """(source, side, channels) of `data.latents`."""
-    moments = open_moments(Path(data.latents))
-    train, held_out = split(moments, data.held_out)
-    source = LatentSource(train, held_out, moments.fingerprint, moments.stored(device), device)
-    return source, moments.shape[1], moments.channels
+    row_set = open_row_set(Path(data.latents))
+    train, held_out = rows.split(row_set, data.held_out)
+    source = LatentSource(train, held_out, row_set.fingerprint, row_set.stored(device), device)
+    return source, row_set.shape[1], row_set.channels

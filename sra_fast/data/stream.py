@@ -1,17 +1,21 @@
-"""Batches made ahead of the trainer by one background thread."""
+"""Batches of training images, read ahead of the trainer by a background thread."""
 
 from __future__ import annotations
 
-import queue
-import threading
-from abc import ABC, abstractmethod
-from typing import NamedTuple
+import itertools
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-DEPTH = 2
-"""Batches made ahead: one to hand over at once and one to even out slow files."""
+T, U = TypeVar("T"), TypeVar("U")
+DEPTH = 3
+"""Items that are read ahead: one to hand over at once, one to even out slow files, and the one in progress."""
 
 
 class Batch(NamedTuple):
@@ -24,80 +28,101 @@ class Batch(NamedTuple):
     number: Tensor
     """(B,) int64, image numbers."""
 
+    def split(self, parts: int) -> list[Batch]:
+        """Equal micro-batches of consecutive images; B must be a multiple of `parts`."""
+        size = len(self.x) // parts
+        return [Batch(*tensors) for tensors in zip(*(tensor.split(size) for tensor in self), strict=True)]
 
-class Stream(ABC):
-    """Endless iterator over the batches that begin at image first_image, first_image + batch, ...
 
-    Close it, or use it as a context manager: a thread reads on in the background until then.
+class ReadAhead(Iterator[U], AbstractContextManager):
+    """Yields function(item) for each item, in order, computed by one background thread up to `DEPTH` items ahead.
 
     Args:
-        batch: images per batch.
-        first_image: image number of the first image.
-        device: where the batches are made.
+        stream: the CUDA stream that the function runs on, None on a CPU. On the default stream, reading would wait for
+            the training step. Results are complete when they are yielded and can be used on any stream.
 
     Raises:
-        Exception: by `next`, whatever the thread met with.
+        BaseException: from `next`, whatever the function raised; the same again from every later call.
     """
 
-    bad: dict[str, str]
-    """Undecodable files met so far, by the thread that reads ahead, and why."""
-
-    def __init__(self, batch: int, first_image: int, device: torch.device) -> None:
-        self.replaced = 0
-        """Images in the batches handed out so far that stand in for undecodable ones."""
-        self._batch, self._first, self._device = batch, first_image, device
-        self._ready: queue.Queue[tuple[Batch, int] | BaseException] = queue.Queue(DEPTH)
-        self._closed = threading.Event()
+    def __init__(self, function: Callable[[T], U], items: Iterable[T], stream: torch.cuda.Stream | None = None) -> None:
+        self._function, self._items, self._stream = function, iter(items), stream
+        self._pending: deque[Future[U]] = deque()
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._read_ahead, name="image stream", daemon=True)
+        self._pool = ThreadPoolExecutor(1, "read ahead")
+        for _ in range(DEPTH):
+            self._submit_next()
 
-    @abstractmethod
-    def make(self, first: int) -> tuple[Batch, int]:
-        """The batch that begins at image number `first`, and how many of its images are replacements."""
+    def _submit_next(self) -> None:
+        for item in itertools.islice(self._items, 1):
+            self._pending.append(self._pool.submit(self._compute, item))
 
-    def begin(self) -> None:
-        """Start the thread: when everything that `make` needs is there."""
-        self._thread.start()
+    def _compute(self, item: T) -> U:
+        if self._error:  # of an earlier item, which ended the sequence
+            raise self._error
+        try:
+            with torch.cuda.stream(self._stream):
+                result = self._function(item)
+            if self._stream:
+                self._stream.synchronize()
+        except BaseException as error:
+            self._error = error
+            raise
+        return result
 
-    def __iter__(self) -> Stream:
-        return self
-
-    def __next__(self) -> Batch:
-        if self._closed.is_set():
-            raise RuntimeError("the image stream is closed")
-        item = self._error or self._ready.get()
-        if isinstance(item, BaseException):
-            self._error = item  # The thread has ended: raise the same again rather than wait for ever.
-            raise item
-        batch, replaced = item
-        self.replaced += replaced
-        return batch
+    def __next__(self) -> U:
+        if not self._pending:
+            raise StopIteration
+        try:
+            return self._pending.popleft().result()
+        finally:
+            self._submit_next()
 
     def close(self) -> None:
-        """Stop the thread, once it has finished the batch in hand."""
-        self._closed.set()
-        # Makes room for a thread that waits to hand over; it then sees that it is to end.
-        while not self._ready.empty():
-            self._ready.get()
-        self._thread.join()
-
-    def __enter__(self) -> Stream:
-        return self
+        """Stop the thread after the item in progress. A closed iterator is exhausted."""
+        self._pool.shutdown(cancel_futures=True)
+        self._pending.clear()
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read_ahead(self) -> None:
-        first, stream = self._first, None
-        try:
-            if self._device.type == "cuda":  # or every batch would wait in line behind the step
-                stream = torch.cuda.Stream(self._device)
-            while not self._closed.is_set():
-                with torch.cuda.stream(stream):
-                    ready = self.make(first)
-                if stream:  # what is handed over is there, for any stream to read
-                    stream.synchronize()
-                self._ready.put(ready)
-                first += self._batch
-        except BaseException as error:  # of any kind: `next` raises it where somebody listens
-            self._ready.put(error)
+
+class Stream(Iterator[Batch], AbstractContextManager):
+    """Endless iterator over the batches that start at image number first_image, first_image + batch, ...
+
+    A subclass calls `__init__` last, because reading starts at once. Close the stream, or use it as a context manager.
+
+    Args:
+        batch: images per batch.
+        first_image: image number of the first image.
+        device: where the batches are created.
+
+    Raises:
+        BaseException: from `next`, whatever `read_batch` raised in the background.
+    """
+
+    bad: dict[str, str]
+    """Undecodable files met so far by the background thread, and the reasons."""
+    replaced: int
+    """Images in the batches handed out so far that replace undecodable ones."""
+
+    def __init__(self, batch: int, first_image: int, device: torch.device) -> None:
+        self.replaced = 0
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._batches = ReadAhead(self.read_batch, itertools.count(first_image, batch), stream)
+
+    @abstractmethod
+    def read_batch(self, first: int) -> tuple[Batch, int]:
+        """The batch that starts at image number `first`, and how many of its images are replacements."""
+
+    def __next__(self) -> Batch:
+        batch, replaced = next(self._batches)
+        self.replaced += replaced
+        return batch
+
+    def close(self) -> None:
+        """Stop reading, after the batch in progress."""
+        self._batches.close()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,11 +1,11 @@
-"""Images in webdataset archives: .tar files whose members of one stem are one sample.
+"""Images in webdataset archives: .tar files in which the members with the same stem form a sample.
 
     000017.jpg (or .jpeg, .png)     the image
     000017.cls                      its label, a number in text; or 000017.json with a field "label" or "cls"
 
-The headers are walked once; then an image is read by its offset. DALI's webdataset reader would save the walk, but
-it can neither begin at image n nor name the sample that failed, and prepare needs both: which rows a shard has, and
-which file was left out, must not depend on who reads.
+The headers are read once; then an image is read by its offset. DALI's webdataset reader would not need that pass, but
+it can neither start at image n nor name the sample that failed. `prepare` needs both: which rows a shard has, and which
+files were skipped, must not depend on the reader.
 """
 
 from __future__ import annotations
@@ -23,32 +23,31 @@ from pathlib import Path
 
 import numpy as np
 
-from sra_fast.config import refuse_unless
 from sra_fast.data.folder import EXTENSIONS, ImageFolder, scan
-from sra_fast.errors import Refused
+from sra_fast.errors import Damaged, Refused
 
-MOST_CLASSES = 1 << 20  # what is counted by class must fit into memory, whatever a label says
+MAX_CLASSES = 1 << 20  # per-class counts must fit into memory, whatever a label says
 
 
 class ImageArchives:
-    """Names, labels and places of the images in some archives, in the order of the archives' names and, in each, of
-    its samples. `row` below is a position in `files`.
+    """Images of some archives: ordered by the archives' names and, within each, as the archive has them. A `row` is a
+    position in `files`.
 
     Attributes:
         root: the folder that all archives are below.
-        classes: "0", "1", ..., as labels are numbers.
+        classes: "0", "1", ..., because labels are numbers.
         files: name of the archive below root, a slash, name of the member.
         labels: (len(files),) int64.
 
     Raises:
-        Refused: if an archive is compressed, damaged or cut short, or a sample lacks its image or its label: naming it.
+        Damaged: if an archive is compressed, damaged or cut short, or a sample lacks its image or its label.
     """
 
     def __init__(self, paths: list[Path]) -> None:
         self.root = Path(os.path.commonpath([path.absolute().parent for path in paths]))
         self._paths = paths
         self._lock = threading.Lock()
-        self._open: tuple[int, int] | None = None  # (archive, descriptor), kept for the kernel's read-ahead
+        self._open: tuple[int, int] | None = None  # (archive, descriptor), kept open for the kernel's read-ahead
         files, labels, places = [], [], []
         for index, path in enumerate(paths):
             name = path.absolute().relative_to(self.root).as_posix()
@@ -56,15 +55,15 @@ class ImageArchives:
                 files.append(f"{name}/{member}")
                 labels.append(label)
                 places.append((index, offset, size))
-        refuse_unless(bool(files), "images", str(self.root), "its .tar files must hold images")
+        if not files:
+            raise Damaged(self.root, "its .tar files must hold images")
         self.files = tuple(files)
         self.labels = np.array(labels, dtype=np.int64)
         self._places = np.array(places, dtype=np.int64)
-        rows = np.bincount(self.labels)
-        refuse_unless(
-            bool(rows.all()), "images", str(self.root), f"class {rows.argmin()} of {len(rows)} has no image in any .tar"
-        )
-        self.classes = tuple(str(label) for label in range(len(rows)))
+        counts = np.bincount(self.labels)
+        if not counts.all():
+            raise Damaged(self.root, f"class {counts.argmin()} of {len(counts)} has no image in any .tar")
+        self.classes = tuple(str(label) for label in range(len(counts)))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -82,13 +81,13 @@ class ImageArchives:
         return file
 
     def close(self) -> None:
-        """Close the archive that is open."""
+        """Close the open archive."""
         if self._open is not None:
             os.close(self._open[1])
             self._open = None
 
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of all names, labels and places (not of the pixels), wherever root lies."""
+        """SHA-256, in hex, of all names, labels and offsets, not of the pixels: the same wherever root is."""
         digest = hashlib.sha256()
         for name, label in zip(self.files, self.labels.tolist(), strict=True):
             digest.update(b"%b\0%d\0" % (os.fsencode(name), label))
@@ -96,77 +95,81 @@ class ImageArchives:
         return digest.hexdigest()
 
 
-def open_images(given: str) -> ImageFolder | ImageArchives:
-    """A data set of class folders, or of archives.
+def open_images(images: str) -> ImageFolder | ImageArchives:
+    """Open a data set of class folders, or of archives.
 
     Args:
-        given: a folder of either, one archive, or a pattern of archives: a glob, or numbers as train-{000..146}.tar.
+        images: a folder of either, one archive, or a pattern of archives: a glob, or numbers as in
+            train-{000..146}.tar.
 
     Raises:
-        Refused: if there are no images, or they cannot serve.
+        Refused: if there are no images, or they cannot be used.
     """
-    path = Path(given)
+    path = Path(images)
     if path.is_dir():
         archives = [entry for entry in path.glob("*.tar") if not entry.name.startswith(".")]
         if not archives:
             return scan(path)
         folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        refuse_unless(
-            not folders, "images", given, f"holds .tar files and folders ({', '.join(folders[:1])}): must be either"
-        )
+        if folders:
+            raise Damaged(path, f"holds .tar files and folders ({folders[0]}): must be one or the other")
     else:
         archives = []
-        for pattern in _numbered(given):
-            found = glob.glob(pattern, recursive=True)
-            refuse_unless(bool(found), "images", pattern, "there is no such folder, and no file that fits it as a glob")
-            archives += map(Path, found)
+        for pattern in _expand(images):
+            matches = glob.glob(pattern, recursive=True)
+            if not matches:
+                raise Refused("images", pattern, "there is no such folder, and no file matches it as a pattern")
+            archives += map(Path, matches)
     for archive in archives:
-        refuse_unless(archive.suffix == ".tar", "images", str(archive), "must be an uncompressed .tar, or a folder")
+        if archive.suffix != ".tar":
+            raise Damaged(archive, "must be an uncompressed .tar, or a folder")
     return ImageArchives(sorted(archives))
 
 
-def _numbered(pattern: str) -> Iterator[str]:
-    """The patterns that one with {first..last} stands for, with as many digits as the first."""
-    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if not found:
+def _expand(pattern: str) -> Iterator[str]:
+    """Expand {first..last} to all numbers, with as many digits as the first."""
+    braces = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if not braces:
         yield pattern
         return
-    first, last = found.groups()
-    refuse_unless(int(first) <= int(last), "images", pattern, "must count upwards in its braces")
+    first, last = braces.groups()
+    if int(first) > int(last):
+        raise Refused("images", pattern, "the numbers in braces must increase")
     for number in range(int(first), int(last) + 1):
-        yield from _numbered(f"{pattern[: found.start()]}{number:0{len(first)}}{pattern[found.end() :]}")
+        yield from _expand(f"{pattern[: braces.start()]}{number:0{len(first)}}{pattern[braces.end() :]}")
 
 
 def _samples(path: Path) -> list[tuple[str, int, int, int]]:
     """(name of the image, label, offset and size of the image) of each sample, in the order of the images."""
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
-    notes: dict[str, tuple[int, int]] = {}  # of .json members, opened only where there is no .cls
+    json_files: dict[str, tuple[int, int]] = {}  # read only where there is no .cls
     try:
         with tarfile.open(path, "r:") as archive:
             while (member := archive.next()) is not None:
-                archive.members.clear()  # it would keep a kilobyte for each of millions
+                archive.members.clear()  # tarfile keeps a kilobyte for each of millions of members
                 folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")  # at the first dot, as webdataset does it
+                stem, _, extension = base.partition(".")  # at the first dot, like webdataset
                 if not member.isfile() or not stem:
                     continue
                 sample, extension = f"{folder}/{stem}", f".{extension.lower()}"
                 if extension in EXTENSIONS:
-                    refuse_unless(sample not in images, "images", f"{path}: {member.name}", "is there twice")
+                    if sample in images:
+                        raise Damaged(path, f"{member.name}: a second image of the same sample")
                     images[sample] = member.name, member.offset_data, member.size
                 elif extension == ".cls":
                     labels[sample] = _label(_content(archive, member.offset_data, member.size), path, member.name)
                 elif extension == ".json":
-                    notes[sample] = member.offset_data, member.size
+                    json_files[sample] = member.offset_data, member.size
             for sample in images.keys() - labels.keys():
-                if sample in notes:
-                    labels[sample] = _noted(_content(archive, *notes[sample]), path, images[sample][0])
-            _refuse_unfinished(archive, path)
+                if sample in json_files:
+                    labels[sample] = _json_label(_content(archive, *json_files[sample]), path, images[sample][0])
+            _check_end(archive, path)
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise Refused(f"images: {path}: cannot be read as an uncompressed tar ({error})") from error
+        raise Damaged(path, f"cannot be read as an uncompressed tar ({error})") from error
     for sample in sorted(images.keys() ^ labels.keys()):
         lacks = "no .cls and no .json with a label" if sample in images else "a label, but no .jpg, .jpeg or .png"
-        raise Refused(f"images: {path}: sample {sample.strip('/')!r} has {lacks}")
+        raise Damaged(path, f"sample {sample.strip('/')!r} has {lacks}")
     return [(name, labels[sample], offset, size) for sample, (name, offset, size) in images.items()]
 
 
@@ -175,17 +178,17 @@ def _content(archive: tarfile.TarFile, offset: int, size: int) -> bytes:
     return archive.fileobj.read(size)
 
 
-def _refuse_unfinished(archive: tarfile.TarFile, path: Path) -> None:
-    """tarfile takes a damaged header within an archive, or its being cut off between two members, for the end. A whole
-    archive ends in zeros."""
+def _check_end(archive: tarfile.TarFile, path: Path) -> None:
+    """Raise Damaged unless the rest of the archive is zeros: tarfile takes a damaged header, or the end of a file that
+    was cut between two members, for the end of the archive."""
     archive.fileobj.seek(archive.offset)
-    found = False
+    zeros = False
     while block := archive.fileobj.read(1 << 20):
         if block.strip(b"\0"):
-            raise Refused(f"images: {path}: damaged at byte {archive.offset:,}, where a header or the end should be")
-        found = True
-    if not found:
-        raise Refused(f"images: {path}: cut short; it lacks the zeros that end a tar")
+            raise Damaged(path, f"damaged at byte {archive.offset:,}, where a header or the end should be")
+        zeros = True
+    if not zeros:
+        raise Damaged(path, "cut short; it lacks the zeros that end a tar")
 
 
 def _label(text: bytes, path: Path, member: str) -> int:
@@ -193,16 +196,13 @@ def _label(text: bytes, path: Path, member: str) -> int:
         label = int(text.decode("ascii"))
     except ValueError:
         label = -1
-    refuse_unless(
-        0 <= label < MOST_CLASSES,
-        "images",
-        f"{path}: {member}",
-        f"has the label {text[:40]!r}; must be a number from 0 to {MOST_CLASSES - 1:,}",
-    )
+    if not 0 <= label < MAX_CLASSES:
+        rule = f"must be a number from 0 to {MAX_CLASSES - 1:,}"
+        raise Damaged(path, f"{member}: has the label {text[:40]!r}; {rule}")
     return label
 
 
-def _noted(text: bytes, path: Path, member: str) -> int:
+def _json_label(text: bytes, path: Path, member: str) -> int:
     try:
         fields = json.loads(text)
         label = fields["label"] if "label" in fields else fields["cls"]

@@ -1,103 +1,114 @@
-"""What the rows of a packed set are made by: a VAE of images, nothing of images, or the public layout.
+"""Encode source images to the rows of a packed set: with a VAE, as pixels, or by converting the public layout.
 
-Rows depend on the images alone, and on a GPU on the batches they come in: a shard's batches begin at its first image,
-whoever makes it. On a CPU every image is encoded alone and by one thread, several at a time: with more threads to an
-image, the order of sums, and the last bits, would follow their number.
+Rows depend on the images only. On a GPU they also depend on the batches, which therefore start at a shard's first
+image, whichever process makes it. On a CPU each image is encoded alone, by one thread: with several threads per image
+the order of sums, and so the last bits, would depend on their number.
 """
 
 from __future__ import annotations
 
 import errno
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sra_fast.config import DataConfig, PrepareCommand, refuse_unless
-from sra_fast.data.decoders import Undecodable, open_decoder
+from sra_fast.config import DataConfig, PrepareCommand
+from sra_fast.data.decoders import open_decoder
 from sra_fast.data.folder import ImageFolder
 from sra_fast.data.manifest import Skipped
 from sra_fast.data.public import CHANNELS, DOWNSAMPLING, PublicSet
-from sra_fast.errors import Refused
+from sra_fast.data.stream import ReadAhead
+from sra_fast.errors import Damaged, Refused
 from sra_fast.hardware import Hardware
 from sra_fast.packing.archives import ImageArchives
 from sra_fast.packing.shards import Part
-from sra_fast.vae import Vae, from_anywhere, open_vae
+from sra_fast.vae import Vae, absolute_name, open_vae
 
-T, U = TypeVar("T"), TypeVar("U")
-READ_AHEAD = 2  # batches: one to hand over at once and one to even out slow files
-# Trouble of one file; any other, and any of an archive, would look like a thousand bad files.
-OF_ONE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.EIO)
+PUBLIC_BATCH = 64  # files between two updates of the progress bar
+# Errors that concern a single file. Others mean that the disk is gone, and would skip every image.
+SINGLE_FILE_ERRORS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.EIO)
 
 
-class Maker(ABC):
-    """Makes rows of source images.
+class Encoder(ABC):
+    """Encodes source images to rows.
 
     Attributes:
-        source: where they come from: classes, files, labels, root, `len`.
+        source: the images: classes, files, labels, root, `len`.
+        rows_per_shard: source images per shard.
         shape, dtype: of a row.
-        settings: everything that its bytes depend on, as JSON values by the names of the options.
+        flips: whether mirrored images are encoded too.
+        settings: everything that the rows' bytes depend on, as JSON values by the names of the options.
         facts: fields of the manifest.
     """
 
     source: ImageFolder | ImageArchives | PublicSet
+    rows_per_shard: int
     shape: tuple[int, int, int]
     dtype: np.dtype
     flips: bool
     settings: dict[str, Any]
     facts: dict[str, Any]
 
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-len(self.source) // self.rows_per_shard)
+
+    def images(self, shard: int) -> range:
+        """Positions of a shard's source images."""
+        return range(shard * self.rows_per_shard, min(len(self.source), (shard + 1) * self.rows_per_shard))
+
     @abstractmethod
     def describe(self) -> str:
-        """In a line."""
+        """One line on what is encoded and how."""
 
     @abstractmethod
-    def parts(self, first: int, last: int) -> Iterator[Part]:
-        """Source images [first, last), in order, in batches that begin at `first`.
+    def parts(self, shard: int) -> Iterator[Part]:
+        """Encode a shard's images, in order.
 
         Raises:
-            Refused: if the source as a whole cannot be read any more, or the VAE gives no numbers.
+            Refused: if the source as a whole has become unreadable, or the VAE returns numbers that are not finite.
         """
 
-    def _left_out(self, row: int, error: OSError) -> Skipped:
-        """A file that cannot be read, if that is the file's own trouble."""
+    def _skip(self, row: int, error: OSError) -> Skipped:
+        """Skip a file that cannot be read. Raises Damaged if the error concerns more than this file."""
         reason = error.strerror or str(error)
-        of_many = isinstance(self.source, ImageArchives) or error.errno not in OF_ONE_FILE
+        of_many = isinstance(self.source, ImageArchives) or error.errno not in SINGLE_FILE_ERRORS
         if of_many or not self.source.root.is_dir():
-            raise Refused(f"{self.source.root / self.source.files[row]}: cannot be read ({reason})") from error
+            raise Damaged(self.source.root / self.source.files[row], f"cannot be read ({reason})") from error
         return Skipped(self.source.files[row], reason)
 
 
-class FromImages(Maker):
-    """Of class folders or archives, through a VAE or as they are."""
+class ImageEncoder(Encoder):
+    """Encodes class folders or archives, with a VAE or as pixels."""
 
     def __init__(self, config: PrepareCommand, source: ImageFolder | ImageArchives) -> None:
         side, hardware = config.resolution, Hardware.choose(config.device, config.precision)
-        self.source, self.flips, self._batch, self._device = source, config.flips, config.batch, hardware.device
-        if self._device.type == "cuda":  # by its number: a new thread's current device is the first
+        self.source, self.flips, self.rows_per_shard = source, config.flips, config.rows_per_shard
+        self._batch, self._device = config.batch, hardware.device
+        if self._device.type == "cuda":  # with its index: the current device of a new thread is the first one
             self._device = torch.device("cuda", torch.cuda.current_device())
         self._vae: Vae | None = None
         if not config.no_vae:
             self._vae = open_vae(config.vae, self._device, hardware.dtype)
-            down = self._vae.downsampling
-            refuse_unless(side % down == 0, "resolution", side, f"must be a multiple of {down}, as the VAE divides it")
+            if side % self._vae.downsampling:
+                raise Refused("resolution", side, f"must be a multiple of the VAE's {self._vae.downsampling}")
         data = DataConfig(resolution=side, channels=3, reader=config.reader, exif=config.exif)
         self._decoder = open_decoder(data, self._device)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        self._threads = torch.get_num_threads()
         if vae := self._vae:
-            rows = (2 if vae.posterior else 1) * vae.channels
-            self.shape = (rows, side // vae.downsampling, side // vae.downsampling)
+            channels = (2 if vae.posterior else 1) * vae.channels
+            self.shape = (channels, side // vae.downsampling, side // vae.downsampling)
             self.dtype = np.dtype(np.float16)
-            self._what = f"{vae.kind} {vae.name}: {vae.channels} channels, {hardware.precision} on {hardware.name}"
+            self._method = f"{vae.kind} {vae.name}: {vae.channels} channels, {hardware.precision} on {hardware.name}"
         else:
             self.shape, self.dtype = (3, side, side), np.dtype(np.uint8)
-            self._what = "pixels as they are"
+            self._method = "pixels as they are"
         self.settings = self._settings(config, hardware)
         self.facts = self._facts(config)
 
@@ -127,7 +138,7 @@ class FromImages(Maker):
             "classes": self.source.classes,
             "shape": self.shape,
             "dtype": self.dtype.name,
-            "vae": from_anywhere(config.vae),
+            "vae": absolute_name(config.vae),
             "crop": "adm center" + (", turned as EXIF says" if config.exif else ""),
             "resolution": config.resolution,
             **numbers,
@@ -135,46 +146,37 @@ class FromImages(Maker):
 
     def describe(self) -> str:
         images = f"{len(self.source):,} images, {len(self.source.classes):,} classes"
-        return f"{images}; decoded by {self._decoder.name}{self._decoder.note}; {self._what}"
+        return f"{images}; decoded by {self._decoder.name}{self._decoder.note}; {self._method}"
 
-    def parts(self, first: int, last: int) -> Iterator[Part]:
-        batches = [range(begin, min(begin + self._batch, last)) for begin in range(first, last, self._batch)]
-        threads = torch.get_num_threads()
+    def parts(self, shard: int) -> Iterator[Part]:
+        images, threads = self.images(shard), torch.get_num_threads()
+        batches = [images[begin : begin + self._batch] for begin in range(0, len(images), self._batch)]
         try:
-            # Each with one thread to compute with; by themselves they would take as many as we have.
-            with ThreadPoolExecutor(self._threads, "encode", torch.set_num_threads, (1,)) as pool:
-                for kept, x, skipped in _ahead(self._decode, batches):
-                    rows = self._encode(x, kept, pool)
-                    flips = self._encode(x.flip(-1), kept, pool) if self.flips else None
-                    yield Part(rows, flips, self.source.labels[kept], skipped)
+            with (
+                ReadAhead(self._decode, batches, self._stream) as decoded,
+                # Each worker computes with one thread; by default each would use as many as this process has.
+                ThreadPoolExecutor(threads, "encode", torch.set_num_threads, (1,)) as pool,
+            ):
+                for rows, x, skipped in decoded:
+                    encoded = self._encode(x, rows, pool)
+                    flips = self._encode(x.flip(-1), rows, pool) if self.flips else None
+                    yield Part(encoded, flips, self.source.labels[rows], skipped)
         finally:
             torch.set_num_threads(threads)
 
     def _decode(self, batch: range) -> tuple[list[int], Tensor, tuple[Skipped, ...]]:
-        """(rows of the source, their pixels (k, 3, R, R) float32 on the device, what cannot be decoded)."""
+        """(rows of the source, their pixels (k, 3, R, R) float32 on the device, the files that were skipped)."""
         files, skipped = {}, {}
         for row in batch:
             try:
                 files[row] = self.source.read(row)
             except OSError as error:
-                skipped[row] = self._left_out(row, error)
-        side = self.facts["resolution"]
-        x = torch.empty((0, 3, side, side), device=self._device)
-        with torch.cuda.stream(self._stream):  # or every batch would wait in line behind the VAE
-            while files:
-                try:
-                    x = self._decoder.decode(list(files.values()))
-                    break
-                except Undecodable as error:
-                    rows = list(files)
-                    for index, reason in error.reasons.items():
-                        skipped[rows[index]] = Skipped(self.source.files[rows[index]], reason)
-                        del files[rows[index]]
-        if self._stream:  # what is handed over is there, for any stream to read
-            self._stream.synchronize()
-        return list(files), x, tuple(skipped[row] for row in sorted(skipped))
+                skipped[row] = self._skip(row, error)
+        rows, x, reasons = self._decoder.decode_readable(files)
+        skipped |= {row: Skipped(self.source.files[row], reason) for row, reason in reasons.items()}
+        return rows, x, tuple(skipped[row] for row in sorted(skipped))
 
-    def _encode(self, x: Tensor, kept: list[int], pool: ThreadPoolExecutor) -> np.ndarray:
+    def _encode(self, x: Tensor, rows: list[int], pool: ThreadPoolExecutor) -> np.ndarray:
         """(k, *shape) of pixels (k, 3, R, R) float32."""
         if not len(x):
             return np.empty((0, *self.shape), self.dtype)
@@ -186,34 +188,32 @@ class FromImages(Maker):
             try:
                 moments = self._vae.encode(x)
             except torch.OutOfMemoryError as error:
-                raise Refused(
-                    f"batch: {self._batch} given; the VAE needs more memory than this GPU has: try half"
-                ) from error
+                raise Refused("batch", self._batch, "needs more memory than this GPU has: try half") from error
         moments = moments.half().cpu()
         finite = moments.isfinite().flatten(1).all(1).tolist()
         if not all(finite):
-            file = self.source.files[kept[finite.index(False)]]
-            raise Refused(f"vae: {self._vae.name!r} given; gives numbers that float16 cannot hold for {file}")
+            file = self.source.files[rows[finite.index(False)]]
+            raise Refused("vae", self._vae.name, f"returns numbers that float16 cannot hold for {file}")
         return moments.numpy()
 
 
-class FromPublic(Maker):
-    """Of the public layout: the same numbers, rounded to float16."""
+class PublicConverter(Encoder):
+    """Converts the public layout: the same numbers, rounded to float16."""
 
     def __init__(self, config: PrepareCommand, source: PublicSet) -> None:
-        self.source, self.flips = source, False
+        self.source, self.flips, self.rows_per_shard = source, False, config.rows_per_shard
         self.shape, self.dtype = source.shape, np.dtype(np.float16)
         self.settings = {"from-public": source.fingerprint, "rows-per-shard": config.rows_per_shard}
         scale, shift, downsampling = source.scale, source.shift, DOWNSAMPLING
         if config.vae:
             vae = open_vae(config.vae, torch.device("cpu"), torch.float32)
+            if not vae.posterior or vae.channels != source.channels:
+                raise Refused("vae", config.vae, f"must be an AutoencoderKL of {source.channels} channels")
             scale, shift, downsampling = vae.scale, vae.shift, vae.downsampling
             self.settings["vae-weights"] = vae.fingerprint
-            fits = vae.posterior and vae.channels == source.channels
-            refuse_unless(fits, "vae", config.vae, f"must be an AutoencoderKL of {source.channels} channels")
-        else:
-            needs = f"have {source.channels} channels and Stable Diffusion's VAE {CHANNELS}: --vae must name theirs"
-            refuse_unless(source.channels == CHANNELS, "from-public", config.from_public, needs)
+        elif source.channels != CHANNELS:
+            rule = f"has {source.channels} channels and Stable Diffusion's VAE {CHANNELS}: name its VAE with --vae"
+            raise Refused("from-public", config.from_public, rule)
         self.facts = {
             "classes": source.classes,
             "shape": self.shape,
@@ -221,7 +221,7 @@ class FromPublic(Maker):
             "posterior": True,
             "scale": scale,
             "shift": shift,
-            "vae": from_anywhere(config.vae),
+            "vae": absolute_name(config.vae),
             "crop": "adm center",
             "resolution": downsampling * self.shape[1],
         }
@@ -229,41 +229,29 @@ class FromPublic(Maker):
     def describe(self) -> str:
         return f"{len(self.source):,} files of the public layout, {len(self.source.classes):,} classes"
 
-    def parts(self, first: int, last: int) -> Iterator[Part]:
-        for begin in range(first, last, 64):  # for the progress bar
-            moments, kept, skipped = [], [], []
-            for row in range(begin, min(begin + 64, last)):
+    def parts(self, shard: int) -> Iterator[Part]:
+        images = self.images(shard)
+        for begin in range(0, len(images), PUBLIC_BATCH):
+            rows, encoded, skipped = [], [], []
+            for row in images[begin : begin + PUBLIC_BATCH]:
                 try:
-                    moments.append(_storable(self.source.moments(row)))
-                    kept.append(row)
-                except OSError as error:
-                    skipped.append(self._left_out(row, error))
-                except ValueError as error:
-                    skipped.append(Skipped(self.source.files[row], " ".join(str(error).split())))
-            rows = np.stack(moments) if moments else np.empty((0, *self.shape))
-            yield Part(rows.astype(self.dtype), None, self.source.labels[kept], tuple(skipped))
+                    moments = self.source.read_row(row)
+                    _check_moments(self.source, row, moments)
+                except Damaged as error:
+                    if isinstance(error.__cause__, OSError):
+                        skipped.append(self._skip(row, error.__cause__))
+                    else:
+                        skipped.append(Skipped(self.source.files[row], " ".join(error.reason.split())))
+                    continue
+                rows.append(row)
+                encoded.append(moments.astype(self.dtype))
+            stacked = np.stack(encoded) if encoded else np.empty((0, *self.shape), self.dtype)
+            yield Part(stacked, None, self.source.labels[rows], tuple(skipped))
 
 
-def _storable(moments: np.ndarray) -> np.ndarray:
-    """The same (2C, h, h). Raises ValueError with what no moments can be, or float16 cannot hold."""
-    if not (np.abs(moments) <= np.finfo(np.float16).max).all():  # NaN too
-        raise ValueError("not finite, or beyond float16")
+def _check_moments(source: PublicSet, row: int, moments: np.ndarray) -> None:
+    """Raise Damaged unless (2C, h, h) can be means and standard deviations that float16 can hold."""
+    if not (np.abs(moments) <= np.finfo(np.float16).max).all():  # a NaN fails the comparison
+        raise Damaged(source.file(row), "not finite, or beyond float16")
     if moments[len(moments) // 2 :].min() < 0:
-        raise ValueError("a standard deviation below 0")
-    return moments
-
-
-def _ahead(function: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
-    """function(item) of each item, in order, computed by one other thread some items ahead."""
-    waiting: deque = deque()
-    with ThreadPoolExecutor(1, "decode ahead") as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > READ_AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        raise Damaged(source.file(row), "a standard deviation below 0")

@@ -14,7 +14,7 @@ from sra_fast.config import Config
 from sra_fast.data.source import LatentSource, Source
 from sra_fast.errors import Refused
 from sra_fast.files import read_json, write_json
-from sra_fast.vae import Factor, from_anywhere, open_vae, per_channel
+from sra_fast.vae import Factor, absolute_name, open_vae, per_channel
 
 NAME = "latents.json"
 BATCH = 16  # images decoded at a time: a VAE's activations are large
@@ -70,7 +70,7 @@ def latent_space(config: Config, source: Source) -> LatentSpace | None:
     """The space of a run's samples when it trains on this source; None: pixels."""
     if not isinstance(source, LatentSource) or source.holds_pixels:
         return None
-    return LatentSpace(from_anywhere(config.data.vae) or source.moments.vae, source.moments.scale, source.moments.shift)
+    return LatentSpace(absolute_name(config.data.vae) or source.row_set.vae, source.row_set.scale, source.row_set.shift)
 
 
 def find_latent_space(weights: Path, vae: str, channels: int) -> LatentSpace | None:

@@ -1,8 +1,8 @@
-"""What `sra-fast inspect` has found of a data set, told twice: as lines for people, and as one object for programs."""
+"""The results of `sra-fast inspect`: as lines of text and as one JSON object."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,21 +12,26 @@ import torch
 from torch import Tensor
 
 from sra_fast.data.manifest import Skipped
-from sra_fast.data.rows import Moments
 from sra_fast.vae import Factor, per_channel
 
-FEW = 16  # classes, channels and files listed one by one
-BINS, ENDS = 8, 5  # of many classes: bars of their sizes; smallest and largest ones named
-BAR = 40  # characters of the longest bar
+FEW = 16  # classes and channels that are listed one by one
+TITLES = {
+    "mean": "mean",
+    "std": "std",
+    "deviation_mean": "deviations: mean",
+    "deviation_std": "std",
+    "x_mean": "x: mean",
+    "x_std": "std",
+}
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of the numbers of some rows.
+    """Statistics of some rows.
 
     Attributes:
-        rows: how many.
-        channels: {name: number} of each channel, all in the order of `TITLES`.
+        rows: number of rows.
+        channels: {name: number} for each channel, with the names and order of `TITLES`.
     """
 
     rows: int
@@ -35,7 +40,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Sheet:
-    """The PNG of some images: its file, what it shows, and why that is not more."""
+    """A PNG of some images: its file, what it shows, and why it does not show more."""
 
     file: Path
     shows: str
@@ -44,23 +49,22 @@ class Sheet:
 
 @dataclass
 class Findings:
-    """What is known of a set; None is what is not, or what its kind does not have.
+    """What is known about a set; None: unknown or not applicable.
 
     Attributes:
         kind: "packed set", "public layout" or "image folder".
         data: its folder.
-        checksums: whether all of it was read.
-        images: how many.
-        classes, counts: their names, and (classes,) int64 images of each.
+        checksums: whether all files were read.
+        images: number of images.
+        classes, counts: names of the classes, and (classes,) int64 images of each.
         resolution, crop: of the images that were packed.
         shape, dtype, posterior, flips, scale, shift, vae: see `Manifest`.
-        shards, bytes: how many; of the files that are there.
-        shorter_side: of the images of a folder: smallest, median, largest, in pixels.
+        shards, bytes: number of shards; total size of the existing files.
+        shorter_side: of a folder's images: smallest, median, largest, in pixels.
         skipped: see `Manifest`.
-        statistics, sheet: see there.
-        wrong: files and what is wrong with them.
-        warnings: what may be meant as it is.
-        advice: what to do about what is wrong, if that is known.
+        wrong: {file: what is wrong with it}.
+        warnings: what may be intended.
+        advice: how to repair what is wrong, if that is known.
     """
 
     kind: str
@@ -92,180 +96,132 @@ class Findings:
     def exit_code(self) -> int:
         return 1 if self.wrong else 0
 
-    def complaints(self) -> list[tuple[Path, str]]:
-        """(file, what is wrong with it), sorted."""
-        return sorted(self.wrong.items())
-
     def as_json(self) -> dict[str, Any]:
-        """All of it, in values that JSON has. Classes are a list, as a manifest may give two of them one name."""
+        """All results as JSON values. Classes are a list, because a manifest may use a name twice."""
         counts = [None] * len(self.classes) if self.counts is None else self.counts.tolist()
-        made = vars(self) | {
-            "data": str(self.data),
+        values = vars(self) | {
             "classes": [{"name": n, "images": count} for n, count in zip(self.classes, counts, strict=True)],
             "skipped": [asdict(file) for file in self.skipped],
             "statistics": self.statistics and asdict(self.statistics),
-            "sheet": self.sheet and asdict(self.sheet) | {"file": str(self.sheet.file)},
-            "wrong": [{"file": str(file), "reason": reason} for file, reason in self.complaints()],
+            "sheet": self.sheet and asdict(self.sheet),
+            "wrong": [{"file": file, "reason": reason} for file, reason in sorted(self.wrong.items())],
             "exit_code": self.exit_code,
         }
-        return {name: _escaped(value) for name, value in made.items() if name != "counts"}
+        del values["counts"]
+        return _to_json(values)
 
     def lines(self) -> Iterator[tuple[str, str]]:
-        """(title, text), without the complaints."""
+        """(title, text) of each line, without warnings and what is wrong."""
         yield self.kind, str(self.data)
-        yield "images", f"{self.images:,}{self._of_images()}"
-        if self.shape is not None:
-            holds = "pixels" if self.dtype == "uint8" else "means and deviations" if self.posterior else "latents"
-            yield "rows", f"{self.shape} {self.dtype}: {holds}{', and of mirrored images' if self.flips else ''}"
-        if self.shards is not None:
+        yield "images", f"{self.images:,}{self._about_images()}"
+        if self.shape:
+            content = "pixels" if self.dtype == "uint8" else "means and deviations" if self.posterior else "latents"
+            yield "rows", f"{self.shape} {self.dtype}: {content}{', with mirrored rows' if self.flips else ''}"
+        if self.shards:
             yield "shards", f"{self.shards:,}, {self.bytes:,} bytes"
-        if self.shape is not None:
+        if self.shape:
             yield "VAE", self.vae or "not named"
-            yield "scale, shift", f"{_factor(self.scale)}, {_factor(self.shift)}: x = (z - shift) * scale"
-        if self.shorter_side is not None:
+            yield "scale, shift", f"{_shorten(self.scale)}, {_shorten(self.shift)}: x = (z - shift) * scale"
+        if self.shorter_side:
             yield "shorter side", "{:.0f} smallest, {:.0f} median, {:.0f} largest".format(*self.shorter_side)
         if self.counts is not None:
-            yield from class_lines(self.classes, self.counts)
+            yield "classes", self._about_classes()
         if self.skipped:
             yield "skipped", f"{len(self.skipped):,}"
             yield from (("", f"{file.file}: {file.reason}") for file in self.skipped[:10])
         if self.statistics:
-            yield from (table if self.shape else _colours)(self.statistics)
+            of_images = "" if self.shape else " images at 64 x 64, in [-1, 1]"
+            yield "statistics", f"of {self.statistics.rows:,}{of_images or ' rows'}"
+            yield from (("", row) for row in _table(self.statistics.channels))
         if self.sheet:
             yield "images in", f"{self.sheet.file} ({self.sheet.shows})"
             yield from [("", self.sheet.missing)] if self.sheet.missing else []
 
-    def _of_images(self) -> str:
+    def _about_images(self) -> str:
         if self.kind == "packed set":
             return f" of {self.resolution} x {self.resolution} pixels, crop {self.crop}"
         if self.kind == "public layout":
-            return ", a file each"
-        read = f"{self.bytes:,} bytes" if self.checksums else f"{min(FEW, self.images)} of them read"
+            return ", one file each"
+        read = f"{min(FEW, self.images)} of them read" if self.bytes is None else f"{self.bytes:,} bytes"
         return f" JPEG and PNG files, {read}"
+
+    def _about_classes(self) -> str:
+        counts = self.counts.tolist()
+        if len(counts) <= FEW:
+            images = ", ".join(f"{name} {count:,}" for name, count in zip(self.classes, counts, strict=True))
+            return f"{len(counts):,} with images: {images}"
+        smallest, largest = int(self.counts.argmin()), int(self.counts.argmax())
+        quantiles = "{:,.0f} / {:,.0f} / {:,.0f}".format(*np.percentile(counts, (10, 50, 90)))
+        return (
+            f"{len(counts):,}: smallest {self.classes[smallest]} with {counts[smallest]:,} images, "
+            f"largest {self.classes[largest]} with {counts[largest]:,}; 10 / 50 / 90 % quantiles {quantiles}"
+        )
 
 
 def printable(text: str) -> str:
-    r"""The same, with bytes of a file name that are not UTF-8 as \udcff: a strict stream refuses what Python has for
-    them."""
+    r"""Escape bytes of a file name that are not UTF-8 as \udcff: neither a terminal nor JSON can represent them."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _escaped(value: Any) -> Any:
-    """The same, with every text printable: half of a surrogate pair is an error to most readers of JSON."""
+def _to_json(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _escaped(item) for name, item in value.items()}
+        return {name: _to_json(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_escaped(item) for item in value]
-    return printable(value) if isinstance(value, str) else value
+        return [_to_json(item) for item in value]
+    return printable(str(value)) if isinstance(value, str | Path) else value
 
 
-# Classes
-
-
-def class_lines(names: Sequence[str], counts: np.ndarray) -> Iterator[tuple[str, str]]:
-    """Bars: of each class where there are few, else of how many classes have how many images.
+class ChannelSums:
+    """Running sums of each channel's values, for means and standard deviations.
 
     Args:
-        counts: (classes,) int64 images of each.
+        posterior: whether rows have means and standard deviations of a posterior rather than values.
     """
-    quantiles = "{:,.0f} {:,.0f} {:,.0f}".format(*np.percentile(counts, (10, 50, 90)))
-    spread = f"10%, half and 90% of them have up to {quantiles}"
-    smallest, largest = (
-        [f"{names[label]} with {counts[label]:,}" for label in np.argsort(key, kind="stable")[:ENDS].tolist()]
-        for key in (counts, -counts)
-    )
-    if len(names) <= FEW:
-        yield "classes", f"{len(names):,}: smallest {smallest[0]}, largest {largest[0]}; {spread}"
-        for name, count in zip(names, counts.tolist(), strict=True):
-            yield "", f"{printable(name)[:20]:<20} {count:>9,} {_bar(count, int(counts.max()))}"
-        return
-    yield "classes", f"{len(names):,}: {spread}"
-    bins = size_bins(counts)
-    texts = [f"{first:,} to {last:,} images" if last > first else f"{first:,} images" for first, last, _ in bins]
-    width, most = max(map(len, texts)), max(count for *_, count in bins)
-    for text, (*_, count) in zip(texts, bins, strict=True):
-        yield "", f"{text:>{width}} {count:>9,} {_bar(count, most)}"
-    yield "smallest", ", ".join(smallest)
-    yield "largest", ", ".join(largest)
 
+    def __init__(self, posterior: bool) -> None:
+        self.count, self._posterior, self._sums = 0, posterior, torch.zeros(())
 
-def size_bins(counts: np.ndarray) -> list[tuple[int, int, int]]:
-    """(fewest images, most images, classes that have so many) of at most BINS bins, of whole numbers and equally wide,
-    which hold every class; the last ends with the largest."""
-    low, high = int(counts.min()), int(counts.max())
-    width = -(-(high - low + 1) // BINS)
-    held = np.bincount((counts - low) // width)
-    firsts = range(low, high + 1, width)
-    return [(first, min(first + width - 1, high), count) for first, count in zip(firsts, held.tolist(), strict=True)]
-
-
-def _bar(count: int, most: int) -> str:
-    return "#" * -(-BAR * count // most)
-
-
-# Numbers
-
-
-def _factor(factor: Factor) -> str:
-    """A number as it is; of many the first ones, as the table of channels has them all."""
-    if not isinstance(factor, tuple):
-        return str(factor)
-    return "[" + " ".join(f"{one:.4g}" for one in factor[:4]) + (" ...]" if len(factor) > 4 else "]")
-
-
-class Sums:
-    """Of the values of each channel: means and deviations of a posterior, and their squares."""
-
-    def __init__(self) -> None:
-        self.count, self._sums = 0, torch.zeros(())
-
-    def add(self, mean: Tensor, deviation: Tensor) -> None:
-        """(C, h, w) float64 each, of one row."""
+    def add(self, row: Tensor) -> bool:
+        """Add a row, (C, h, w) or (2C, h, w) float64. Returns False, and adds nothing, if it has numbers that are not
+        finite or a negative standard deviation."""
+        mean, deviation = row.chunk(2) if self._posterior else (row, torch.zeros_like(row))
+        if not row.isfinite().all() or deviation.min() < 0:
+            return False
         powers = (mean, mean**2, deviation, deviation**2)
         self._sums = self._sums + torch.stack([power.mean((1, 2)) for power in powers])
         self.count += 1
+        return True
 
-    def statistics(self, moments: Moments) -> Statistics:
-        """Of what is stored, and of x, which the posteriors give."""
-        mean, square, deviation, within = (self._sums / self.count).numpy()
+    def statistics(self, scale: Factor, shift: Factor) -> Statistics:
+        """Statistics of the rows and of x = (z - shift) * scale, where z is a sample of the posterior."""
+        mean, square, deviation, deviation_square = (self._sums / self.count).numpy()
         variance = (square - mean**2).clip(0)
-        shift, scale = (per_channel(factor, moments.channels) for factor in (moments.shift, moments.scale))
-        figures = {"mean": mean, "std": np.sqrt(variance)}
-        if moments.posterior:
-            figures |= {"deviation_mean": deviation, "deviation_std": np.sqrt((within - deviation**2).clip(0))}
-        figures |= {"x_mean": (mean - shift) * scale, "x_std": np.sqrt(variance + within) * np.abs(scale)}
-        rows = zip(*(values.tolist() for values in figures.values()), strict=True)
-        return Statistics(self.count, [dict(zip(figures, row, strict=True)) for row in rows])
+        shift, scale = (per_channel(factor, len(mean)) for factor in (shift, scale))
+        columns = {"mean": mean, "std": np.sqrt(variance)}
+        if self._posterior:
+            columns["deviation_mean"] = deviation
+            columns["deviation_std"] = np.sqrt((deviation_square - deviation**2).clip(0))
+        columns["x_mean"] = (mean - shift) * scale
+        columns["x_std"] = np.sqrt(variance + deviation_square) * np.abs(scale)
+        rows = zip(*(values.tolist() for values in columns.values()), strict=True)
+        return Statistics(self.count, [dict(zip(columns, row, strict=True)) for row in rows])
 
 
-TITLES = {
-    "mean": "values: mean",
-    "std": "std",
-    "deviation_mean": "deviations: mean",
-    "deviation_std": "std",
-    "x_mean": "x: mean",
-    "x_std": "std",
-}
-
-
-def table(statistics: Statistics) -> Iterator[tuple[str, str]]:
-    """A row a channel, each column as wide as its widest number."""
-    channels = statistics.channels
-    titles = TITLES | ({"mean": "means: mean"} if "deviation_mean" in channels[0] else {})
+def _table(channels: list[dict[str, float]]) -> Iterator[str]:
+    """One line per channel, with columns as wide as their widest cell."""
     listed = channels[:FEW]
     columns = [["channel", *map(str, range(len(listed)))]]
-    columns += [[titles[name], *(f"{channel[name]:.4g}" for channel in listed)] for name in channels[0]]
+    columns += [[TITLES[name], *(f"{channel[name]:.4g}" for channel in listed)] for name in channels[0]]
     widths = [max(map(len, column)) for column in columns]
-    yield "statistics", f"of {statistics.rows:,} rows"
     for cells in zip(*columns, strict=True):
-        yield "", "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        yield "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
     if len(channels) > FEW:
         stds = [channel["x_std"] for channel in channels]
-        yield "", f"and {len(channels) - FEW} more; of x, std from {min(stds):.4g} to {max(stds):.4g}"
+        yield f"and {len(channels) - FEW} more; std of x from {min(stds):.4g} to {max(stds):.4g}"
 
 
-def _colours(statistics: Statistics) -> Iterator[tuple[str, str]]:
-    figures = ", ".join(f"{channel['x_mean']:.4g} and {channel['x_std']:.4g}" for channel in statistics.channels)
-    what = "at 64 x 64, in [-1, 1]: red, green, blue have mean and"
-    yield "statistics", f"of {statistics.rows:,} images {what}"
-    yield "", f"standard deviation {figures}"
+def _shorten(factor: Factor) -> str:
+    """A number as it is, or the first four of several."""
+    if not isinstance(factor, tuple):
+        return str(factor)
+    return "[" + " ".join(f"{number:.4g}" for number in factor[:4]) + (" ...]" if len(factor) > 4 else "]")

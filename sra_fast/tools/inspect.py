@@ -1,11 +1,10 @@
-"""`sra-fast inspect`: what a data set holds, whether its files are whole, and whether its numbers are fit to train on.
+"""`sra-fast inspect`: describe a data set, check its files for damage, and its numbers for fitness to train on.
 
 A packed set (data/manifest.py), the public layout (data/public.py), or a folder of class folders.
 """
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,24 +15,25 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sra_fast.config import DataConfig, InspectCommand, refuse_unless
+from sra_fast.config import DataConfig, InspectCommand
 from sra_fast.data import folder
 from sra_fast.data.decoders import PillowDecoder, Undecodable, read_header
 from sra_fast.data.folder import ImageFolder
 from sra_fast.data.manifest import NAME, SETTINGS, Manifest, read_manifest
 from sra_fast.data.packed import PackedSet, find_damage
 from sra_fast.data.public import PublicSet, is_public
-from sra_fast.data.rows import Moments
-from sra_fast.errors import Refused
+from sra_fast.data.rows import RowSet
+from sra_fast.errors import Damaged, Refused
 from sra_fast.files import write_json
 from sra_fast.hardware import Hardware
 from sra_fast.sampling.decoding import LatentSpace, image_decoder
 from sra_fast.sampling.images import save_grid, to_uint8
-from sra_fast.tools.findings import FEW, Findings, Sheet, Statistics, Sums, printable
+from sra_fast.tools.findings import FEW, ChannelSums, Findings, Sheet, Statistics, printable
 
-USUAL = {True: (0.4, 2.5), False: (0.1, 2.5)}
-"""Standard deviations of x, latents or not, outside of which something was forgotten. Stable Diffusion's channels have
-0.6 to 0.84, and 3.3 to 4.6 without its scale (Karras et al., EDM2, 2024); pixels about 0.5, and 60 without theirs."""
+USUAL_STD = {"latents": (0.4, 2.5), "pixels": (0.1, 2.5)}
+"""Standard deviations of x outside of these suggest a wrong scale. Stable Diffusion's channels have 0.6 to 0.84, and
+3.3 to 4.6 without its scale (Karras et al., EDM2, 2024); pixels about 0.5, and 60 without theirs."""
+SIDE, MAX_IMAGES = 64, 128  # images of a folder: resolution and number of those decoded
 ARCHIVES = "archives are not inspected: let `sra-fast prepare` make a set of them, and inspect that"
 ADVICE = (
     "the `sra-fast prepare` command that made this set makes damaged files again; with --verify those with "
@@ -42,61 +42,68 @@ ADVICE = (
 
 
 def inspect(options: InspectCommand) -> int:
-    """Print the findings. Returns the exit code: 1 if anything is wrong.
+    """Print the results. Returns the exit code: 1 if anything is wrong.
 
     Raises:
         Refused: if there is no data set.
     """
-    refuse_unless(options.rows > 0, "rows", options.rows, "must be positive")
-    refuse_unless(options.images >= 0, "images", options.images, "must not be negative")
     root = Path(options.data)
-    refuse_unless(root.is_dir() or root.suffix != ".tar", "data", options.data, ARCHIVES)
-    refuse_unless(root.is_dir(), "data", options.data, "must be a folder")
-    refuse_unless(not options.json or not Path(options.json).is_dir(), "json", options.json, "must be a file")
-    out = Path(options.out) if options.out else root.resolve().parent / f"inspect-{root.resolve().name}.png"
+    if options.rows <= 0:
+        raise Refused("rows", options.rows, "must be positive")
+    if options.images < 0:
+        raise Refused("images", options.images, "must not be negative")
+    if not root.is_dir():
+        raise Refused("data", options.data, ARCHIVES if root.suffix == ".tar" else "must be a folder")
+    if options.json and Path(options.json).is_dir():
+        raise Refused("json", options.json, "must be a file")
+    png = Path(options.out) if options.out else root.resolve().parent / f"inspect-{root.resolve().name}.png"
     try:
-        found, data = _open(root)(root, options.checksums)
-    except Refused as error:  # data/ speaks of training's options
-        raise Refused(re.sub("^data.(latents|images)", "data", str(error))) from error
-    if data:
-        (_look_at_images if isinstance(data, ImageFolder) else _look_at_moments)(found, data, options, out)
-    for title, text in found.lines():
-        _say(f"{title:<14}{text}")
-    for warning in found.warnings:
-        _say(f"warning: {warning}", sys.stderr)
-    for file, reason in found.complaints():
-        _say(f"wrong: {file}: {reason}", sys.stderr)
-    _say(f"{'files':<14}{f'{len(found.wrong):,} wrong' if found.wrong else 'nothing wrong found'}")
-    if found.advice:
-        _say(found.advice, sys.stderr)
+        findings, data = _open(root)(root, options.checksums)
+    except Damaged as error:
+        raise Refused(f"data: {error}") from error
+    if isinstance(data, ImageFolder):
+        _inspect_images(findings, data, options, png)
+    elif data:
+        _inspect_rows(findings, data, options, png)
+    _print(findings)
     if options.json:
-        write_json(Path(options.json), found.as_json())
-    return found.exit_code
+        write_json(Path(options.json), findings.as_json())
+    return findings.exit_code
 
 
-def _say(line: str, stream: TextIO | None = None) -> None:
-    print(printable(line).rstrip(), file=stream)
+def _print(findings: Findings) -> None:
+    def write(line: str, stream: TextIO | None = None) -> None:
+        print(printable(line).rstrip(), file=stream)
+
+    for title, text in findings.lines():
+        write(f"{title:<14}{text}")
+    for warning in findings.warnings:
+        write(f"warning: {warning}", sys.stderr)
+    for file, reason in sorted(findings.wrong.items()):
+        write(f"wrong: {file}: {reason}", sys.stderr)
+    write(f"{'files':<14}{f'{len(findings.wrong):,} wrong' if findings.wrong else 'nothing wrong found'}")
+    if findings.advice:
+        write(findings.advice, sys.stderr)
 
 
-# What there is
-
-
-def _open(root: Path) -> Callable[[Path, bool], tuple[Findings, Moments | ImageFolder | None]]:
+def _open(root: Path) -> Callable[[Path, bool], tuple[Findings, RowSet | ImageFolder | None]]:
+    """The function that opens this kind of data set and checks its files."""
     if (root / NAME).exists():
-        return _packed
+        return _open_packed
     if is_public(root):
-        return _public
+        return _open_public
     if (root / SETTINGS).exists() or any(root.glob("*.npy")):
-        return _packed
-    # Beside class folders, archives are left out, as training does.
+        return _open_packed
+    # Archives beside class folders are ignored, as in training.
     folders = any(entry.is_dir() and not entry.name.startswith(".") for entry in root.iterdir())
-    refuse_unless(folders or not any(root.glob("*.tar")), "data", str(root), ARCHIVES)
-    return _folder
+    if not folders and any(root.glob("*.tar")):
+        raise Refused("data", str(root), ARCHIVES)
+    return _open_folder
 
 
-def _packed(root: Path, checksums: bool) -> tuple[Findings, Moments | None]:
+def _open_packed(root: Path, checksums: bool) -> tuple[Findings, PackedSet | None]:
     manifest = read_manifest(root)
-    found = Findings(
+    findings = Findings(
         "packed set",
         root,
         checksums,
@@ -105,181 +112,165 @@ def _packed(root: Path, checksums: bool) -> tuple[Findings, Moments | None]:
         resolution=manifest.resolution,
         crop=manifest.crop,
         shards=len(manifest.shards),
+        bytes=manifest.size(root),
         skipped=manifest.skipped,
-        **_row(manifest),
+        **_row_facts(manifest),
     )
-    found.bytes = _check_shards(root, manifest, checksums, found.wrong)
-    if found.wrong and (root / SETTINGS).exists():  # without them, prepare takes the set for somebody else's
-        found.advice = ADVICE
+    with _progress(findings.bytes if checksums else 0, "checksums", "B") as bar:
+        for shard in manifest.shards:
+            damage = find_damage(root, manifest, shard, checksums, bar.update)
+            findings.wrong |= {root / name: reason for name, reason in damage.items()}
+    if findings.wrong and (root / SETTINGS).exists():  # `prepare` repairs only the sets that it made
+        findings.advice = ADVICE
     try:
-        moments = PackedSet(root)
-    except Refused as error:
-        if not found.wrong:
-            found.wrong[root / NAME] = str(error).removeprefix(f"data.latents: {root}: ")
-        return found, None
-    found.counts = _counts(moments)
-    return found, moments
+        row_set = PackedSet(root)
+    except Damaged as error:
+        if not findings.wrong:
+            findings.wrong[root / NAME] = error.reason
+        return findings, None
+    findings.counts = _class_counts(row_set)
+    return findings, row_set
 
 
-def _row(rows: Manifest | Moments) -> dict[str, Any]:
-    """What a set says of its rows, by the names that `Findings` has for it."""
+def _open_public(root: Path, checksums: bool) -> tuple[Findings, PublicSet]:
+    rows = PublicSet(root)
+    facts = _row_facts(rows)
+    findings = Findings("public layout", rows.root, checksums, len(rows), rows.classes, _class_counts(rows), **facts)
+    for row in _progress(range(len(rows) if checksums else 0), "reading", "file"):
+        try:
+            rows.read_row(row)
+        except Damaged as error:
+            findings.wrong[error.path] = error.reason
+    return findings, rows
+
+
+def _open_folder(root: Path, checksums: bool) -> tuple[Findings, ImageFolder]:
+    images = folder.scan(root)
+    findings = Findings("image folder", root, checksums, len(images), images.classes, _class_counts(images))
+    sides, size = [], 0
+    for row in _progress(_spread(len(images), len(images) if checksums else FEW).tolist(), "reading", "file"):
+        try:
+            file = images.read(row)
+            size += len(file)
+            header = read_header(file)
+            sides.append(min(header.width, header.height))
+        except (OSError, ValueError) as error:
+            findings.wrong[root / images.files[row]] = getattr(error, "strerror", None) or str(error)
+    findings.bytes = size if checksums else None
+    findings.shorter_side = tuple(np.percentile(sides, (0, 50, 100)).tolist()) if sides else None
+    findings.warnings += filter(None, [images.ignored()])
+    return findings, images
+
+
+def _row_facts(rows: Manifest | RowSet) -> dict[str, Any]:
     names = ("shape", "posterior", "flips", "scale", "shift", "vae")
     return {"dtype": str(rows.dtype), **{name: getattr(rows, name) for name in names}}
 
 
-def _counts(data: Moments | ImageFolder) -> np.ndarray:
-    """(classes,) int64 images of each."""
+def _class_counts(data: RowSet | ImageFolder) -> np.ndarray:
     return np.bincount(data.labels, minlength=len(data.classes))
 
 
-def _check_shards(root: Path, manifest: Manifest, checksums: bool, wrong: dict[Path, str]) -> int:
-    """Every file of the shards against the manifest. Returns the bytes of those that are there."""
-    size = manifest.size(root)
-    with _bar(size if checksums else 0, "checksums", "B") as bar:
-        for shard in manifest.shards:
-            damage = find_damage(root, manifest, shard, checksums, bar.update)
-            wrong |= {root / name: reason for name, reason in damage.items()}
-    return size
-
-
-def _public(root: Path, checksums: bool) -> tuple[Findings, Moments]:
-    moments = PublicSet(root)
-    counts = _counts(moments)
-    found = Findings("public layout", moments.root, checksums, len(moments), moments.classes, counts, **_row(moments))
-    if checksums:
-        for row in _bar(range(len(moments)), "reading", "file"):
-            try:
-                moments.moments(row)
-            except (OSError, ValueError) as error:
-                found.wrong[moments.file(row)] = getattr(error, "strerror", None) or str(error)
-    return found, moments
-
-
-def _folder(root: Path, checksums: bool) -> tuple[Findings, ImageFolder]:
-    images = folder.scan(root)
-    found = Findings("image folder", root, checksums, len(images), images.classes, _counts(images))
-    chosen = np.arange(len(images)) if checksums else _spread(len(images), FEW)
-    sides, size = [], 0
-    for row in _bar(chosen.tolist(), "reading", "file"):
-        try:
-            file = images.read(row)
-            size += len(file)
-            sides.append(min(read_header(file)[:2]))
-        except (OSError, ValueError) as error:
-            found.wrong[root / images.files[row]] = getattr(error, "strerror", None) or str(error)
-    found.bytes = size if checksums else None
-    found.shorter_side = tuple(np.percentile(sides, (0, 50, 100)).tolist()) if sides else None
-    found.warnings += filter(None, [images.ignored()])
-    return found, images
-
-
-def _bar(work: Sequence | int, what: str, unit: str) -> tqdm:
+def _progress(work: Sequence | int, description: str, unit: str) -> tqdm:
     """A progress bar over a sequence, or of a number of bytes."""
-    options = {"desc": what, "unit": unit, "unit_scale": True, "disable": None, "leave": False}
+    options = {"desc": description, "unit": unit, "unit_scale": True, "disable": None, "leave": False}
     return tqdm(total=work, **options) if isinstance(work, int) else tqdm(work, **options)
 
 
-# Numbers
-
-
 def _spread(size: int, count: int) -> np.ndarray:
-    """At most `count` of [0, size), evenly spread, in order."""
+    """At most `count` numbers of [0, size), evenly spread, in order."""
     return np.unique(np.linspace(0, size - 1, min(size, count)).astype(np.int64))
 
 
-def _look_at_moments(found: Findings, moments: Moments, options: InspectCommand, out: Path) -> None:
-    rows = [row for row in _spread(len(moments), options.rows) if moments.file(row) not in found.wrong]
-    sums, good = Sums(), []
-    for row in _bar(rows, "statistics", "row"):
-        try:
-            values = moments.gather(np.array([row]))[0].double()
-        except Refused as error:
-            found.wrong[moments.file(row)] = str(error).removeprefix(f"data.latents: {moments.file(row)}: ")
-            continue
-        mean, deviation = values.chunk(2) if moments.posterior else (values, torch.zeros_like(values))
-        if not values.isfinite().all() or deviation.min() < 0:
-            found.wrong.setdefault(moments.file(row), f"row {row} of the set is not finite, or deviates by less than 0")
-            continue
-        sums.add(mean, deviation)
-        good.append(row)
-    if good:
-        found.statistics = sums.statistics(moments)
-        _warn(found)
-    if good and options.images:
-        found.sheet = _sheet(moments, good, options, out)
-
-
-def _warn(found: Findings) -> None:
-    """Of what looks wrong with x."""
-    mean, std = (np.array([channel[name] for channel in found.statistics.channels]) for name in ("x_mean", "x_std"))
-    low, high = USUAL[found.dtype != "uint8"]
-    odd = np.flatnonzero((std < low) | (std > high))
-    if len(odd):
-        found.warnings.append(
-            f"x of channel {odd[0]} has a standard deviation of {std[odd[0]]:.4g}, far from 1: is the scale right?"
-        )
-    far = np.flatnonzero(np.abs(mean) > high)
-    if len(far):
-        found.warnings.append(
-            f"x of channel {far[0]} has a mean of {mean[far[0]]:.4g}, far from 0: is the shift right?"
-        )
-
-
-def _look_at_images(found: Findings, images: ImageFolder, options: InspectCommand, out: Path) -> None:
-    decoder = PillowDecoder(DataConfig(resolution=64), torch.device("cpu"))
-    rows = _spread(len(images), min(options.rows, 128))
-    rows = [row for row in rows.tolist() if images.root / images.files[row] not in found.wrong]
-
-    def decoded(chosen: Iterable[int]) -> list[Tensor]:
-        made = []
-        for row in chosen:
-            try:
-                made.append(decoder.decode([images.read(row)])[0])
-            except (Undecodable, OSError) as error:
-                reason = error.reasons[0] if isinstance(error, Undecodable) else error.strerror
-                found.wrong[images.root / images.files[row]] = reason
-        return made
-
-    pixels = decoded(_bar(rows, "statistics", "img"))
-    if not pixels:
-        return
-    x = torch.stack(pixels).double().transpose(0, 1).flatten(1)
-    figures = zip(x.mean(1).tolist(), x.std(1).tolist(), strict=True)
-    found.statistics = Statistics(len(pixels), [{"x_mean": mean, "x_std": std} for mean, std in figures])
-    if not options.images:
-        return
-    shown = decoded(_by_class(np.array(rows), images.labels, options.images).tolist())
-    if shown:
-        found.sheet = _saved(out, to_uint8(torch.stack(shown)), "64 x 64")
-
-
-# Images
-
-
-def _by_class(rows: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` of the rows, spread evenly over the classes' order."""
-    ordered = rows[np.argsort(labels[rows], kind="stable")]
+def _spread_over_classes(rows: list[int], labels: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of the rows, evenly spread in the order of their classes."""
+    ordered = np.array(rows)[np.argsort(labels[rows], kind="stable")]
     return ordered[_spread(len(ordered), count)]
 
 
-def _sheet(moments: Moments, rows: list[int], options: InspectCommand, out: Path) -> Sheet:
-    z = moments.gather(_by_class(np.array(rows), moments.labels, options.images)).float()
-    z = z.chunk(2, dim=1)[0] if moments.posterior else z
-    if moments.dtype == np.uint8:
-        return _saved(out, z.byte().permute(0, 2, 3, 1).numpy(), "the pixels as they are stored")
-    vae, device = options.vae or moments.vae, Hardware.choose(options.device).device
+def _inspect_rows(findings: Findings, row_set: RowSet, options: InspectCommand, png: Path) -> None:
+    """Add statistics and the PNG of some rows."""
+    rows = [row for row in _spread(len(row_set), options.rows).tolist() if row_set.file(row) not in findings.wrong]
+    sums, valid = ChannelSums(row_set.posterior), []
+    for row in _progress(rows, "statistics", "row"):
+        try:
+            values = row_set.gather(np.array([row]))[0].double()
+        except Damaged as error:
+            findings.wrong[error.path] = error.reason
+            continue
+        if sums.add(values):
+            valid.append(row)
+        else:
+            reason = f"row {row} of the set has a number that is not finite, or a deviation below 0"
+            findings.wrong.setdefault(row_set.file(row), reason)
+    if not valid:
+        return
+    findings.statistics = sums.statistics(row_set.scale, row_set.shift)
+    low, high = USUAL_STD["pixels" if findings.dtype == "uint8" else "latents"]
+    for channel, numbers in enumerate(findings.statistics.channels):
+        if not low <= numbers["x_std"] <= high:
+            std = f"{numbers['x_std']:.4g}"
+            findings.warnings.append(
+                f"x of channel {channel} has a standard deviation of {std}, far from 1: is the scale right?"
+            )
+            break
+    for channel, numbers in enumerate(findings.statistics.channels):
+        if abs(numbers["x_mean"]) > high:
+            mean = f"{numbers['x_mean']:.4g}"
+            findings.warnings.append(f"x of channel {channel} has a mean of {mean}, far from 0: is the shift right?")
+            break
+    if options.images:
+        findings.sheet = _draw_rows(row_set, valid, options, png)
+
+
+def _draw_rows(row_set: RowSet, rows: list[int], options: InspectCommand, png: Path) -> Sheet:
+    """Pixels as they are, latents through the VAE or, without one, some channels of them."""
+    z = row_set.gather(_spread_over_classes(rows, row_set.labels, options.images)).float()
+    z = z.chunk(2, dim=1)[0] if row_set.posterior else z
+    if row_set.dtype == np.uint8:
+        return _save(png, z.byte().permute(0, 2, 3, 1).numpy(), "the pixels as they are stored")
+    vae, device = options.vae or row_set.vae, Hardware.choose(options.device).device
     try:
-        make = image_decoder(LatentSpace(vae, 1.0, 0.0), device)
-        parts = [make(part.to(device)).cpu() for part in _bar(z.split(4), "decoding", "batch")]
-        return _saved(out, to_uint8(torch.cat(parts)), f"the means decoded by {vae}")
+        decode = image_decoder(LatentSpace(vae, 1.0, 0.0), device)
+        images = [decode(part.to(device)).cpu() for part in _progress(z.split(4), "decoding", "batch")]
+        return _save(png, to_uint8(torch.cat(images)), f"the means decoded by {vae}")
     except Refused as error:
         missing = str(error)
     channels = z[:, :3] if z.shape[1] >= 3 else z[:, :1]
     low, high = (channels.transpose(0, 1).flatten(1).quantile(q, dim=1)[:, None, None] for q in (0.01, 0.99))
     stretched = (channels - low) / (high - low).clamp_min(1e-6) * 2 - 1
-    return _saved(out, to_uint8(stretched), f"no VAE: {channels.shape[1]} of the channels, stretched", missing)
+    return _save(png, to_uint8(stretched), f"no VAE: {channels.shape[1]} of the channels, stretched", missing)
 
 
-def _saved(out: Path, pixels: np.ndarray, shows: str, missing: str = "") -> Sheet:
-    save_grid(out, pixels, int(np.ceil(np.sqrt(len(pixels)))))
-    return Sheet(out, shows, missing)
+def _inspect_images(findings: Findings, images: ImageFolder, options: InspectCommand, png: Path) -> None:
+    """Add statistics and the PNG of some images."""
+    decoder = PillowDecoder(DataConfig(resolution=SIDE), torch.device("cpu"))
+    rows = _spread(len(images), min(options.rows, MAX_IMAGES)).tolist()
+    rows = [row for row in rows if images.root / images.files[row] not in findings.wrong]
+
+    def decoded(chosen: Iterable[int]) -> list[Tensor]:
+        pixels = []
+        for row in chosen:
+            try:
+                pixels.append(decoder.decode([images.read(row)])[0])
+            except (Undecodable, OSError) as error:
+                reason = error.reasons[0] if isinstance(error, Undecodable) else error.strerror
+                findings.wrong[images.root / images.files[row]] = reason
+        return pixels
+
+    sums = ChannelSums(posterior=False)
+    for pixels in decoded(_progress(rows, "statistics", "img")):
+        sums.add(pixels.double())
+    if not sums.count:
+        return
+    statistics = sums.statistics(1.0, 0.0)
+    names = ("x_mean", "x_std")
+    channels = [{name: numbers[name] for name in names} for numbers in statistics.channels]
+    findings.statistics = Statistics(statistics.rows, channels)
+    if options.images and (shown := decoded(_spread_over_classes(rows, images.labels, options.images).tolist())):
+        findings.sheet = _save(png, to_uint8(torch.stack(shown)), f"{SIDE} x {SIDE}")
+
+
+def _save(png: Path, pixels: np.ndarray, shows: str, missing: str = "") -> Sheet:
+    save_grid(png, pixels, int(np.ceil(np.sqrt(len(pixels)))))
+    return Sheet(png, shows, missing)
