@@ -1,4 +1,4 @@
-"""The command line on weights: sample, export, and runs that start from exported ones."""
+"""Commands on weights: sample, export, and runs that start from exported weights."""
 
 from __future__ import annotations
 
@@ -11,21 +11,17 @@ from PIL import Image
 from safetensors.torch import load_file
 from small_run import arguments, checkpoints, metrics, run, small, write_images
 
-from sra_fast.errors import Refused
 from sra_fast.model.public_weights import write_public
-from sra_fast.sampling.images import LatentsFile
 
 
 def files(root):
     return sorted(str(path.relative_to(root)) for path in root.rglob("*"))
 
 
-# Sample
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of ten steps whose head size a public file can tell (qk-norm), with the cosine path."""
+    """A run of ten steps with qk-norm, whose shapes tell the head size to readers of a public file, and the cosine
+    path."""
     root = tmp_path_factory.mktemp("trained")
     write_images(root / "data")
     settings = {"model__qk_norm": True, "objective__path": "cosine", "optim__lr": 0.03, "optim__warmup_images": 8}
@@ -44,8 +40,12 @@ def sampled(main, out, weights, *words):
         return file["arr_0"]
 
 
+def checkpoint(run):
+    return run / "checkpoints" / f"{80:012d}"
+
+
 def test_sample_writes_a_grid_single_images_and_an_npz(main, trained, tmp_path):
-    pixels = sampled(main, tmp_path / "out", trained)
+    pixels = sampled(main, tmp_path / "out", trained, "--sample.batch", "4")
     assert (pixels.shape, pixels.dtype) == ((6, 8, 8, 3), np.uint8)
     names = [f"images/{i:06d}.png" for i in range(6)]
     assert files(tmp_path / "out") == ["grid.png", "images", *names, "samples.npz"]
@@ -58,17 +58,21 @@ def test_sample_writes_a_grid_single_images_and_an_npz(main, trained, tmp_path):
         assert (np.asarray(grid)[:32:4, :32:4] == pixels[0, ..., 0]).all()
 
 
+def load_public(path):
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, weights_only=True)
+
+
 @pytest.mark.parametrize("key", ["ema", "model"])
 def test_the_same_weights_give_the_same_images_from_every_source(main, trained, tmp_path, key):
     choice = ["--weights-key", key]
     wanted = sampled(main, tmp_path / "run", trained, *choice)
     assert main(["export", "--weights", trained, "--out", tmp_path / "w.safetensors", *choice])[0] == 0
     assert main(["export", "--weights", trained, "--out", tmp_path / "w.pt"])[0] == 0
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        content = torch.load(tmp_path / "w.pt", weights_only=True)
+    content = load_public(tmp_path / "w.pt")
     torch.save(content | {"args": argparse.Namespace(model="SiT-S/2")}, tmp_path / "public.pt")
     sources = {
-        "checkpoint": (trained / "checkpoints" / f"{80:012d}", choice),
+        "checkpoint": (checkpoint(trained), choice),
         "safetensors": (tmp_path / "w.safetensors", []),
         "our pt": (tmp_path / "w.pt", choice),
         "public pt": (tmp_path / "public.pt", [*choice, "--path", "cosine"]),  # which does not say its path
@@ -99,34 +103,8 @@ def test_chosen_classes_and_files(main, trained, tmp_path):
         assert grid.size == (32, 32)
 
 
-def test_weights_of_no_run_do_not_say_what_their_latents_are(main, trained, tmp_path):
-    exported = tmp_path / "w.safetensors"
-    assert main(["export", "--weights", trained, "--out", exported])[0] == 0
-    code, _, error = main(["sample", "--weights", exported, "--latents", "--out", tmp_path / "out"])
-    assert code == 1
-    assert "latents: True given; needs a run, or --vae for its scale and shift" in error
-    assert not (tmp_path / "out").exists()
-
-
-def test_latents_that_are_not_finite_are_refused(tmp_path):
-    file = LatentsFile(tmp_path / "latents.npz", torch.zeros(2, dtype=torch.int64))
-    file.add(torch.zeros(1, 4, 2, 2))
-    with pytest.raises(Refused, match="samples: '1 of 1 not finite' given"):
-        file.add(torch.full((1, 4, 2, 2), torch.inf))
-    assert files(tmp_path) == []
-
-
-def test_single_images_are_numbered_through_all_batches(main, trained, tmp_path):
-    pixels = sampled(main, tmp_path / "out", trained, "--sample.batch", "4", "--grid", "5")
-    names = [f"{i:06d}.png" for i in range(6)]
-    assert files(tmp_path / "out/images") == names
-    for name, image in zip(names, pixels, strict=True):
-        with Image.open(tmp_path / "out/images" / name) as file:
-            assert (np.asarray(file)[..., None] == image).all()
-
-
 class Planted:
-    """Its pickle creates a file when it is read."""
+    """Unpickling it creates a file."""
 
     def __init__(self, path):
         self.path = path
@@ -150,32 +128,24 @@ def test_code_in_a_pt_file_does_not_run(refused, root, command):
 
 def foreign(tmp_path, kind):
     path = tmp_path / ("w.safetensors" if "safetensors" in kind else "w.pt")
-    if kind == "truncated pt":
-        torch.save({"ema": {"x": torch.zeros(1000)}}, path)
-        path.write_bytes(path.read_bytes()[:2000])
-    elif kind == "other network":
-        torch.save({"conv.weight": torch.zeros(3)}, path)
-    elif kind == "no such key":
-        torch.save({"model": {"x": torch.zeros(3)}, "opt": {}}, path)
-    elif kind == "not a dictionary":
-        torch.save([1, 2], path)
+    objects = {
+        "other network": {"conv.weight": torch.zeros(3)},
+        "no such key": {"model": {"x": torch.zeros(3)}, "opt": {}},
+        "not a dictionary": [1, 2],
+        "truncated pt": {"ema": {"x": torch.zeros(1000)}},
+    }
+    if kind in objects:
+        torch.save(objects[kind], path)
     else:
-        path.write_text("" if kind.startswith("empty") else "These are not weights.\n")
+        path.write_text("These are not weights.\n")
+    if kind == "truncated pt":
+        path.write_bytes(path.read_bytes()[:2000])
     return path
 
 
 @pytest.mark.parametrize(
     "kind",
-    [
-        "text pt",
-        "empty pt",
-        "truncated pt",
-        "other network",
-        "no such key",
-        "not a dictionary",
-        "text safetensors",
-        "empty safetensors",
-    ],
+    ["text pt", "truncated pt", "other network", "no such key", "not a dictionary", "text safetensors"],
 )
 def test_a_file_that_holds_no_weights_is_refused(refused, tmp_path, kind):
     path = foreign(tmp_path, kind)
@@ -223,18 +193,14 @@ def test_a_run_that_was_never_saved_is_refused(refused, root):
     assert str(folder / "config.json") in refused(["sample", "--weights", folder])
 
 
-# Export
-
-
 def test_export_writes_the_public_layout(main, trained, tmp_path):
     assert main(["export", "--weights", trained, "--out", tmp_path / "w.pt"])[0] == 0
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        content = torch.load(tmp_path / "w.pt", weights_only=True)
+    content = load_public(tmp_path / "w.pt")
     assert {"model", "ema", "args", "epoch", "steps"} <= set(content)
     assert isinstance(content["args"], argparse.Namespace)
     assert (content["steps"], type(content["epoch"])) == (10, int)
     for key, file in (("model", "weights"), ("ema", "ema")):
-        saved = load_file(trained / "checkpoints" / f"{80:012d}" / f"{file}.safetensors")
+        saved = load_file(checkpoint(trained) / f"{file}.safetensors")
         assert content[key].keys() == saved.keys()
         assert all(torch.equal(content[key][name], value) for name, value in saved.items())
 
@@ -243,7 +209,7 @@ def test_export_writes_the_public_layout(main, trained, tmp_path):
 def test_export_writes_safetensors_of_one_set(main, trained, tmp_path, key, file):
     path = tmp_path / "w.safetensors"
     assert main(["export", "--weights", trained, "--out", path, "--weights-key", key])[0] == 0
-    saved, exported = load_file(trained / "checkpoints" / f"{80:012d}" / f"{file}.safetensors"), load_file(path)
+    saved, exported = load_file(checkpoint(trained) / f"{file}.safetensors"), load_file(path)
     assert exported.keys() == saved.keys()
     assert all(torch.equal(exported[name], value) for name, value in saved.items())
     assert files(tmp_path) == ["w.safetensors"]
@@ -256,13 +222,9 @@ def test_export_over_a_folder_is_refused(refused, trained, tmp_path, name):
     assert files(tmp_path) == [name]
 
 
-def test_a_pt_file_needs_both_sets(refused, main, trained, tmp_path):
-    main(["export", "--weights", trained, "--out", tmp_path / "w.safetensors"])
-    line = refused(["export", "--weights", tmp_path / "w.safetensors", "--out", tmp_path / "w.pt"])
-    assert "must be a run or a checkpoint" in line
-
-
-# Starting from weights
+def test_a_pt_file_needs_both_sets(refused, trained, tmp_path):
+    source = checkpoint(trained) / "ema.safetensors"
+    assert "must be a run or a checkpoint" in refused(["export", "--weights", source, "--out", tmp_path / "w.pt"])
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
@@ -271,7 +233,7 @@ def test_a_run_starts_from_exported_weights(main, trained, root, suffix):
     main(["export", "--weights", trained, "--out", path])
     settings = {"model__qk_norm": True, "init_from": str(path), "train__images": 8, "optim__lr": 1e-30}
     assert main(arguments(root, **settings))[0] == 0
-    start = load_file(trained / "checkpoints" / f"{80:012d}" / "ema.safetensors")
+    start = load_file(checkpoint(trained) / "ema.safetensors")
     for name in ("weights", "ema"):
         after = load_file(root / "runs/a/checkpoints" / f"{8:012d}" / f"{name}.safetensors")
         assert all(torch.equal(value, start[key]) for key, value in after.items())
@@ -289,7 +251,7 @@ def test_weights_that_do_not_fit_a_new_run_are_refused(refused, main, trained, r
 
 
 def test_a_public_file_without_a_head_starts_a_run_and_says_so(main, trained, root):
-    ema = load_file(trained / "checkpoints" / f"{80:012d}" / "ema.safetensors")
+    ema = load_file(checkpoint(trained) / "ema.safetensors")
     plain = {name: value for name, value in ema.items() if not name.startswith("ap_head.")}
     write_public(root / "w.pt", plain, plain, steps=1, epoch=0, args={"model": "SiT-S/2"})
     code, output, _ = main(arguments(root, init_from=str(root / "w.pt"), model__qk_norm=True, train__images=16))
