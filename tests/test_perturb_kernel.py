@@ -301,8 +301,8 @@ def test_a_copy_of_the_kernel_without_a_fault_passes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_compiles_ahead_of_time(capability: int) -> None:
-    """Without a GPU: loads of 16 bytes, no stack, and no fast logarithm, sine or cosine: their absolute error would make
-    some normal a NaN."""
+    """Without a GPU: loads of 16 bytes, no stack, and no fast logarithm, sine or cosine: their absolute errors can make
+    a normal NaN."""
     pytest.importorskip("triton", reason="Triton is not installed")
     from benchmarks.harness.machine_code import compiled, recorded
 
