@@ -1,4 +1,4 @@
-"""docs/packed-sets.md: its example makes a set that can be inspected, trained on and sampled from; its tables are complete."""
+"""docs/packed-sets.md: its example makes a set to inspect, train on and sample from; its tables are complete."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_example_writes_a_set_that_inspect_accepts(packed, arrays, main):
     manifest = read_manifest(packed)
     assert (manifest.shape, manifest.dtype, manifest.posterior) == ((32, 16, 16), "float16", False)
     assert np.array_equal(np.load(packed / "moments-00000.npy"), arrays["latents"].astype(np.float16))
-    code, output, error = main(["inspect", packed, "--images", "0"])
+    code, _, error = main(["inspect", packed, "--images", "0"])
     assert code == 0, error
     assert "warning" not in error
 
@@ -77,11 +77,10 @@ def test_the_run_is_sampled_as_latents_without_data_or_vae(packed, arrays, tmp_p
         z, labels = file["z"], file["labels"]
     assert (z.shape, z.dtype) == ((5, 32, 16, 16), np.float32)
     assert (labels.dtype, labels.tolist()) == (np.int64, [0, 1, 2, 0, 1])
-    # A network that has hardly learned anything returns noise of one size in all channels of x.
+    # A network that has hardly learned anything returns the noise it began with. Bounds: five standard errors.
     x = (z - arrays["mean"][:, None, None]) / arrays["std"][:, None, None]
-    print(x.mean((0, 2, 3)), x.std((0, 2, 3)))
-    assert np.ptp(x.mean((0, 2, 3))) < 0.5
-    assert x.std((0, 2, 3)).max() < 1.5 * x.std((0, 2, 3)).min()
+    assert np.allclose(x.mean((0, 2, 3)), 0, atol=0.14)
+    assert np.allclose(x.std((0, 2, 3)), 1, atol=0.1)
 
 
 @pytest.mark.parametrize("command", re.findall(r"^sra-fast train [^#\n]*", PAGE, re.MULTILINE))
