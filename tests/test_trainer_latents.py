@@ -220,7 +220,7 @@ def test_a_set_of_another_resolution_is_refused(tmp_path, packed, refused, monke
     pack(packed.root, shape=(8, 8, 8))
     assert refused(arguments(tmp_path, **options(tmp_path))).startswith("sra-fast: model.input-size: 8 given, but ")
     wrong = arguments(tmp_path, **options(tmp_path, model__input_size=4))
-    assert refused(wrong) == "sra-fast: model.input-size: 4 given; must be 8, as the data is, or 0"
+    assert refused(wrong).startswith("sra-fast: model.input-size: 4 given; must be 8")
     for path in packed.root.iterdir():
         path.unlink()
     pack(packed.root, seed=1, flips=True, **FACTORS)
