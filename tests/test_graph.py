@@ -1,6 +1,5 @@
-"""Captured: one ordinary call after the other, then a capture, then replays, each doing its work exactly once. On a
-stand-in for CUDA, whose kernels run when launched, and are only recorded while a graph is captured; test_gpu_step.py
-has the real one."""
+"""Captured on a stand-in for CUDA, whose kernels run when launched and are only recorded while a graph is captured;
+test_gpu_step.py has the real one."""
 
 from __future__ import annotations
 
@@ -12,108 +11,97 @@ import torch
 from sra_fast.step.graph import WARM_UP, Captured
 
 
-class Machine:
-    """What torch.cuda does for Captured, in a few lines."""
+class FakeCuda:
+    """The functions of torch.cuda that Captured calls."""
 
     def __init__(self) -> None:
-        self.recording: list | None = None
+        self.recording: list[str] | None = None
         self.done: list[str] = []
         self.log: list[str] = []
-        self.refuses = ""
+        self.error = ""  # of the capture
 
     def launch(self, kernel: str) -> None:
         (self.done if self.recording is None else self.recording).append(kernel)
 
-    def Stream(self, device):
-        machine = self
+    def Stream(self, device: torch.device | str) -> object:
+        cuda = self
 
         class Stream:
             def __init__(self) -> None:
                 self.device = torch.device(device)
 
-            def wait_stream(self, other) -> None:
-                machine.log.append("wait")
+            def wait_stream(self, other: object) -> None:
+                cuda.log.append("wait")
 
         return Stream()
 
-    def current_stream(self, device):
+    def current_stream(self, device: torch.device) -> object:
         return self.Stream(device)
 
     @contextmanager
-    def stream(self, stream):
+    def stream(self, stream: object):
         yield
 
-    def set_stream(self, stream) -> None:
-        self.log.append("current stream as before")
+    def set_stream(self, stream: object) -> None:
+        self.log.append("set_stream")
 
-    def synchronize(self, device) -> None:
+    def synchronize(self, device: torch.device) -> None:
         self.log.append("synchronize")
 
-    def CUDAGraph(self):
-        machine = self
+    def CUDAGraph(self) -> object:
+        cuda = self
 
         class Graph:
             def __init__(self) -> None:
                 self.kernels: list[str] = []
 
             def replay(self) -> None:
-                machine.done += self.kernels
+                cuda.done += self.kernels
 
         return Graph()
 
     @contextmanager
-    def graph(self, graph, pool, stream, capture_error_mode):
+    def graph(self, graph, pool: object, stream: object, capture_error_mode: str):
         assert capture_error_mode == "thread_local"
-        self.log.append(f"capture in {pool}")
+        self.log.append("capture")
         self.recording = graph.kernels
         try:
             yield
-            if self.refuses:
-                raise RuntimeError(self.refuses)
-        except RuntimeError:  # as torch's does: what it says of the end hides why it came to that
+            if self.error:
+                raise RuntimeError(self.error)
+        except RuntimeError:  # like torch's, the last error hides the first
             raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
         finally:
             self.recording = None
 
 
 @pytest.fixture
-def machine(monkeypatch) -> Machine:
-    made = Machine()
+def cuda(monkeypatch) -> FakeCuda:
+    fake = FakeCuda()
     for name in ("Stream", "current_stream", "stream", "set_stream", "synchronize", "CUDAGraph", "graph"):
-        monkeypatch.setattr(torch.cuda, name, getattr(made, name))
-    return made
+        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+    return fake
 
 
-def test_every_call_does_its_work_once(machine) -> None:
+def test_every_call_works_once(cuda) -> None:
     calls = []
-    captured = Captured(lambda: (calls.append(0), machine.launch("k")), machine.Stream("cuda"), (1, 2))
+    captured = Captured(lambda: (calls.append(0), cuda.launch("k")), cuda.Stream("cuda"), (1, 2))
     for k in range(1, 8):
         captured()
-        assert machine.done == ["k"] * k
+        assert cuda.done == ["k"] * k
         assert captured.captured == (k > WARM_UP)
-    assert len(calls) == WARM_UP + 1  # replays need no Python
-    assert machine.log.count("capture in (1, 2)") == 1
+    assert len(calls) == WARM_UP + 1  # replays run no Python
+    assert cuda.log == ["wait", "wait"] * WARM_UP + ["capture"]
     assert captured.failure is None
 
 
-def test_a_failed_capture_is_said_once_and_steps_go_on(machine) -> None:
-    said = []
-    machine.refuses = "operation not permitted when stream is capturing\nmore"
-    captured = Captured(lambda: machine.launch("k"), machine.Stream("cuda"), (1, 2), warm_up=1, say=said.append)
+def test_failed_capture_is_reported_once_and_calls_go_on(cuda) -> None:
+    cuda.error, lines = "operation not permitted when stream is capturing\nmore", []
+    captured = Captured(lambda: cuda.launch("k"), cuda.Stream("cuda"), (1, 2), warm_up=1, report=lines.append)
     for k in range(1, 6):
         captured()
-        assert machine.done == ["k"] * k
-    assert said == [
-        "no CUDA graph: operation not permitted when stream is capturing; steps are launched kernel by kernel, "
-        "which is slower"
-    ]
+        assert cuda.done == ["k"] * k
     assert captured.failure == "operation not permitted when stream is capturing"
-    assert not captured.captured
-    assert machine.log.count("capture in (1, 2)") == 1
-    assert "current stream as before" in machine.log
-    assert "synchronize" in machine.log
-
-
-def test_ordinary_calls_are_in_order_with_the_current_stream(machine) -> None:
-    Captured(lambda: machine.log.append("work"), machine.Stream("cuda"), (1, 2))()
-    assert machine.log == ["wait", "work", "wait"]
+    assert len(lines) == 1
+    assert captured.failure in lines[0]
+    assert cuda.log.count("capture") == cuda.log.count("set_stream") == cuda.log.count("synchronize") == 1

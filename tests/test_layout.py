@@ -1,39 +1,30 @@
-"""Public names and the joined modulations: nothing lost, nothing copied that need not be."""
+"""Public names and the joined modulations: nothing is lost, nothing is copied without need."""
 
 from __future__ import annotations
 
 import torch
 
-from sra_fast.model.initial import initial_weights
-from sra_fast.model.layout import apart, joined
-from sra_fast.model.transformer import Transformer
+from sra_fast.model.layout import from_public, to_public
 
 
-def test_apart_undoes_joined_in_the_public_order(tiny, awake) -> None:
+def test_to_public_undoes_from_public_in_the_public_order(tiny, awake) -> None:
     public = awake(tiny(qk_norm=True).model)
-    back = apart(joined(public))
+    back = to_public(from_public(public))
     assert list(back) == list(public)
     assert all(torch.equal(back[name], value) for name, value in public.items())
 
 
-def test_the_names_in_memory_are_the_networks(tiny, awake) -> None:
-    config = tiny(depth=5).model
-    held = dict(Transformer(config).named_parameters())
-    tensors = joined(awake(config))
-    assert {name: value.shape for name, value in tensors.items()} == {name: p.shape for name, p in held.items()}
-
-
 def test_rows_are_the_blocks_in_turn_and_the_final_layer_last(tiny, awake) -> None:
     public = awake(tiny().model)
-    rows = joined(public)["modulation.weight"]
+    rows = from_public(public)["modulation.weight"]
     assert rows.shape == (26 * 32, 32)  # four blocks of 6 vectors, and 2
     assert torch.equal(rows[6 * 32 : 12 * 32], public["blocks.1.adaLN_modulation.1.weight"])
     assert torch.equal(rows[-2 * 32 :], public["final_layer.adaLN_modulation.1.weight"])
 
 
-def test_apart_gives_views(tiny) -> None:
-    tensors = joined(initial_weights(tiny().model, 0, torch.device("cpu")))
-    public = apart(tensors)
+def test_to_public_gives_views(tiny, awake) -> None:
+    tensors = from_public(awake(tiny().model))
+    public = to_public(tensors)
     public["blocks.2.adaLN_modulation.1.bias"].fill_(7.0)
     assert torch.equal(tensors["modulation.bias"][12 * 32 : 18 * 32], torch.full((192,), 7.0))
     others = [name for name in public if "adaLN" not in name]

@@ -1,4 +1,4 @@
-"""A function of fixed buffers as one CUDA graph: one launch by the host for all of its kernels."""
+"""A function over fixed buffers as one CUDA graph: the host launches all of its kernels at once."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ from contextlib import suppress
 
 import torch
 
-WARM_UP = 3
-"""Ordinary calls before the capture: compilation, autotuning and the libraries' workspaces belong there."""
+WARM_UP = 3  # calls before the capture: compilation, autotuning and the libraries' workspaces must not be captured
 
 
 class Captured:
-    """Calls a function as it stands at first, then captures it, and from then on replays the capture.
+    """Runs a function a few times, captures it in a CUDA graph, and replays the graph from then on.
 
-    Every call does its work exactly once: a capture only records, and is followed by its first replay. Calls are in
-    order with everything else on the current stream. If the capture fails, the reason is said and calls go on as they
-    began.
+    Every call does the work exactly once: a capture only records, and the first replay follows at once. Calls are
+    ordered with all other work on the current stream. If the capture fails, the reason is reported and calls keep
+    running the function.
 
     Args:
-        function: without arguments or results; reads and writes buffers that stay where they are.
-        stream: of their own for warm-up and capture: the default stream cannot be captured, and what autograd remembers
-            of streams must be the same in both. Graphs that share a pool share it too.
-        pool: of memory, from `torch.cuda.graph_pool_handle`, to be shared by graphs that run one after the other.
-        warm_up: ordinary calls before the capture.
-        say: where the reason of a failure goes.
+        function: without arguments or results; reads and writes buffers that are never reallocated.
+        stream: for warm-up and capture. The default stream cannot be captured, and autograd remembers streams, so that
+            both need the same one. Graphs that share a pool also share the stream.
+        pool: of memory, from `torch.cuda.graph_pool_handle`; graphs that run one after the other can share it.
+        warm_up: calls before the capture.
+        report: called with one line if the capture fails; None = print it to stderr.
+
+    Attributes:
+        failure: why there is no graph, if the capture failed.
     """
 
     def __init__(
@@ -34,15 +36,14 @@ class Captured:
         stream: torch.cuda.Stream,
         pool: tuple[int, int],
         warm_up: int = WARM_UP,
-        say: Callable[[str], None] | None = None,
+        report: Callable[[str], None] | None = None,
     ) -> None:
         self._function, self._stream, self._pool = function, stream, pool
-        self._say = say or (lambda line: print(line, file=sys.stderr))
-        self._before = warm_up
+        self._report = report or (lambda line: print(line, file=sys.stderr))
+        self._warm_up_left = warm_up
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._broken: torch.cuda.CUDAGraph | None = None
+        self._broken_graph: torch.cuda.CUDAGraph | None = None
         self.failure: str | None = None
-        """Why there is no graph, if a capture was tried in vain."""
 
     @property
     def captured(self) -> bool:
@@ -50,12 +51,12 @@ class Captured:
         return self._graph is not None
 
     def __call__(self) -> None:
-        if self._graph is None and self._before == 0 and self.failure is None:
+        if self._graph is None and self._warm_up_left == 0 and self.failure is None:
             self._capture()
         if self._graph is not None:
             self._graph.replay()
             return
-        self._before = max(0, self._before - 1)
+        self._warm_up_left = max(0, self._warm_up_left - 1)
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -63,30 +64,32 @@ class Captured:
         current.wait_stream(self._stream)
 
     def _capture(self) -> None:
-        before, graph = torch.cuda.current_stream(self._stream.device), torch.cuda.CUDAGraph()
+        current, graph = torch.cuda.current_stream(self._stream.device), torch.cuda.CUDAGraph()
         try:
-            # thread_local: a reader's thread may talk to the device meanwhile, which in the default mode would spoil
-            # the capture.
+            # thread_local: in the default mode, CUDA calls of the data reader's thread would invalidate the capture.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 self._function()
         except Exception as error:  # of any kind: what cannot be captured can still be run
-            self._give_up(error, graph, before)
+            self._recover(error, graph, current)
         else:
             self._graph = graph
 
-    def _give_up(self, error: BaseException, graph: torch.cuda.CUDAGraph, before: torch.cuda.Stream) -> None:
-        """Back to where the capture began. torch.cuda.graph does not get there by itself if ending the capture fails
-        too: the stream stays current, the pool open, and the random generator in the belief that it is captured."""
-        while error.__context__ is not None:  # the end of a broken capture only says that it is broken
+    def _recover(self, error: BaseException, graph: torch.cuda.CUDAGraph, current: torch.cuda.Stream) -> None:
+        """Report the failure and restore what torch.cuda.graph leaves behind if ending the capture fails too: the
+        current stream, the allocator's pool, and the state of the random generator."""
+        while error.__context__ is not None:  # the last error only says that the capture is invalid
             error = error.__context__
         self.failure = (str(error) or type(error).__name__).splitlines()[0]
-        self._say(f"no CUDA graph: {self.failure}; steps are launched kernel by kernel, which is slower")
-        self._broken = graph  # the allocator may still point to it
-        torch.cuda.set_stream(before)
-        torch.cuda.synchronize(before.device)
-        index = before.device.index
+        self._report(f"no CUDA graph: {self.failure}; steps are launched kernel by kernel, which is slower")
+        self._broken_graph = graph  # the allocator may still refer to it
+        torch.cuda.set_stream(current)
+        torch.cuda.synchronize(current.device)
+        index = current.device.index
         with suppress(Exception):
+            # CUDAGraph.capture_end raises before it stops allocating from the pool, and no public function does only
+            # that. Without this call, all later allocations of this stream would come from the graph's pool.
             torch._C._cuda_endAllocateToPool(index, self._pool)
         with suppress(Exception):
+            # The default generator still counts as captured, and would refuse to draw.
             generator = torch.cuda.default_generators[index]
             generator.graphsafe_set_state(generator.clone_state())

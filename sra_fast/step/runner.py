@@ -87,7 +87,7 @@ class StepRunner:
         if not self._use_graph:
             return list(functions)
         stream, pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
-        self._graphs = [Captured(function, stream, pool, say=self._report_failure) for function in functions]
+        self._graphs = [Captured(function, stream, pool, report=self._report_failure) for function in functions]
         return list(self._graphs)
 
     def _run_step(self) -> None:
