@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from sra_fast.errors import Refused
-from sra_fast.sampling.images import LatentsFile, save_each, save_grid, save_npz, to_uint8
+from sra_fast.sampling.images import save_each, save_grid, save_latents, save_npz, to_uint8
 
 
 def test_every_level_survives_the_round_trip() -> None:
@@ -30,12 +30,13 @@ def test_pixels_are_rounded_clamped_and_laid_out_by_channel_last() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_values_that_are_not_finite_are_refused(bad: float) -> None:
+def test_values_that_are_not_finite_are_refused(bad: float, tmp_path: Path) -> None:
     x = torch.zeros(3, 1, 2, 2)
     x[1, 0, 1, 1] = bad
-    for convert in (to_uint8, LatentsFile(Path("never written"), torch.zeros(3)).add):
+    for write in (to_uint8, lambda x: save_latents(tmp_path / "latents.npz", [x], torch.zeros(3))):
         with pytest.raises(Refused, match="samples: '1 of 3 not finite' given"):
-            convert(x)
+            write(x)
+    assert list(tmp_path.iterdir()) == []
 
 
 def random_pixels(*shape: int) -> np.ndarray:

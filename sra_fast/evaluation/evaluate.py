@@ -25,7 +25,7 @@ from sra_fast.evaluation.frechet import frechet_distance
 from sra_fast.evaluation.judge import Judge, require_scikit_learn
 from sra_fast.model.transformer import Transformer
 from sra_fast.sampling.generate import balanced_labels, generate
-from sra_fast.sampling.guidance import Network
+from sra_fast.sampling.guidance import prediction_only
 from sra_fast.sampling.images import to_uint8
 
 LARGEST_IMAGE = 3 * 32 * 32  # values
@@ -143,8 +143,3 @@ def evaluate(
 
 def _ratio(a: float, b: float) -> float:
     return a / b if b else math.inf
-
-
-def prediction_only(model: Transformer) -> Network:
-    """The network as samplers call it: without features."""
-    return lambda x, t, labels: model(x, t, labels)[0]

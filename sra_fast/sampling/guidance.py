@@ -22,6 +22,11 @@ Guided = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """A `Network` that also takes the noise level, 0 = data and 1 = noise, and returns float64."""
 
 
+def prediction_only(model: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]) -> Network:
+    """A transformer as samplers call it: without features."""
+    return lambda x, t, labels: model(x, t, labels)[0]
+
+
 def guided(network: Network, *, scale: float, low: float, high: float, null_label: int, channels: int = 0) -> Guided:
     """Apply guidance to `network`.
 

@@ -6,6 +6,7 @@ Every file is written under a temporary name and renamed, so that it is never se
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -76,55 +77,40 @@ def save_npz(path: str | Path, pixels: np.ndarray) -> None:
         np.savez(file, np.broadcast_to(pixels, (*pixels.shape[:3], 3)))
 
 
-class ImageFiles:
-    """Writes images to a folder batch by batch: images/ at once, grid.png and samples.npz at the end.
+def save_images(
+    out: Path, batches: Iterable[Tensor], *, images: bool = True, grid: int = 0, columns: int = 1, npz: bool = True
+) -> None:
+    """Write images to a folder: images/ batch by batch, so that an interrupted run keeps them, then grid.png and
+    samples.npz.
 
     Args:
         out: the folder.
+        batches: (B, C, H, W) in [-1, 1] each.
         images, npz: whether to write images/ and samples.npz.
         grid: number of images in the grid; 0 = no grid.
         columns: images per row of the grid.
     """
-
-    def __init__(self, out: Path, *, images: bool, grid: int, columns: int, npz: bool) -> None:
-        self._out, self._images, self._grid, self._columns, self._npz = out, images, grid, columns, npz
-        self._batches: list[np.ndarray] = []
-
-    def add(self, x: Tensor) -> None:
-        """Add images (B, C, H, W) in [-1, 1]."""
-        pixels = to_uint8(x)
-        if self._images:  # at once, so that an interrupted run keeps its images
-            save_each(self._out / "images", pixels, first=sum(map(len, self._batches)))
-        self._batches.append(pixels)
-
-    def finish(self) -> None:
-        pixels = np.concatenate(self._batches)
-        if self._grid:
-            save_grid(self._out / "grid.png", pixels[: self._grid], self._columns)
-        if self._npz:
-            save_npz(self._out / "samples.npz", pixels)
+    arrays, count = [], 0
+    for batch in batches:
+        arrays.append(to_uint8(batch))
+        if images:
+            save_each(out / "images", arrays[-1], first=count)
+        count += len(batch)
+    pixels = np.concatenate(arrays)
+    if grid:
+        save_grid(out / "grid.png", pixels[:grid], columns)
+    if npz:
+        save_npz(out / "samples.npz", pixels)
 
 
-class LatentsFile:
-    """Collects latents batch by batch and writes one npz: `z` (N, C, h, w) float32 and `labels` (N,) int64.
-
-    Args:
-        path: the file.
-        labels: (N,) int64, of all latents.
-    """
-
-    def __init__(self, path: Path, labels: Tensor) -> None:
-        self._path, self._labels = path, labels
-        self._batches: list[np.ndarray] = []
-
-    def add(self, z: Tensor) -> None:
-        """Add latents (B, C, h, w) float32, which must be finite."""
+def save_latents(path: Path, batches: Iterable[Tensor], labels: Tensor) -> None:
+    """Write an npz of `z` (N, C, h, w) float32 and `labels` (N,) int64 from finite batches (B, C, h, w) of z."""
+    arrays = []
+    for z in batches:
         _check_finite(z)
-        self._batches.append(z.cpu().numpy())
-
-    def finish(self) -> None:
-        with replacing(self._path) as partial, partial.open("wb") as file:
-            np.savez(file, z=np.concatenate(self._batches), labels=self._labels.cpu().numpy())
+        arrays.append(z.cpu().numpy())
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez(file, z=np.concatenate(arrays), labels=labels.cpu().numpy())
 
 
 def _check_finite(x: Tensor) -> None:
