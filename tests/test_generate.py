@@ -70,8 +70,7 @@ def test_batch_invariant_is_bitwise_so(family: str, sampler: str) -> None:
     assert set(network.rows) == {1, 2}  # one image per call, under guidance as two rows
     assert torch.equal(whole, split)
     assert torch.equal(whole[4:5], alone)
-    assert whole.dtype == torch.float32
-    assert whole.shape == (7, 3, 8, 8)
+    assert (whole.dtype, whole.shape, whole.requires_grad) == (torch.float32, (7, 3, 8, 8), False)
 
 
 @pytest.mark.parametrize(("family", "sampler"), EVERY_SAMPLER)

@@ -56,6 +56,9 @@ def test_grid_magnifies_small_images_and_parts_them_by_one_pixel(tmp_path: Path,
     assert (read[32] == 96).all()
     assert (read[:, 32] == 96).all()
     assert (read[33:, 66:] == 96).all()  # the place of a sixth image
+    save_grid(tmp_path / "large.png", random_pixels(2, 32, 40, channels), columns=8)
+    with Image.open(tmp_path / "large.png") as image:
+        assert image.size == (81, 32)  # not magnified
 
 
 @pytest.mark.parametrize("channels", [1, 3])

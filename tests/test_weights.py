@@ -205,16 +205,6 @@ def test_export_writes_the_public_layout(main, trained, tmp_path):
         assert all(torch.equal(content[key][name], value) for name, value in saved.items())
 
 
-@pytest.mark.parametrize(("key", "file"), [("model", "weights"), ("ema", "ema")])
-def test_export_writes_safetensors_of_one_set(main, trained, tmp_path, key, file):
-    path = tmp_path / "w.safetensors"
-    assert main(["export", "--weights", trained, "--out", path, "--weights-key", key])[0] == 0
-    saved, exported = load_file(checkpoint(trained) / f"{file}.safetensors"), load_file(path)
-    assert exported.keys() == saved.keys()
-    assert all(torch.equal(exported[name], value) for name, value in saved.items())
-    assert files(tmp_path) == ["w.safetensors"]
-
-
 @pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
 def test_export_over_a_folder_is_refused(refused, trained, tmp_path, name):
     (tmp_path / name).mkdir()
