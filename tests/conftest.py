@@ -97,14 +97,14 @@ def refused(main):
 @pytest.fixture(scope="session")
 def kl(tmp_path_factory):
     """Folder of a small random AutoencoderKL; skips where diffusers is missing."""
-    from small_vae import save_kl
+    from small_data import save_kl
 
     return save_kl(tmp_path_factory.mktemp("kl"))
 
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
-    """Folder of class folders with whole, odd and damaged images."""
-    from small_set import write_images
+    """44 JPEGs in class folders, of which four cannot be decoded."""
+    from small_data import BAD, write_jpegs
 
-    return write_images(tmp_path_factory.mktemp("images"))
+    return write_jpegs(tmp_path_factory.mktemp("images"), extra=BAD)

@@ -22,11 +22,11 @@ from sra_fast import cli
 from sra_fast.config import ModelConfig
 from sra_fast.errors import Refused
 from sra_fast.model.public_weights import shapes
-from sra_fast.model.transformer import REFERENCE, Ops
+from sra_fast.model.backends import REFERENCE
 from sra_fast.step.state import TrainState
 from sra_fast.training import checkpoint
-from sra_fast.training.checkpoint import Progress
-from sra_fast.training.metrics import MetricsLog
+from sra_fast.training.checkpoint import RunProgress
+from sra_fast.training.metrics import MetricsFile
 
 CPU = torch.device("cpu")
 FILES = sorted([*(f"{name}.safetensors" for name in TENSORS), "state.json"])
@@ -80,7 +80,7 @@ def test_without_alignment_the_head_has_no_moments(tmp_path):
 def full_state(tiny):
     """(config, state) with random bits everywhere, subnormal numbers and negative zeros among them."""
     config = tiny()
-    state = TrainState.create(config, Ops.select(config.kernels.resolve()), CPU, torch.float32)
+    state = TrainState.create(config, REFERENCE, CPU, torch.float32)
     generator = torch.Generator().manual_seed(0)
     for name in TENSORS:
         for value in getattr(state, name).values():
@@ -94,7 +94,7 @@ def full_state(tiny):
 
 def test_a_round_trip_keeps_every_bit(full_state, tmp_path):
     config, state = full_state
-    progress = Progress(images_seen=2**45, step=2**37, train_s=0.1 + 0.2, data_fingerprint="abc")
+    progress = RunProgress(images_seen=2**45, step=2**37, train_s=0.1 + 0.2, data_fingerprint="abc")
     path = checkpoint.save(tmp_path / "checkpoints", state, config, progress)
     assert path.name == f"{2**45:012d}"
     loaded, again = checkpoint.load(path, config, "abc", CPU)
@@ -115,7 +115,7 @@ def test_everything_is_on_the_disk_before_the_name_appears(full_state, tmp_path,
 
     monkeypatch.setattr(os, "fsync", fsync)
     config, state = full_state
-    checkpoint.save(tmp_path / "checkpoints", state, config, Progress(images_seen=8))
+    checkpoint.save(tmp_path / "checkpoints", state, config, RunProgress(images_seen=8))
     before = {name for name, visible in flushed if not visible}
     assert before >= {*FILES, f"{8:012d}.tmp"}
     assert ("checkpoints", True) in flushed  # the new name itself
@@ -204,7 +204,7 @@ def test_a_disk_that_fills_with_metrics_is_one_line(stopped, refused, saved, mon
     def write(self, row):
         raise OSError(errno.ENOSPC, "No space left on device", str(stopped / "runs/a/metrics.jsonl"))
 
-    monkeypatch.setattr(MetricsLog, "write", write)
+    monkeypatch.setattr(MetricsFile, "write", write)
     line = refused(arguments(stopped))
     assert "metrics.jsonl" in line
     assert "No space left" in line
@@ -349,6 +349,6 @@ def test_a_state_file_that_cannot_be_written_leaves_nothing(stopped, saved, monk
     state = checkpoint.load(saved, config, checkpoint.describe(saved)[0]["data_fingerprint"], torch.device("cpu"))[0]
     state = TrainState.assemble(config, REFERENCE, torch.float32, **state)
     with pytest.raises(Refused, match="earlier checkpoints are untouched"):
-        checkpoint.save(saved.parent, state, config, checkpoint.Progress(images_seen=48))
+        checkpoint.save(saved.parent, state, config, RunProgress(images_seen=48))
     assert content(saved) == before
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]

@@ -10,7 +10,7 @@ from small_run import metrics, run, small, strict_json, write_images
 
 from sra_fast.errors import Refused
 from sra_fast.files import read_json, write_json
-from sra_fast.training.metrics import MetricsLog
+from sra_fast.training.metrics import MetricsFile
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def plain(monkeypatch):
 
 
 def written(folder, images_seen, rows):
-    log = MetricsLog(folder, images_seen)
+    log = MetricsFile(folder, images_seen)
     for row in rows:
         log.write(row)
     log.close()
@@ -53,7 +53,7 @@ def test_what_is_not_finite_becomes_null(tmp_path, plain, value):
 
 
 def test_a_line_is_on_the_disk_as_soon_as_it_is_written(tmp_path, plain):
-    log = MetricsLog(tmp_path, 0)
+    log = MetricsFile(tmp_path, 0)
     log.write(ROWS[0])
     assert metrics(tmp_path) == ROWS[:1]
     log.close()

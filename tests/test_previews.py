@@ -15,7 +15,7 @@ def test_a_preview_that_cannot_be_drawn_does_not_end_the_run(tmp_path, monkeypat
         raise trouble
 
     write_images(tmp_path / "data")
-    monkeypatch.setattr("sra_fast.training.trainer.generate", fail)
+    monkeypatch.setattr("sra_fast.training.validation.generate", fail)
     code, rows = run(small(tmp_path))
     assert (code, len(rows)) == (0, 10)
     assert f"no preview: {str(trouble).splitlines()[0]}\n" in capfd.readouterr().err
@@ -23,6 +23,6 @@ def test_a_preview_that_cannot_be_drawn_does_not_end_the_run(tmp_path, monkeypat
 
 def test_samples_that_are_not_finite_cost_the_preview_alone(tmp_path, monkeypatch, capfd):
     write_images(tmp_path / "data")
-    monkeypatch.setattr("sra_fast.training.trainer.generate", lambda *_, **__: torch.full((4, 1, 8, 8), torch.nan))
+    monkeypatch.setattr("sra_fast.training.validation.generate", lambda *_, **__: torch.full((4, 1, 8, 8), torch.nan))
     assert run(small(tmp_path))[0] == 0
     assert "no preview: " in capfd.readouterr().err

@@ -26,7 +26,8 @@ from sra_fast.data.folder import scan, split
 from sra_fast.data.image_stream import ImageStream
 from sra_fast.errors import Refused
 from sra_fast.step.step import TrainingStep
-from sra_fast.training.trainer import Trainer
+from sra_fast.training.metrics import StepLog
+from sra_fast.training.validation import Previews, Validation
 
 END = "000000000080"  # checkpoint after ten steps of eight
 
@@ -358,22 +359,23 @@ def test_a_stopped_run_goes_on_as_promised(stopped, main, resume):
     said = []
     code, _ = run(small(stopped, run__name="b", resume=path), stop_after=2, report=said.append)
     assert code == 143
-    assert "--run.name b goes on from here" in said[-1]
+    assert "--run.name b resumes from here" in said[-1]
     code, line = main(arguments(stopped, run__name="b", resume="auto"))
     assert code == 0, line
 
 
-@pytest.mark.parametrize("where", ["_preview", "_validation_loss", "_row"])
-def test_a_signal_outside_the_step_saves_too(tmp_path, monkeypatch, where):
+@pytest.mark.parametrize(("part", "method"), [(Previews, "write"), (Validation, "loss"), (StepLog, "write")])
+def test_a_signal_outside_the_step_saves_too(tmp_path, monkeypatch, part, method):
     write_images(tmp_path / "data")
-    original = getattr(Trainer, where)
+    original, calls = getattr(part, method), []
 
-    def interrupted(self, *arguments):
-        if self.progress.step == 5:
+    def interrupted(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == (5 if part is StepLog else 1):
             signal.raise_signal(signal.SIGTERM)
-        return original(self, *arguments)
+        return original(self, *arguments, **options)
 
-    monkeypatch.setattr(Trainer, where, interrupted)
+    monkeypatch.setattr(part, method, interrupted)
     often = {"train__preview_every_images": 40, "train__validate_every_images": 40}
     code, _ = run(small(tmp_path, **often))
     assert code == 143

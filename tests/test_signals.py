@@ -18,7 +18,7 @@ def test_the_first_signal_is_noted_and_said(number, capfd):
         assert stop.signal == 0
         signal.raise_signal(number)
         assert stop.signal == number
-    assert "once more to stop at once" in capfd.readouterr().err
+    assert "again to stop at once" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("first", SIGNALS)

@@ -32,7 +32,7 @@ from sra_fast.data.folder import scan, split
 from sra_fast.errors import Refused
 from sra_fast.step import step as step_module
 from sra_fast.step.step import TrainingStep
-from sra_fast.training import checkpoint, trainer
+from sra_fast.training import checkpoint, validation
 
 LINE = "step images_seen loss velocity_loss alignment_loss grad_norm lr ema_decay images_per_s skipped_steps"
 FIGURES = (
@@ -47,8 +47,8 @@ def spy_on_steps(monkeypatch, see):
     """Calls see(state, batch, metrics) after every step."""
     original = TrainingStep.__call__
 
-    def call(self, state, *batch):
-        result = original(self, state, *batch)
+    def call(self, state, batch, *scalars):
+        result = original(self, state, batch, *scalars)
         see(state, batch, result)
         return result
 
@@ -93,8 +93,8 @@ def test_a_line_is_the_mean_of_its_steps(root):
 
 
 def test_previews_and_checkpoints_come_when_their_number_is_passed(root, monkeypatch):
-    made, save_grid = [], trainer.save_grid
-    monkeypatch.setattr(trainer, "save_grid", lambda path, *rest: (made.append(path.name), save_grid(path, *rest)))
+    made, save_grid = [], validation.save_grid
+    monkeypatch.setattr(validation, "save_grid", lambda path, *rest: (made.append(path.name), save_grid(path, *rest)))
     config = small(root, train__preview_every_images=20, train__save_every_images=32, train__keep_checkpoints=9)
     assert run(config)[0] == 0
     # Steps of 8: 20, 40, 60 and 80 are passed at 24, 40, 64 and 80.
@@ -165,8 +165,8 @@ def test_held_out_images_are_never_trained_on_and_all_others_are(root, monkeypat
     seen = []
 
     def see(state, batch, result):
-        levels = ((batch[0] + 1) * 127.5).round().to(torch.uint8).squeeze(1).numpy()
-        seen.extend((image.tobytes(), int(label)) for image, label in zip(levels, batch[1], strict=True))
+        levels = ((batch.x + 1) * 127.5).round().to(torch.uint8).squeeze(1).numpy()
+        seen.extend((image.tobytes(), int(label)) for image, label in zip(levels, batch.labels, strict=True))
 
     spy_on_steps(monkeypatch, see)
     names = scan(root / "data").files
@@ -184,7 +184,7 @@ def test_held_out_images_are_never_trained_on_and_all_others_are(root, monkeypat
 
 def test_image_numbers_count_up_and_never_repeat(root, monkeypatch):
     numbers = []
-    spy_on_steps(monkeypatch, lambda state, batch, result: numbers.extend(batch[2].tolist()))
+    spy_on_steps(monkeypatch, lambda state, batch, result: numbers.extend(batch.number.tolist()))
     run(small(root), stop_after=4)
     run(small(root))
     assert numbers == list(range(80))
@@ -255,7 +255,9 @@ def bits(state):
 def test_a_step_that_is_not_finite_changes_nothing_but_consumes_its_images(root, monkeypatch, accumulate, factor):
     after, numbers = [], []
     spoil(monkeypatch, {4 * accumulate}, factor)  # the fourth step, in its last micro-batch
-    spy_on_steps(monkeypatch, lambda state, batch, _: (after.append(bits(state)), numbers.extend(batch[2].tolist())))
+    spy_on_steps(
+        monkeypatch, lambda state, batch, _: (after.append(bits(state)), numbers.extend(batch.number.tolist()))
+    )
     assert run(small(root, train__accumulate=accumulate))[0] == 0
     assert after[3] == after[2]
     assert all(a != b for i, (a, b) in enumerate(itertools.pairwise(after)) if i != 2)
