@@ -7,9 +7,8 @@ import re
 
 import pytest
 import torch
+from small_data import pack, save_kl, stand_in
 from small_run import small, write_images
-from small_sets import pack, stand_in
-from small_vae import save_kl
 
 from sra_fast.data.source import open_source
 from sra_fast.errors import Refused

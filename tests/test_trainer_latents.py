@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_run import arguments, checkpoints, complaint, content, metrics, run, small, summary
 from small_data import change, pack, publish, stand_in
+from small_run import arguments, checkpoints, complaint, content, metrics, run, small, summary
 
 from sra_fast.data.latent_stream import LatentStream
 from sra_fast.errors import Refused
