@@ -1,5 +1,5 @@
-// The optimizer on a CPU, for the instruction set named by SRA_CPU. No function here may come from a header that is not
-// inlined always, see SRA_FUNCTION.
+// The optimizer on a CPU, for the instruction set named by SRA_CPU. Functions from headers must always be inlined here,
+// see SRA_FUNCTION.
 #include "cpu.h"
 
 #if defined(__SSE2__)
@@ -9,8 +9,8 @@
 namespace sra::SRA_CPU {
 namespace {
 
-// Elements of which all tensors are worked through before the next. Small, so that memory sees few streams at a time
-// and a copy is made of what is still in the nearest cache.
+// Elements that are processed in all tensors before the next ones. Small, so that few memory streams are active at a
+// time and copies are rounded from the first-level cache.
 constexpr int PIECE = 256;
 
 template <class T>
@@ -18,24 +18,24 @@ inline __attribute__((always_inline)) void widen_all(const T* from, float* to, i
   for (int i = 0; i < count; ++i) to[i] = widen(from[i]);
 }
 
-// `count` values to a copy. A whole piece may go past the caches: what is written so need not be read first.
+// Rounds `count` values into a copy. A complete piece may bypass the caches, which avoids reading the target first.
 template <class T>
 inline __attribute__((always_inline)) void write_copy(const float* from, T* to, int count, bool streaming) {
-  alignas(64) T made[PIECE];
-  for (int i = 0; i < count; ++i) narrow(from[i], made[i]);
+  alignas(64) T rounded[PIECE];
+  for (int i = 0; i < count; ++i) narrow(from[i], rounded[i]);
 #if defined(__SSE2__)
   if (streaming && count == PIECE && reinterpret_cast<std::uintptr_t>(to) % 16 == 0) {
-    for (unsigned i = 0; i < sizeof made / 16; ++i)
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to) + i, reinterpret_cast<const __m128i*>(made)[i]);
+    for (unsigned i = 0; i < sizeof rounded / 16; ++i)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to) + i, reinterpret_cast<const __m128i*>(rounded)[i]);
     return;
   }
 #endif
-  __builtin_memcpy(to, made, static_cast<std::size_t>(count) * sizeof(T));
+  __builtin_memcpy(to, rounded, static_cast<std::size_t>(count) * sizeof(T));
 }
 
-// COUNT elements, or `count` of them where COUNT is 0.
+// Updates COUNT elements, or `count` if COUNT is 0.
 template <int COUNT, class G, class C>
-inline __attribute__((always_inline)) void piece(
+inline __attribute__((always_inline)) void update_piece(
     const Parameter& p, std::int64_t at, int count, const Rates& rates, const GroupRates& group, const Update& update,
     bool streaming) {
   const int n = COUNT ? COUNT : count;
@@ -63,10 +63,10 @@ void update_chunk(
     const Update& update, bool streaming) {
   const std::int64_t end = begin + size;
   std::int64_t at = begin;
-  for (; at + PIECE <= end; at += PIECE) piece<PIECE, G, C>(p, at, PIECE, rates, group, update, streaming);
-  if (at < end) piece<0, G, C>(p, at, static_cast<int>(end - at), rates, group, update, false);
+  for (; at + PIECE <= end; at += PIECE) update_piece<PIECE, G, C>(p, at, PIECE, rates, group, update, streaming);
+  if (at < end) update_piece<0, G, C>(p, at, static_cast<int>(end - at), rates, group, update, false);
 #if defined(__SSE2__)
-  if (streaming) _mm_sfence();  // what went past the caches is there before another thread hears that we are done
+  if (streaming) _mm_sfence();  // makes the streaming stores visible before this thread reports completion
 #endif
 }
 

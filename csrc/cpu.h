@@ -1,5 +1,5 @@
-// The optimizer on a CPU: cpu.cpp is compiled once for every instruction set here, and the best one that the processor
-// has is chosen at run time. All give the same bits.
+// The optimizer on a CPU. cpu.cpp is compiled once for each instruction set below, and the best one that the processor
+// supports is chosen at run time. All give the same bits.
 #pragma once
 
 #include <cstdint>
@@ -8,15 +8,15 @@
 
 namespace sra {
 
-constexpr std::int64_t CPU_CHUNK = 1 << 14;  // elements of one parameter that a thread takes at a time
+constexpr std::int64_t CPU_CHUNK = 1 << 14;  // elements of one parameter per unit of work
 
-// Update `size` elements of a parameter from element `begin` on. finite: whether the norm was; if not, nothing changes
-// but gradients that are to be zeroed. streaming: write copies past the caches.
+// Updates `size` elements of a parameter from element `begin` on. finite: the norm is finite; otherwise the only change
+// is that gradients are zeroed if asked for. streaming: copies bypass the caches.
 using UpdateChunk = void (*)(
     const Parameter&, std::int64_t begin, std::int64_t size, const Rates&, const GroupRates&, const Update&,
     bool finite, bool streaming);
 
-// Sum of squares of at most NORM_CHUNK gradients, in the order that arithmetic.h fixes.
+// Sum of squares of at most NORM_CHUNK gradients, in the order defined in arithmetic.h.
 using SquareSum = double (*)(const void* gradient, std::int64_t size, Dtype);
 
 struct Cpu {
@@ -37,10 +37,10 @@ extern const Cpu cpu;
 }
 #endif
 
-// The fastest that this processor runs.
+// The fastest implementation that this processor supports.
 const Cpu& best_cpu();
 
-// Sum of the chunks' sums, in the order that arithmetic.h fixes.
+// Sum of the chunks' sums, in the order defined in arithmetic.h.
 double total(const double* sums, std::int64_t count);
 
 }  // namespace sra

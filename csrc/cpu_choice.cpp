@@ -1,4 +1,4 @@
-// Which instruction set to use, and what is too small to matter which.
+// Picks the instruction set at run time; also small code that needs none in particular.
 #include "cpu.h"
 
 namespace sra {

@@ -1,5 +1,5 @@
-// The optimizer on an NVIDIA GPU: many tensors a launch, their addresses among the launch's parameters, so that a graph
-// keeps them and no table has to be copied to the device.
+// The optimizer on an NVIDIA GPU: many tensors per launch. Their addresses are kernel parameters, so that a CUDA graph
+// stores them and no table is copied to the device.
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
@@ -11,9 +11,9 @@ namespace sra {
 namespace {
 
 constexpr int THREADS = 256;
-constexpr int VECTOR = 4;                    // elements a thread takes at a time: 16 bytes of float32
-constexpr int UPDATE_CHUNK = 8 * THREADS * VECTOR;  // elements of a block of the update
-constexpr int PER_LAUNCH = 46;               // tensors; a kernel's parameters are at most 4 KiB
+constexpr int VECTOR = 4;                           // elements per thread and access: 16 bytes of float32
+constexpr int UPDATE_CHUNK = 8 * THREADS * VECTOR;  // elements per block of the update
+constexpr int PER_LAUNCH = 46;                      // parameters per launch: kernel arguments are limited to 4 KiB
 static_assert(THREADS == NORM_THREADS && VECTOR * THREADS == NORM_LANES);
 
 void check(cudaError_t status, const char* what) {
@@ -22,10 +22,10 @@ void check(cudaError_t status, const char* what) {
 
 struct Part {
   Parameter parameter;
-  bool aligned;  // all its tensors to VECTOR elements
+  bool aligned;  // all its tensors are aligned to VECTOR elements
 };
 
-// Some of a list's parameters, and where among the launch's blocks each begins.
+// Up to PER_LAUNCH parameters, and the first block of each.
 struct Launch {
   Part parts[PER_LAUNCH];
   std::int32_t first[PER_LAUNCH + 1];
@@ -33,7 +33,7 @@ struct Launch {
 };
 static_assert(sizeof(Launch) < 4000);
 
-// VECTOR elements as one load or store. Stores are spelled out, because the compiler takes those of a struct apart.
+// VECTOR elements as one load or store. Stores are inline assembly, because the compiler splits those of a struct.
 __device__ void read_vector(const float* from, float* to) {
   const float4 word = *reinterpret_cast<const float4*>(from);
   to[0] = word.x, to[1] = word.y, to[2] = word.z, to[3] = word.w;
@@ -46,17 +46,19 @@ __device__ void read_vector(const Half* from, Half* to) {
 }
 
 __device__ void write_vector(const float* from, float* to) {
-  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};"
-               ::"l"(to), "f"(from[0]), "f"(from[1]), "f"(from[2]), "f"(from[3]) : "memory");
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(from[0]), "f"(from[1]), "f"(from[2]),
+               "f"(from[3])
+               : "memory");
 }
 
 template <class Half>
 __device__ void write_vector(const Half* from, Half* to) {
-  asm volatile("st.global.v4.u16 [%0], {%1, %2, %3, %4};"
-               ::"l"(to), "h"(from[0].word), "h"(from[1].word), "h"(from[2].word), "h"(from[3].word) : "memory");
+  asm volatile("st.global.v4.u16 [%0], {%1, %2, %3, %4};" ::"l"(to), "h"(from[0].word), "h"(from[1].word),
+               "h"(from[2].word), "h"(from[3].word)
+               : "memory");
 }
 
-// What is computed once a step.
+// Computed once per step.
 struct State {
   Rates rates;
   std::int32_t finite;
@@ -66,8 +68,10 @@ __device__ int part_of(const Launch& launch, int block) {
   int low = 0, high = launch.count;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    if (launch.first[middle] <= block) low = middle;
-    else high = middle;
+    if (launch.first[middle] <= block)
+      low = middle;
+    else
+      high = middle;
   }
   return low;
 }
@@ -77,14 +81,14 @@ struct Decays {
   std::int32_t first, count;
 };
 
-// One thread: the rates of this update, and the counters. With more than 16 groups it is launched for 16 at a time, and
-// counts with the last.
+// Computes the rates of this update and the counters, in one thread. Handles up to 16 groups per launch; the last
+// launch updates the counters.
 __global__ void begin_kernel(
     Settings settings, DeviceScalars scalars, Decays decays, bool last, State* state, GroupRates* groups) {
   const bool is_finite = finite(*scalars.norm);
   const std::int64_t step = *scalars.step + (is_finite ? 1 : 0);
   for (int i = 0; i < decays.count; ++i) {
-    const float lr = scalars.lr[scalars.lr_of_each ? decays.first + i : 0];
+    const float lr = scalars.lr[scalars.lr_per_group ? decays.first + i : 0];
     groups[decays.first + i] = make_group(settings, step, lr, decays.of[i]);
   }
   if (!last) return;
@@ -94,26 +98,30 @@ __global__ void begin_kernel(
   if (!is_finite) ++*scalars.skipped;
 }
 
-// COUNT neighbouring elements: VECTOR where all of the parameter's tensors are aligned, else one.
+// COUNT neighbouring elements: VECTOR if all of the parameter's tensors are aligned, otherwise one.
 template <int COUNT, class T>
 __device__ void read(const void* from, std::int64_t at, T* to) {
   const T* first = static_cast<const T*>(from) + at;
-  if constexpr (COUNT == VECTOR) read_vector(first, to);
-  else *to = *first;
+  if constexpr (COUNT == VECTOR)
+    read_vector(first, to);
+  else
+    *to = *first;
 }
 
 template <int COUNT, class T>
 __device__ void write(const T* from, void* to, std::int64_t at) {
   T* first = static_cast<T*>(to) + at;
-  if constexpr (COUNT == VECTOR) write_vector(from, first);
-  else *first = *from;
+  if constexpr (COUNT == VECTOR)
+    write_vector(from, first);
+  else
+    *first = *from;
 }
 
 template <int COUNT, class C>
 __device__ void write_copy(const float* from, void* to, std::int64_t at) {
-  C made[COUNT];
-  for (int i = 0; i < COUNT; ++i) narrow(from[i], made[i]);
-  write<COUNT>(made, to, at);
+  C rounded[COUNT];
+  for (int i = 0; i < COUNT; ++i) narrow(from[i], rounded[i]);
+  write<COUNT>(rounded, to, at);
 }
 
 template <int COUNT, class G, class C>
@@ -128,7 +136,7 @@ __device__ void update_elements(
       read<COUNT>(p.weight, at, weight);
       read<COUNT>(p.m, at, m);
       read<COUNT>(p.v, at, v);
-      if (p.ema) read<COUNT>(p.ema, at, ema);  // early, so that all are under way together
+      if (p.ema) read<COUNT>(p.ema, at, ema);  // early, so that all loads overlap
       for (int i = 0; i < COUNT; ++i) adamw(widen(g[i]), weight[i], m[i], v[i], rates, group);
       write<COUNT>(weight, p.weight, at);
       write<COUNT>(m, p.m, at);
@@ -152,8 +160,8 @@ __device__ void update_elements(
 }
 
 template <class G, class C>
-__global__ void __launch_bounds__(THREADS) update_kernel(
-    const __grid_constant__ Launch launch, const State* state, const GroupRates* groups, bool zero) {
+__global__ void __launch_bounds__(THREADS)
+    update_kernel(const __grid_constant__ Launch launch, const State* state, const GroupRates* groups, bool zero) {
   const int block = static_cast<int>(blockIdx.x), which = part_of(launch, block);
   const Part& part = launch.parts[which];
   const Parameter& p = part.parameter;
@@ -163,7 +171,7 @@ __global__ void __launch_bounds__(THREADS) update_kernel(
   const GroupRates group = groups[p.group];
   const std::int64_t begin = std::int64_t{block - launch.first[which]} * UPDATE_CHUNK;
   const std::int64_t end = min(begin + UPDATE_CHUNK, p.size);
-  std::int64_t scalar = begin;  // where single elements begin
+  std::int64_t scalar = begin;  // start of the elements that are processed one by one
   if (part.aligned) {
     scalar += (end - begin) / VECTOR * VECTOR;
     for (std::int64_t at = begin + VECTOR * threadIdx.x; at < scalar; at += VECTOR * THREADS)
@@ -173,7 +181,7 @@ __global__ void __launch_bounds__(THREADS) update_kernel(
     update_elements<1, G, C>(p, at, rates, group, is_finite, zero);
 }
 
-// The tree of halves over a block's sums; the result is thread 0's.
+// Adds a block's sums by a tree of halves; thread 0 has the result.
 __device__ double tree(double sum) {
   __shared__ double sums[NORM_THREADS];
   sums[threadIdx.x] = sum;
@@ -193,7 +201,8 @@ __global__ void __launch_bounds__(THREADS) square_sum_kernel(const __grid_consta
   double lanes[VECTOR] = {};
   for (std::int64_t at = begin + VECTOR * threadIdx.x; at < end; at += NORM_LANES) {
     G g[VECTOR] = {};
-    if (part.aligned && at + VECTOR <= end) read<VECTOR>(part.parameter.gradient, at, g);
+    if (part.aligned && at + VECTOR <= end)
+      read<VECTOR>(part.parameter.gradient, at, g);
     else
       for (int i = 0; i < VECTOR && at + i < end; ++i) read<1>(part.parameter.gradient, at + i, g + i);
     for (int i = 0; i < VECTOR; ++i) {
@@ -216,9 +225,9 @@ bool aligned(const void* address, std::size_t element) {
   return reinterpret_cast<std::uintptr_t>(address) % (VECTOR * element) == 0;
 }
 
-// Calls run(launch, number of blocks, number of blocks before) for PER_LAUNCH parameters at a time.
+// Calls run(launch, blocks, blocks before) for up to PER_LAUNCH parameters at a time.
 template <class Run>
-void in_launches(
+void for_each_launch(
     const std::vector<Parameter>& parameters, std::int64_t chunk, std::size_t gradient, std::size_t copy, Run run) {
   Launch launch{};
   std::int64_t before = 0;
@@ -242,17 +251,19 @@ void in_launches(
 }
 
 template <class G, class C>
-void update_as(const std::vector<Parameter>& parameters, const Update& update, const State* state,
-               const GroupRates* groups, cudaStream_t stream) {
-  in_launches(parameters, UPDATE_CHUNK, sizeof(G), sizeof(C), [&](const Launch& launch, int blocks, std::int64_t) {
+void update_as(
+    const std::vector<Parameter>& parameters, const Update& update, const State* state, const GroupRates* groups,
+    cudaStream_t stream) {
+  for_each_launch(parameters, UPDATE_CHUNK, sizeof(G), sizeof(C), [&](const Launch& launch, int blocks, std::int64_t) {
     update_kernel<G, C><<<blocks, THREADS, 0, stream>>>(launch, state, groups, update.zero_gradients);
     check(cudaGetLastError(), "update");
   });
 }
 
 template <class G>
-void update_for(const std::vector<Parameter>& parameters, const Update& update, const State* state,
-                const GroupRates* groups, cudaStream_t stream) {
+void update_for(
+    const std::vector<Parameter>& parameters, const Update& update, const State* state, const GroupRates* groups,
+    cudaStream_t stream) {
   switch (update.copies) {
     case Dtype::bfloat16: return update_as<G, Bfloat16>(parameters, update, state, groups, stream);
     case Dtype::float16: return update_as<G, Float16>(parameters, update, state, groups, stream);
@@ -262,7 +273,7 @@ void update_for(const std::vector<Parameter>& parameters, const Update& update, 
 
 template <class G>
 void norm_of(const std::vector<Parameter>& parameters, double* sums, cudaStream_t stream) {
-  in_launches(parameters, NORM_CHUNK, sizeof(G), 1, [&](const Launch& launch, int blocks, std::int64_t before) {
+  for_each_launch(parameters, NORM_CHUNK, sizeof(G), 1, [&](const Launch& launch, int blocks, std::int64_t before) {
     square_sum_kernel<G><<<blocks, THREADS, 0, stream>>>(launch, sums + before);
     check(cudaGetLastError(), "gradient_norm");
   });
@@ -279,24 +290,24 @@ void cuda_update(
     const std::vector<double>& decays, void* workspace, void* stream) {
   State* state = static_cast<State*>(workspace);
   GroupRates* groups = reinterpret_cast<GroupRates*>(state + 1);
-  cudaStream_t on = static_cast<cudaStream_t>(stream);
+  cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
   const int count = static_cast<int>(decays.size());
-  Decays some{};
+  Decays batch{};
   do {
-    some.count = 0;
-    while (some.first + some.count < count && some.count < 16) {
-      some.of[some.count] = decays[static_cast<std::size_t>(some.first + some.count)];
-      ++some.count;
+    batch.count = 0;
+    while (batch.first + batch.count < count && batch.count < 16) {
+      batch.of[batch.count] = decays[static_cast<std::size_t>(batch.first + batch.count)];
+      ++batch.count;
     }
-    const bool last = some.first + some.count == count;
-    begin_kernel<<<1, 1, 0, on>>>(settings, scalars, some, last, state, groups);
+    const bool last = batch.first + batch.count == count;
+    begin_kernel<<<1, 1, 0, cuda_stream>>>(settings, scalars, batch, last, state, groups);
     check(cudaGetLastError(), "begin");
-    some.first += some.count;
-  } while (some.first < count);
+    batch.first += batch.count;
+  } while (batch.first < count);
   switch (update.gradients) {
-    case Dtype::float32: return update_for<float>(parameters, update, state, groups, on);
-    case Dtype::bfloat16: return update_for<Bfloat16>(parameters, update, state, groups, on);
-    case Dtype::float16: return update_for<Float16>(parameters, update, state, groups, on);
+    case Dtype::float32: return update_for<float>(parameters, update, state, groups, cuda_stream);
+    case Dtype::bfloat16: return update_for<Bfloat16>(parameters, update, state, groups, cuda_stream);
+    case Dtype::float16: return update_for<Float16>(parameters, update, state, groups, cuda_stream);
   }
 }
 
@@ -306,15 +317,15 @@ std::int64_t cuda_norm_sums(const std::vector<Parameter>& parameters) {
 }
 
 void cuda_norm(const std::vector<Parameter>& parameters, Dtype dtype, double* sums, float* norm, void* stream) {
-  cudaStream_t on = static_cast<cudaStream_t>(stream);
+  cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
   std::vector<std::int64_t> first;
   const std::int64_t count = count_chunks(parameters, NORM_CHUNK, first);
   switch (dtype) {
-    case Dtype::float32: norm_of<float>(parameters, sums, on); break;
-    case Dtype::bfloat16: norm_of<Bfloat16>(parameters, sums, on); break;
-    case Dtype::float16: norm_of<Float16>(parameters, sums, on); break;
+    case Dtype::float32: norm_of<float>(parameters, sums, cuda_stream); break;
+    case Dtype::bfloat16: norm_of<Bfloat16>(parameters, sums, cuda_stream); break;
+    case Dtype::float16: norm_of<Float16>(parameters, sums, cuda_stream); break;
   }
-  total_kernel<<<1, THREADS, 0, on>>>(sums, count, norm);
+  total_kernel<<<1, THREADS, 0, cuda_stream>>>(sums, count, norm);
   check(cudaGetLastError(), "gradient_norm");
 }
 

@@ -1,5 +1,6 @@
-// The optimizer as PyTorch operators, on LibTorch's stable ABI: one library for every torch from 2.10 on, with or
-// without a GPU. Schemas, what is refused, and the way to cpu.h and cuda.h; kernels/adamw_ema.py documents them.
+// The optimizer as PyTorch operators on LibTorch's stable ABI: one library for every torch from 2.10 on, with or
+// without a GPU. Defines schemas, validates arguments and calls cpu.h or cuda.h; kernels/adamw_ema.py documents the
+// operators.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -28,7 +29,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
-// Copies of so many bytes in all do not stay in a processor's caches until they are read again.
+// From this total size on, copies are evicted from the caches before they are read again.
 constexpr std::int64_t STREAMING_BYTES = std::int64_t{64} << 20;
 
 template <class... Parts>
@@ -46,7 +47,7 @@ std::string shape(const Tensor& tensor) {
   return text.str();
 }
 
-std::string place(const Tensor& tensor) {
+std::string device_name(const Tensor& tensor) {
   std::ostringstream text;
   text << (tensor.is_cuda() ? "cuda:" : tensor.is_cpu() ? "cpu" : "another kind of device");
   if (tensor.is_cuda()) text << tensor.get_device_index();
@@ -71,59 +72,63 @@ sra::Dtype dtype_of(const Tensor& tensor) {
                                       : sra::Dtype::float32;
 }
 
-// What a list has to be: one tensor for each of `like`, or none at all.
+// Requirements of a list: one tensor for each tensor in `like`, or no tensors.
 struct Expected {
   const char* op;
   const char* name;
   const Tensors& like;
   const char* like_name;
-  bool halves;   // bfloat16 and float16 will do as well as float32, but one for all
-  bool missing;  // a tensor without elements stands for none
+  bool halves;   // bfloat16 and float16 are allowed besides float32, one dtype for the list
+  bool missing;  // a tensor without elements stands for a missing one
 };
 
 void check(const Tensors& list, const Expected& expected) {
   const auto& [op, name, like, like_name, halves, missing] = expected;
   if (list.empty()) return;
   if (list.size() != like.size())
-    refuse(op, ": ", name, " has ", list.size(), " tensors; must have one for each of the ", like.size(), " in ",
-           like_name, ", or none");
+    refuse(
+        op, ": ", name, " has ", list.size(), " tensors; must have one for each of the ", like.size(), " in ",
+        like_name, ", or none");
   for (std::size_t i = 0; i < list.size(); ++i) {
     const Tensor& tensor = list[i];
     const ScalarType type = tensor.scalar_type();
     if (!same_device(tensor, like[0]))
-      refuse(op, ": ", name, "[", i, "]: on ", place(tensor), "; must be on ", place(like[0]), " as ", like_name,
-             "[0]");
+      refuse(
+          op, ": ", name, "[", i, "]: on ", device_name(tensor), "; must be on ", device_name(like[0]), " as ",
+          like_name, "[0]");
     if (halves ? type != ScalarType::Float && type != ScalarType::BFloat16 && type != ScalarType::Half
                : type != ScalarType::Float)
-      refuse(op, ": ", name, "[", i, "]: dtype ", torch::headeronly::toString(type), " given; must be Float",
-             halves ? ", BFloat16 or Half" : "");
+      refuse(
+          op, ": ", name, "[", i, "]: dtype ", torch::headeronly::toString(type), " given; must be Float",
+          halves ? ", BFloat16 or Half" : "");
     if (type != list[0].scalar_type())
-      refuse(op, ": ", name, "[", i, "]: dtype ", torch::headeronly::toString(type), " given; must be that of ", name,
-             "[0], ", torch::headeronly::toString(list[0].scalar_type()));
+      refuse(
+          op, ": ", name, "[", i, "]: dtype ", torch::headeronly::toString(type), " given; must be that of ", name,
+          "[0], ", torch::headeronly::toString(list[0].scalar_type()));
     if (missing && !tensor.numel()) continue;
     if (!same_shape(tensor, like[i]))
-      refuse(op, ": ", name, "[", i, "]: shape ", shape(tensor), " given; must be that of ", like_name, "[", i, "], ",
-             shape(like[i]));
+      refuse(
+          op, ": ", name, "[", i, "]: shape ", shape(tensor), " given; must be that of ", like_name, "[", i, "], ",
+          shape(like[i]));
     if (!tensor.is_contiguous()) refuse(op, ": ", name, "[", i, "]: not contiguous");
   }
 }
 
-void check_scalar(
-    const char* name, const Tensor& tensor, ScalarType type, const Tensor& beside, std::int64_t count = 1) {
-  if (tensor.scalar_type() != type || tensor.numel() != count || !tensor.is_contiguous() ||
-      !same_device(tensor, beside))
-    refuse("adamw_ema_: ", name, ": ", torch::headeronly::toString(tensor.scalar_type()), " of shape ", shape(tensor),
-           " on ", place(tensor), " given; must be ", torch::headeronly::toString(type), " of ", count, " element",
-           count == 1 ? "" : "s", ", contiguous, on ", place(beside));
+void check_scalar(const char* name, const Tensor& tensor, ScalarType type, const Tensor& like, std::int64_t count = 1) {
+  if (tensor.scalar_type() != type || tensor.numel() != count || !tensor.is_contiguous() || !same_device(tensor, like))
+    refuse(
+        "adamw_ema_: ", name, ": ", torch::headeronly::toString(tensor.scalar_type()), " of shape ", shape(tensor),
+        " on ", device_name(tensor), " given; must be ", torch::headeronly::toString(type), " of ", count, " element",
+        count == 1 ? "" : "s", ", contiguous, on ", device_name(like));
 }
 
-// The i-th tensor's memory, null where there is none.
+// Memory of tensor i, or null if there is none.
 template <class T = void>
 T* at(const Tensors& list, std::size_t i) {
   return list.empty() || !list[i].numel() ? nullptr : static_cast<T*>(list[i].mutable_data_ptr());
 }
 
-// Everything about a call of adamw_ema_ that is no device's business, checked.
+// The validated, device-independent part of a call of adamw_ema_.
 struct Call {
   std::vector<sra::Parameter> parameters;
   sra::Update update;
@@ -136,35 +141,43 @@ Call collect(
     const std::vector<std::int64_t>& group, const std::vector<double>& weight_decay, bool zero_gradients) {
   const char* op = "adamw_ema_";
   check(weights, {op, "weights", weights, "weights", false, false});
-  for (const auto& [list, name] : {std::pair{&gradients, "gradients"}, {&m, "m"}, {&v, "v"}, {&ema, "ema"},
-                                   {&student, "student"}, {&teacher, "teacher"}}) {
+  for (const auto& [list, name] :
+       {std::pair{&gradients, "gradients"},
+        {&m, "m"},
+        {&v, "v"},
+        {&ema, "ema"},
+        {&student, "student"},
+        {&teacher, "teacher"}}) {
     if (weights.empty() && !list->empty()) refuse(op, ": ", name, " has ", list->size(), " tensors, weights has none");
     const bool copies = list == &student || list == &teacher;
     check(*list, {op, name, weights, "weights", list == &gradients || copies, copies});
   }
   if (gradients.empty() != m.empty() || gradients.empty() != v.empty())
-    refuse(op, ": gradients, m and v have ", gradients.size(), ", ", m.size(), " and ", v.size(),
-           " tensors; AdamW needs all three, the average none");
+    refuse(
+        op, ": gradients, m and v have ", gradients.size(), ", ", m.size(), " and ", v.size(),
+        " tensors; AdamW needs all three, the average none");
   if (ema.empty() && !teacher.empty()) refuse(op, ": teacher has ", teacher.size(), " tensors, ema has none to copy");
   if (!student.empty() && !teacher.empty() && student[0].scalar_type() != teacher[0].scalar_type())
-    refuse(op, ": teacher[0]: dtype ", torch::headeronly::toString(teacher[0].scalar_type()),
-           " given; must be that of student[0], ", torch::headeronly::toString(student[0].scalar_type()));
+    refuse(
+        op, ": teacher[0]: dtype ", torch::headeronly::toString(teacher[0].scalar_type()),
+        " given; must be that of student[0], ", torch::headeronly::toString(student[0].scalar_type()));
   if (!group.empty() && group.size() != weights.size())
-    refuse(op, ": group has ", group.size(), " numbers; must have one for each of the ", weights.size(),
-           " weights, or none");
+    refuse(
+        op, ": group has ", group.size(), " numbers; must have one for each of the ", weights.size(),
+        " weights, or none");
   const auto groups = static_cast<std::int64_t>(weight_decay.size());
   for (std::size_t i = 0; i < group.size(); ++i)
     if (group[i] < 0 || group[i] >= groups)
       refuse(op, ": group[", i, "]: ", group[i], " given; must be in [0, ", groups, "), one of weight_decay");
   if (!groups) refuse(op, ": weight_decay is empty; must have one number for each group");
-  const Tensor& beside = weights.empty() ? norm : weights[0];
-  check_scalar("norm", norm, ScalarType::Float, beside);
-  check_scalar("step", step, ScalarType::Long, beside);
-  check_scalar("skipped", skipped, ScalarType::Long, beside);
-  check_scalar("lr", lr, ScalarType::Float, beside, lr.numel() == 1 ? 1 : groups);  // one for all will do
-  check_scalar("ema_decay", ema_decay, ScalarType::Float, beside);
-  check_scalar("clip", clip, ScalarType::Float, beside);
-  check_scalar("loss_scale", loss_scale, ScalarType::Float, beside);
+  const Tensor& like = weights.empty() ? norm : weights[0];  // all scalars must be on its device
+  check_scalar("norm", norm, ScalarType::Float, like);
+  check_scalar("step", step, ScalarType::Long, like);
+  check_scalar("skipped", skipped, ScalarType::Long, like);
+  check_scalar("lr", lr, ScalarType::Float, like, lr.numel() == 1 ? 1 : groups);
+  check_scalar("ema_decay", ema_decay, ScalarType::Float, like);
+  check_scalar("clip", clip, ScalarType::Float, like);
+  check_scalar("loss_scale", loss_scale, ScalarType::Float, like);
 
   Call call;
   for (std::size_t i = 0; i < weights.size(); ++i) {
@@ -179,10 +192,9 @@ Call collect(
   return call;
 }
 
-// The pieces of all parameters, shared out among torch's threads: run(parameter's index, first element, elements,
-// chunk's index).
+// Calls run(parameter, first element, number of elements, chunk) for every chunk of all parameters, on torch's threads.
 template <class Run>
-void in_chunks(const std::vector<sra::Parameter>& parameters, std::int64_t chunk, Run run) {
+void for_each_chunk(const std::vector<sra::Parameter>& parameters, std::int64_t chunk, Run run) {
   std::vector<std::int64_t> first;
   const std::int64_t count = sra::count_chunks(parameters, chunk, first);
   torch::stable::parallel_for(0, count, 1, [&](std::int64_t begin, std::int64_t end) {
@@ -221,13 +233,14 @@ void update_on_cpu(
   for (const sra::Parameter& p : parameters) copied += p.size * 2 * (!!p.student + !!p.teacher);
   const bool streaming = copied >= STREAMING_BYTES;
   const sra::Cpu& cpu = sra::best_cpu();
-  in_chunks(parameters, sra::CPU_CHUNK, [&](std::size_t which, std::int64_t begin, std::int64_t size, std::int64_t) {
-    const sra::Parameter& p = parameters[which];
-    cpu.update(p, begin, size, rates, groups[static_cast<std::size_t>(p.group)], update, finite, streaming);
-  });
+  for_each_chunk(
+      parameters, sra::CPU_CHUNK, [&](std::size_t which, std::int64_t begin, std::int64_t size, std::int64_t) {
+        const sra::Parameter& p = parameters[which];
+        cpu.update(p, begin, size, rates, groups[static_cast<std::size_t>(p.group)], update, finite, streaming);
+      });
 }
 
-std::vector<sra::Parameter> of_gradients(const Tensors& gradients) {
+std::vector<sra::Parameter> as_parameters(const Tensors& gradients) {
   if (gradients.empty()) refuse("gradient_norm: gradients is empty");
   check(gradients, {"gradient_norm", "gradients", gradients, "gradients", true, false});
   std::vector<sra::Parameter> parameters;
@@ -239,17 +252,18 @@ std::vector<sra::Parameter> of_gradients(const Tensors& gradients) {
 }
 
 Tensor norm_on_cpu(Tensors gradients) {
-  const std::vector<sra::Parameter> parameters = of_gradients(gradients);
+  const std::vector<sra::Parameter> parameters = as_parameters(gradients);
   const sra::Dtype dtype = dtype_of(gradients[0]);
   const std::size_t size = dtype == sra::Dtype::float32 ? 4 : 2;
   std::vector<std::int64_t> first;
   std::vector<double> sums(static_cast<std::size_t>(sra::count_chunks(parameters, sra::NORM_CHUNK, first)));
   const sra::Cpu& cpu = sra::best_cpu();
-  in_chunks(parameters, sra::NORM_CHUNK, [&](std::size_t which, std::int64_t begin, std::int64_t count,
-                                             std::int64_t i) {
-    const char* gradient = static_cast<const char*>(parameters[which].gradient);
-    sums[static_cast<std::size_t>(i)] = cpu.square_sum(gradient + static_cast<std::size_t>(begin) * size, count, dtype);
-  });
+  for_each_chunk(
+      parameters, sra::NORM_CHUNK, [&](std::size_t which, std::int64_t begin, std::int64_t count, std::int64_t i) {
+        const char* gradient = static_cast<const char*>(parameters[which].gradient);
+        sums[static_cast<std::size_t>(i)] =
+            cpu.square_sum(gradient + static_cast<std::size_t>(begin) * size, count, dtype);
+      });
   Tensor norm = torch::stable::new_empty(gradients[0], {}, ScalarType::Float);
   scalar<float>(norm) = static_cast<float>(std::sqrt(sra::total(sums.data(), static_cast<std::int64_t>(sums.size()))));
   return norm;
@@ -259,18 +273,18 @@ Tensor norm_on_cpu(Tensors gradients) {
 
 using CurrentStream = AOTITorchError (*)(std::int32_t device, void** stream);
 
-// torch's function that knows its current stream, or null. It is looked up in libtorch_cuda, which has to be loaded
-// already: a torch without CUDA has no such library, and one with it is loaded by Python for itself alone, so that a
-// symbol left for the loader to find, even a weak one, would stay null.
+// torch's function that returns its current stream, or null if torch has no CUDA. It is looked up in libtorch_cuda.so,
+// if that is loaded: a CPU build of torch has no such library, and Python loads it with RTLD_LOCAL, so that even a weak
+// symbol would stay null.
 CurrentStream current_stream() {
-  static const CurrentStream found = [] {
+  static const CurrentStream function = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
     return library ? reinterpret_cast<CurrentStream>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
   }();
-  return found;
+  return function;
 }
 
-// Makes a tensor's device the current one for as long as it lives, and has the stream that torch uses there.
+// Makes a tensor's device the current one during its lifetime. Its stream is the one that torch uses there.
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& tensor) {
@@ -305,15 +319,21 @@ void update_on_cuda(
   const std::int64_t bytes = sra::cuda_workspace_bytes(static_cast<std::int64_t>(weight_decay.size()));
   const Tensor workspace = torch::stable::new_empty(norm, {bytes}, ScalarType::Byte);
   const sra::DeviceScalars scalars{
-      &scalar<float>(norm), &scalar<std::int64_t>(step), &scalar<std::int64_t>(skipped), &scalar<float>(lr),
-      lr.numel() > 1,
-      &scalar<float>(ema_decay), &scalar<float>(clip), &scalar<float>(loss_scale)};
+      .norm = &scalar<float>(norm),
+      .step = &scalar<std::int64_t>(step),
+      .skipped = &scalar<std::int64_t>(skipped),
+      .lr = &scalar<float>(lr),
+      .lr_per_group = lr.numel() > 1,
+      .ema_decay = &scalar<float>(ema_decay),
+      .clip = &scalar<float>(clip),
+      .loss_scale = &scalar<float>(loss_scale),
+  };
   sra::cuda_update(
       parameters, update, {beta1, beta2, eps}, scalars, weight_decay, workspace.mutable_data_ptr(), on.stream);
 }
 
 Tensor norm_on_cuda(Tensors gradients) {
-  const std::vector<sra::Parameter> parameters = of_gradients(gradients);
+  const std::vector<sra::Parameter> parameters = as_parameters(gradients);
   const OnDevice on(gradients[0]);
   const Tensor sums = torch::stable::new_empty(gradients[0], {sra::cuda_norm_sums(parameters)}, ScalarType::Double);
   Tensor norm = torch::stable::new_empty(gradients[0], {}, ScalarType::Float);
@@ -325,7 +345,7 @@ Tensor norm_on_cuda(Tensors gradients) {
 
 #endif
 
-// Whether the CUDA code can be called in this process: it is there, and so is torch's.
+// Whether the CUDA code can be called in this process: both this library and torch have it.
 bool cuda_is_ready() {
 #ifdef SRA_CUDA
   return current_stream() != nullptr;

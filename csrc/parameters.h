@@ -1,4 +1,4 @@
-// Lists of parameters as the CPU and GPU code take them, cut into chunks of one size.
+// Lists of parameters for the CPU and GPU code, and their division into chunks of equal size.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace sra {
 
-// One parameter's tensors, each of `size` contiguous elements; null where a part is absent.
+// One parameter's tensors, each of `size` contiguous elements; null for an absent part.
 struct Parameter {
   void* gradient;  // of the list's dtype
   float* weight;
@@ -26,7 +26,7 @@ struct Update {
   bool zero_gradients;
 };
 
-// Number of chunks, and for the i-th parameter the number of those before it.
+// Returns the number of chunks. first[i] becomes the number of chunks before parameter i.
 inline std::int64_t count_chunks(
     const std::vector<Parameter>& parameters, std::int64_t chunk, std::vector<std::int64_t>& first) {
   std::int64_t total = 0;

@@ -1,5 +1,5 @@
-// The arithmetic and the CPU code against slow implementations written apart from them: conversions by powers of two,
-// every operation of the update in float64 and then rounded, the norm's additions in the order arithmetic.h states.
+// Compares the arithmetic and the CPU code with slow, independent implementations: conversions by powers of two, every
+// operation of the update in float64 and then rounded, the norm's additions in the order defined in arithmetic.h.
 #include <algorithm>
 #include <cstdio>
 #include <vector>
@@ -33,8 +33,10 @@ std::vector<const sra::Cpu*> instruction_sets() {
   return all;
 }
 
-// A 16-bit float: binary digits after the point, and the exponents of normal numbers.
-struct Format { int digits, smallest, largest; };
+// A 16-bit float format: binary digits after the point, smallest and largest exponent of normal numbers.
+struct Format {
+  int digits, smallest, largest;
+};
 constexpr Format BFLOAT16{7, -126, 127}, FLOAT16{10, -14, 15};
 Format format_of(Dtype dtype) { return dtype == Dtype::bfloat16 ? BFLOAT16 : FLOAT16; }
 unsigned infinity(Format f) { return static_cast<unsigned>(f.largest - f.smallest + 2) << f.digits; }
@@ -50,15 +52,15 @@ double slow_widen(unsigned word, Format f) {
 
 unsigned slow_narrow(double x, Format f) {
   const unsigned sign = std::signbit(x) ? 0x8000u : 0u;
-  if (std::isnan(x)) return infinity(f) | 1u << (f.digits - 1);  // quiet; which sign is left open
+  if (std::isnan(x)) return infinity(f) | 1u << (f.digits - 1);  // quiet, of either sign
   const int exponent = x == 0 ? f.smallest : std::max(std::ilogb(x), f.smallest);
   if (exponent > f.largest) return sign | infinity(f);
   const double units = std::nearbyint(std::ldexp(std::fabs(x), f.digits - exponent));  // ties to even
-  // Units beyond the digits go over into the exponent, and beyond the largest exponent there is infinity.
+  // A carry from the digits increments the exponent; beyond the largest exponent it yields infinity.
   return sign | static_cast<unsigned>(units + std::ldexp(exponent - f.smallest, f.digits));
 }
 
-// One operation of float32: done in float64, where nothing is to be contracted with, and rounded.
+// One float32 operation: computed in float64, then rounded.
 float round(double x) { return static_cast<float>(x); }
 std::uint32_t word_of(double x) { return bits<std::uint32_t>(round(x)); }
 
@@ -74,13 +76,13 @@ void test_conversions(Format f) {
     const float wide = sra::widen(Half{static_cast<std::uint16_t>(word)}), slow = round(slow_widen(word, f));
     expect(std::isnan(slow) ? std::isnan(wide) : word_of(wide) == word_of(slow), "%#x: %g, not %g", word, wide, slow);
     test_narrowing(wide);  // and back
-    // Every middle between two neighbours, and what lies beside it: float32 has 13 digits more than float16.
+    // Every midpoint between two neighbours and the values next to it: float32 has 13 digits more than float16.
     for (unsigned low = 0; low < 0x10000; low += 0x1000)
       for (const unsigned beside : {0u, 1u, 0xfffu}) test_narrowing(bits<float>(word << 16 | low | beside));
   }
 }
 
-// Within so many units of 2^-24, half a last bit of float32; a little more than one is for the rounding of float64.
+// Within `units` of 2^-24, half a last bit of float32. Slightly more than one allows for the rounding of float64.
 bool near(double got, long double wanted, double units = 1.1) {
   return std::fabs(double(got - wanted)) <= units * std::ldexp(std::fabs(double(wanted)), -24);
 }
@@ -90,7 +92,7 @@ void test_rates() {
     for (const long long n : {1LL, 2LL, 3LL, 7LL, 10LL, 100LL, 999LL, 12345LL, 1000000LL, 123456789LL, 1LL << 40}) {
       const double beta2 = 1 - (1 - beta) / 2;
       auto raised = [n](long double base) { return std::pow(base, static_cast<long double>(n)); };
-      // A squaring rounds and doubles the error until then: 2^-53 a factor. The least value is for what underflows.
+      // A squaring rounds and doubles the previous error: 2^-53 per factor. The constant allows for underflow.
       const double allowed = std::ldexp(double(n) * double(raised(beta)), -53) + 1e-300;
       expect(std::fabs(double(sra::power(beta, n) - raised(beta))) <= allowed, "%g^%lld is off", beta, n);
       const sra::Rates r = sra::make_rates({beta, beta2, 1e-8}, n, 1, 0.75f, 0, 1);
@@ -100,9 +102,18 @@ void test_rates() {
       expect(near(r.blend1, 1 - beta) && near(r.blend2, 1 - beta2) && near(r.keep2, beta2), "blends of beta %g", beta);
       expect(near(group.keep, 1 - 0.1f * 0.3L) && r.blend_ema == 0.25f && r.eps == 1e-8f, "decay, average or eps");
     }
-  const float clips[][4] = {  // norm, clip, loss scale, what the gradient's scale is then
-      {4, 0, 1, 1}, {4, 1, 1, 1 / 4.000001f}, {0.5f, 1, 1, 1}, {1, 1, 1, 1 / 1.000001f}, {3e38f, 2, 1, 2 / 3e38f},
-      {0, 1, 1, 1}, {0, 0, 3, 1 / 3.0f}, {64, 0, 64, 1 / 64.0f}, {50, 1, 100, 0.01f}, {400, 1, 100, 0.01f / 4.000001f}};
+  const float clips[][4] = {
+      // norm, clip, loss scale, what the gradient's scale is then
+      {4, 0, 1, 1},
+      {4, 1, 1, 1 / 4.000001f},
+      {0.5f, 1, 1, 1},
+      {1, 1, 1, 1 / 1.000001f},
+      {3e38f, 2, 1, 2 / 3e38f},
+      {0, 1, 1, 1},
+      {0, 0, 3, 1 / 3.0f},
+      {64, 0, 64, 1 / 64.0f},
+      {50, 1, 100, 0.01f},
+      {400, 1, 100, 0.01f / 4.000001f}};
   for (const auto& [norm, clip, loss_scale, scale] : clips)
     expect(near(sra::make_rates({0.9, 0.999, 1e-8}, 1, norm, 0, clip, loss_scale).scale, scale, 4), "clip of %g", norm);
   for (const float x : {0x1.fffffep127f, 0.0f, 1e-45f, INFINITY, NAN})
@@ -130,7 +141,7 @@ void write(double x, unsigned char* to, Dtype dtype) {
   std::memcpy(to, &word, size_of(dtype));
 }
 
-// A tensor between bytes that have to stay. A sanitizer guards the end better than bytes do.
+// A tensor between guard bytes that must not change. With a sanitizer, the end of the allocation is the guard.
 #ifdef __SANITIZE_ADDRESS__
 constexpr std::size_t GUARD = 64, BEHIND = 0;
 #else
@@ -182,11 +193,13 @@ void test_update(unsigned has, std::size_t offset, std::size_t begin, std::size_
     auto of = [&](std::size_t part) { return has & parts[part] ? static_cast<void*>(at(got, part, 0)) : nullptr; };
     auto floats = [&](std::size_t part) { return static_cast<float*>(of(part)); };
     const sra::Update update{gradients, copies, bool(has & ZEROING)};
-    cpu->update({of(0), floats(1), floats(2), floats(3), floats(4), of(5), of(6), std::int64_t(count), 0},
-                std::int64_t(begin), std::int64_t(size), rates, group, update, finite, has & STREAMING);
+    cpu->update(
+        {of(0), floats(1), floats(2), floats(3), floats(4), of(5), of(6), std::int64_t(count), 0}, std::int64_t(begin),
+        std::int64_t(size), rates, group, update, finite, has & STREAMING);
     for (std::size_t part = 0; part < 7; ++part)
-      expect(got[part] == wanted[part], "%s: %s, %zu elements from %zu, offset %zu, dtypes %d %d, has %#x", cpu->name,
-             names[part], size, begin, offset, int(gradients), int(copies), has);
+      expect(
+          got[part] == wanted[part], "%s: %s, %zu elements from %zu, offset %zu, dtypes %d %d, has %#x", cpu->name,
+          names[part], size, begin, offset, int(gradients), int(copies), has);
   }
 }
 
@@ -195,8 +208,9 @@ void test_updates() {
     for (const std::size_t offset : {0, 1, 2, 3, 5})
       for (int dtypes = 0; dtypes < 9; ++dtypes)
         for (const unsigned has : {ADAM | EMA | STUDENT | TEACHER | STREAMING, random_word(), random_word()})
-          test_update(has & (has & EMA ? 0x7fu : 0x7fu - TEACHER), offset, random_word() % 3 ? 0 : 256, size,
-                      Dtype{dtypes / 3}, Dtype{dtypes % 3});
+          test_update(
+              has & (has & EMA ? 0x7fu : 0x7fu - TEACHER), offset, random_word() % 3 ? 0 : 256, size, Dtype{dtypes / 3},
+              Dtype{dtypes % 3});
 }
 
 double tree(std::vector<double> sums) {
