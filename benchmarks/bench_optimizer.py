@@ -21,7 +21,6 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ from benchmarks.harness.rows import Row, Samples, folder, row, write
 from benchmarks.harness.stamp import stamp
 from benchmarks.harness.tables import show
 from benchmarks.harness.timing import GateFailed, measure
-from benchmarks.rivals.optimizers import Way, apex_way, torch_way
+from benchmarks.rivals.optimizers import Way, torch_way
 from sra_fast.config import SIZES, Config, OptimConfig
 from sra_fast.hardware import Hardware
 from sra_fast.kernels.adamw_ema import Lists, Scalars, adamw_ema, adamw_ema_ref, parameter_ref
@@ -56,8 +55,8 @@ Gradients = dict[torch.dtype, list[Tensor]]
 
 
 class SharedState:
-    """The tensors that all of our own ways work on: memory is short, and after the gate values do not matter. The
-    teacher has copies of everything, though in training it stops at its tap."""
+    """The tensors that all of our own ways work on, because memory is short and values do not matter after the gate.
+    The teacher has copies of everything, though in training it stops at its tap."""
 
     def __init__(self, start: Weights) -> None:
         self.start = start
@@ -95,54 +94,28 @@ def our_way(
     return Way(call, gradients, (state.weights, state.ema, state.student, state.teacher))
 
 
-def _kernels(dtype: torch.dtype, state: SharedState, gradients: Gradients) -> Way:
-    return our_way(state, gradients[dtype], gradient_norm, adamw_ema)
-
-
-def _compiled(dtype: torch.dtype, state: SharedState, gradients: Gradients) -> Way:
-    parameter = torch.compile(parameter_ref, fullgraph=True, dynamic=True)
-    return our_way(state, gradients[dtype], gradient_norm_ref, partial(adamw_ema_ref, parameter=parameter))
-
-
-def _eager(state: SharedState, gradients: Gradients) -> Way:
-    return our_way(state, gradients[torch.float32], gradient_norm_ref, adamw_ema_ref)
-
-
-def _torch(fused: bool, state: SharedState, gradients: Gradients) -> Way:
-    return torch_way(state.start, gradients[torch.float32], SETTINGS, fused)
-
-
-def _apex(state: SharedState, gradients: Gradients) -> Way:
-    return apex_way(state.start, gradients[torch.float32], SETTINGS)
+def _compiled() -> Callable[..., None]:
+    return partial(adamw_ema_ref, parameter=torch.compile(parameter_ref, fullgraph=True, dynamic=True))
 
 
 # The most important first: if memory runs out, the last ones have no row.
 WAYS: dict[str, Callable[[SharedState, Gradients], Way]] = {
-    "ours": partial(_kernels, torch.float32),
-    "ours, bf16 gradients": partial(_kernels, torch.bfloat16),
-    "reference, compiled": partial(_compiled, torch.float32),
-    "torch, fused and foreach": partial(_torch, True),
-    "apex": _apex,
-    "reference, compiled, bf16 gradients": partial(_compiled, torch.bfloat16),
-    "torch, defaults": partial(_torch, False),
-    "reference, eager": _eager,
+    "ours": lambda state, g: our_way(state, g[torch.float32], gradient_norm, adamw_ema),
+    "ours, bf16 gradients": lambda state, g: our_way(state, g[torch.bfloat16], gradient_norm, adamw_ema),
+    "reference, compiled": lambda state, g: our_way(state, g[torch.float32], gradient_norm_ref, _compiled()),
+    "torch, fused and foreach": lambda state, g: torch_way(state.start, g[torch.float32], SETTINGS, fused=True),
+    "reference, compiled, bf16 gradients": lambda state, g: our_way(
+        state, g[torch.bfloat16], gradient_norm_ref, _compiled()
+    ),
+    "torch, defaults": lambda state, g: torch_way(state.start, g[torch.float32], SETTINGS, fused=False),
+    "reference, eager": lambda state, g: our_way(state, g[torch.float32], gradient_norm_ref, adamw_ema_ref),
 }
-
-
-def obstacle(name: str, device: torch.device) -> str:
-    """Why a way is unavailable on this machine; '' if it is available."""
-    if name == "apex":
-        return "" if find_spec("apex") and device.type == "cuda" else "apex is not installed"
-    if not name.startswith("ours"):
-        return ""
-    return why_unavailable("adamw_ema", Hardware(device, torch.float32).architecture)
 
 
 def roof(count: int, device: torch.device) -> tuple[Callable[[], Tensor], int]:
     """(call, bytes) of the same mix of reads and writes, on at most `count` parameters."""
     count = min(count, MAX_ROOF_ELEMENTS)
-    generator = torch.Generator(device).manual_seed(0)
-    g, w, m, v, ema = (torch.randn(count, generator=generator, device=device) for _ in range(5))
+    g, w, m, v, ema = (torch.randn(count, device=device) for _ in range(5))
     student, teacher = w.bfloat16(), ema.bfloat16()
 
     def move() -> None:
@@ -169,11 +142,8 @@ def make_start(config: Config, device: torch.device) -> Weights:
 
 def make_gradients(start: Weights) -> Gradients:
     """The same random gradients in fp32 and bf16; exact in both."""
-    device = next(iter(start.values())).device
-    generator = torch.Generator(device).manual_seed(0)
-    half = [
-        (1e-2 * torch.randn(weight.shape, generator=generator, device=device)).bfloat16() for weight in start.values()
-    ]
+    torch.manual_seed(0)
+    half = [(1e-2 * torch.randn_like(weight)).bfloat16() for weight in start.values()]
     return {torch.bfloat16: half, torch.float32: [gradient.float() for gradient in half]}
 
 
@@ -193,12 +163,6 @@ def expected(weight: Tensor, gradients: Sequence[Tensor], weight_decay: float) -
     return w, ema
 
 
-def global_norm(gradients: Sequence[Tensor]) -> float:
-    """Global 2-norm, summed in fp64."""
-    parts = (part for gradient in gradients for part in gradient.view(-1).split(CHUNK))
-    return sum(float(part.double().square().sum()) for part in parts) ** 0.5
-
-
 @torch.no_grad()
 def gate(name: str, way: Way, start: Weights) -> None:
     """Two updates of a fresh way against fp64, chunk by chunk: the first with gradients that are clipped, the second
@@ -207,7 +171,8 @@ def gate(name: str, way: Way, start: Weights) -> None:
     Raises:
         GateFailed: naming the way and the tensor.
     """
-    norm = global_norm(way.gradients)
+    parts = (part for gradient in way.gradients for part in gradient.view(-1).split(CHUNK))
+    norm = sum(float(part.double().square().sum()) for part in parts) ** 0.5
     clipped, other = min(1.0, SETTINGS.clip / norm), -0.5 * SETTINGS.clip / norm
     originals = [gradient.clone() for gradient in way.gradients]
     way.call()
@@ -244,25 +209,21 @@ def measure_rows(
     start = make_start(config, device)
     gradients, state = make_gradients(start), SharedState(start)
     count = sum(gradient.numel() for gradient in gradients[torch.float32])
+    architecture = Hardware(device, torch.float32).architecture
     calls: dict[str, Callable[[], object]] = {}
     failed: dict[str, Samples] = {}
     for name in names:
+        if name.startswith("ours") and (reason := why_unavailable("adamw_ema", architecture)):
+            failed[name] = Samples(error=reason)
+            continue
         try:
-            error = obstacle(name, device)
-            if not error:
-                way = WAYS[name](state, gradients)
-                gate(name, way, start)
-                calls[name] = way.call
-        except GateFailed as failure:
-            error = f"disagrees with fp64: {failure}"
-        except torch.OutOfMemoryError as failure:
-            error = f"out of memory ({str(failure).splitlines()[0]})"
-        except Exception as failure:  # other people's code may raise anything; ours may not
-            if name != "apex":
-                raise
-            error = f"failed ({' '.join(str(failure).split())[:200]})"
-        if error:
-            failed[name] = Samples(error=error)
+            way = WAYS[name](state, gradients)
+            gate(name, way, start)
+            calls[name] = way.call
+        except GateFailed as error:
+            failed[name] = Samples(error=f"disagrees with fp64: {error}")
+        except torch.OutOfMemoryError as error:
+            failed[name] = Samples(error=f"out of memory ({str(error).splitlines()[0]})")
     del start
     touch, touched = roof(count, device)
     taken = measure({ROOF: touch} | calls, device=device, repeats=repeats, warmup=warmup)

@@ -45,19 +45,14 @@ from sra_fast.step.step import TrainingStep
 
 @dataclass(frozen=True)
 class Ours:
-    """A way to execute the project's own step.
-
-    Attributes:
-        execution: '' = the fastest: a graph on a GPU, compiled on a CPU.
-        fused: use the kernel of every op of the network and the loss that has one; else what `auto` chooses.
-    """
+    """A way to execute the project's own step."""
 
     name: str
-    execution: str = ""
+    execution: str = ""  # '' = the fastest: a graph on a GPU, compiled on a CPU
     dtype: torch.dtype = torch.bfloat16
     aligned: bool = True
     deterministic: bool = False
-    fused: bool = False
+    fused: bool = False  # use every kernel of the network and the loss; else what `auto` chooses
 
 
 OURS = (
@@ -189,10 +184,8 @@ def build(name: str, config: Config, device: torch.device) -> Step:
 
 def make_call(step: Step, batch: Batch, device: torch.device) -> Callable[[], None]:
     """One step on the batch. Ours copies it from the host every time, as in training; rivals find it on the device."""
-    if isinstance(step, OurStep):
-        return lambda: step(batch)
-    x, labels, _ = on_device(batch, device)
-    return lambda: step(x, labels)
+    inputs = (batch,) if isinstance(step, OurStep) else on_device(batch, device)[:2]
+    return lambda: step(*inputs)
 
 
 def groups(names: Sequence[str], interleave: str) -> list[list[str]]:

@@ -29,10 +29,9 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,11 +46,11 @@ Rows = dict[Key, list[dict[str, Any]]]  # one entry per run in which the row was
 RESAMPLES = 1000
 MIN_SAMPLES = 8  # with 7, even smallest and largest enclose the median with less than 99 % confidence: 1 - 2^-6
 MATCHING = ("device", "driver", "power_limit_w", "threads", "versions.torch", "versions.triton")
+HEAD = ("name", "params", "old", "new", "new / old", "interval", "verdict")
 
 
-@dataclass(frozen=True)
-class Change:
-    """Old and new median, and their ratio with its confidence interval."""
+class Change(NamedTuple):
+    """Old and new median in ms, and their ratio with its confidence interval."""
 
     old_ms: float
     new_ms: float
@@ -61,8 +60,7 @@ class Change:
 
     def verdict(self, threshold: float) -> str:
         """slower, faster, same or too noisy; threshold 0.03 = 3 %."""
-        change, half_width = math.log(self.ratio), math.log(self.high / self.low) / 2
-        limit = math.log1p(threshold)
+        change, half_width, limit = math.log(self.ratio), math.log(self.high / self.low) / 2, math.log1p(threshold)
         if half_width > 2 * limit and abs(change) <= 2 * half_width:
             return "too noisy"
         if abs(change) <= max(limit, half_width):
@@ -71,20 +69,16 @@ class Change:
 
 
 def change(old: Sequence[Sequence[float]], new: Sequence[Sequence[float]], confidence: float = 0.99) -> Change:
-    """The ratio of the medians with its interval.
-
-    Args:
-        old, new: samples in ms of each run, in the order they were taken; the median is over all runs.
-        confidence: of the two-sided interval.
-    """
+    """The ratio of the medians with its two-sided interval. Each of `old` and `new` holds a run's samples in ms, in the
+    order they were taken; the median is over all runs."""
     generator = np.random.default_rng(0)  # the same files give the same verdict
-    before, after = (_log_medians([np.asarray(run) for run in runs], generator) for runs in (old, new))
+    old_runs, new_runs = ([np.asarray(run) for run in runs] for runs in (old, new))
+    (old_logs, old_blocks), (new_logs, new_blocks) = (_log_medians(runs, generator) for runs in (old_runs, new_runs))
     # The bootstrap's spread with Student's quantile rather than its own tails: with a handful of blocks the tails are
     # too thin, and the spread comes out small by (k - 1) / k as any variance about the sample's own mean does.
-    variances = [logs.var() * blocks / (blocks - 1) for logs, blocks in (before, after)]
-    quantile = student_quantile((1 + confidence) / 2, before[1] + after[1] - 2)
-    half_width = quantile * math.sqrt(sum(variances))
-    old_ms, new_ms = (float(np.median(np.concatenate([np.asarray(run) for run in runs]))) for runs in (old, new))
+    variance = old_logs.var() * old_blocks / (old_blocks - 1) + new_logs.var() * new_blocks / (new_blocks - 1)
+    half_width = student_quantile((1 + confidence) / 2, old_blocks + new_blocks - 2) * math.sqrt(variance)
+    old_ms, new_ms = (float(np.median(np.concatenate(runs))) for runs in (old_runs, new_runs))
     ratio = new_ms / old_ms
     return Change(old_ms, new_ms, ratio, ratio * math.exp(-half_width), ratio * math.exp(half_width))
 
@@ -136,12 +130,10 @@ def load(path: Path) -> tuple[dict[str, Any], Rows]:
         for key, row in zip(keys, file_rows, strict=True):
             if keys.count(key) > 1:
                 raise Refused(f"{file}: row", _title(key), "must occur once")
-            if not row.get("error") and len(row.get("samples_ms") or ()) < MIN_SAMPLES:
-                raise Refused(
-                    f"{file}: samples of {_title(key)}",
-                    len(row.get("samples_ms") or ()),
-                    f"must be at least {MIN_SAMPLES} raw samples: a summary cannot tell noise from change",
-                )
+            count = len(row.get("samples_ms") or ())
+            if count < MIN_SAMPLES and not row.get("error"):
+                rule = f"must be at least {MIN_SAMPLES} raw samples: a summary cannot tell noise from change"
+                raise Refused(f"{file}: samples of {_title(key)}", count, rule)
             rows.setdefault(key, []).append(row)
     if not rows:
         raise Refused(str(path), "no rows", "must be results, or a folder of them")
@@ -160,14 +152,10 @@ def _load_file(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     # pytest-benchmark: seconds per call; benchmarks/conftest.py adds our stamp to machine_info
     machine = content["machine_info"]
     stamp = machine.get("stamp") or {"device": machine["cpu"].get("brand_raw"), "versions": {}}
-    rows = [
-        {
-            "name": entry["name"],
-            "params": entry.get("params") or {},
-            "samples_ms": [1e3 * seconds for seconds in entry["stats"].get("data") or ()],
-        }
-        for entry in content["benchmarks"]
-    ]
+    rows = []
+    for entry in content["benchmarks"]:
+        samples = [1e3 * seconds for seconds in entry["stats"].get("data") or ()]
+        rows.append({"name": entry["name"], "params": entry.get("params") or {}, "samples_ms": samples})
     return stamp, rows
 
 
@@ -205,9 +193,6 @@ def _judge(old: list[dict[str, Any]], new: list[dict[str, Any]], threshold: floa
 def is_step(name: str) -> bool:
     """Whether a row measures whole training steps, which have their own threshold."""
     return name == "step" or name.startswith(("step/", "step[", "test_step"))
-
-
-HEAD = ("name", "params", "old", "new", "new / old", "interval", "verdict")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

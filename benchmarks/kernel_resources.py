@@ -19,6 +19,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -132,7 +133,7 @@ def measure(every: Sequence[tuple[str, Launch]], architectures: Sequence[int] = 
 
     def run(job: tuple[str, Launch, int]) -> tuple[str, dict[str, int]]:
         name, launch, capability = job
-        return name, resources(compiled(launch, capability)).json()
+        return name, asdict(resources(compiled(launch, capability)))
 
     parse, lock = JITFunction.parse, threading.Lock()
 
@@ -166,20 +167,14 @@ def complaints(usage: Usage, record: dict[str, Any]) -> list[str]:
     return lines
 
 
-def table(usage: Usage) -> str:
-    """A Markdown table of all kernels."""
-    fields = list(next(iter(usage.values())))
-    lines = [[name, *(str(now[field]) for field in fields)] for name, now in usage.items()]
-    return markdown(["kernel", *fields], lines)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 1 if there are complaints."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_resources", description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="update kernel_resources.json")
     args = parser.parse_args(arguments)
     usage = measure(list(launches()))
-    print(table(usage))
+    fields = list(next(iter(usage.values())))
+    print(markdown(["kernel", *fields], [[name, *map(str, now.values())] for name, now in usage.items()]))
     if args.write:
         write_json(RECORD, {"triton": triton.__version__, "kernels": usage})
     lines = complaints(usage, read_json(RECORD))

@@ -1,8 +1,8 @@
 """The generated tables of README.md (short) and benchmarks/README.md (all): `python -m benchmarks.readme`.
 
-For each device they show the newest file that has a model's steps, an op, an update or a source of data. `--check`
-writes nothing and exits with 1 if a README differs from the results under version control; `--print` shows the tables
-of all results of this machine.
+For each device they show the newest committed file that has a model's steps, an op, an update or a source of data.
+`--check` writes nothing and exits with 1 if a README differs from the results under version control; `--print` shows
+the tables of all results of this machine.
 """
 
 from __future__ import annotations
@@ -12,31 +12,31 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.harness import tables
 from benchmarks.harness.rows import Row, digits, markdown
 from benchmarks.harness.stamp import ROOT
-from sra_fast.config import SIZES
 from sra_fast.files import read_json, replacing
 
-Family = tuple[str | int, ...]  # of steps as in tables.py, ("op", op, size, batch), ("update", size) or ("data", name)
 OTHER_QUESTIONS = re.compile("-depth|auto-check")  # a model cut short for a quick look; which batches fit
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 NOTE = "<!-- written by `python -m benchmarks.readme` from benchmarks/results/; changes here are lost -->"
 SHORT_HEAD = ("device", "training step", "public, images/s", "ours, images/s", "x public")
 NOT_MEASURED = "not yet measured (`make gpu-report`)"
+ALL = "[benchmarks/README.md](benchmarks/README.md#results) has every row with its machine, command and raw samples."
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """Rows of one family in the newest file that has them; `path` is relative to the repository."""
 
     rows: list[Row]
     stamp: dict[str, Any]
     path: str
+
+
+Devices = dict[str, dict[tables.Family, Measured]]
 
 
 def result_files(root: Path, tracked_only: bool) -> list[Path]:
@@ -51,91 +51,52 @@ def result_files(root: Path, tracked_only: bool) -> list[Path]:
     return files
 
 
-def newest(files: Sequence[Path], root: Path) -> dict[str, dict[Family, Measured]]:
-    """device -> family -> rows. All CPUs are one device."""
-    devices: dict[str, dict[Family, Measured]] = {}
+def newest(files: Sequence[Path], root: Path) -> Devices:
+    """device -> family -> rows, the CPU last. All CPUs are one device."""
+    devices: Devices = {}
     for file in files:
         content = read_json(file)
         if not (isinstance(content, dict) and {"name", "rows", "stamp"} <= set(content)):
             continue
         if OTHER_QUESTIONS.search(content["name"]):
             continue
-        stamp = content["stamp"]
-        families = devices.setdefault("CPU" if stamp["kind"] == "cpu" else stamp["device"], {})
-        for family, rows in _families([row for row in content["rows"] if not row["params"].get("depth")]).items():
-            if family not in families or families[family].stamp["date"] < stamp["date"]:
-                families[family] = Measured(rows, stamp, str(file.relative_to(root)))
-    return {device: families for device, families in devices.items() if families}
+        stamp, groups = content["stamp"], {}
+        for row in content["rows"]:
+            if not row["params"].get("depth") and tables.kind(row) != "roof":
+                groups.setdefault(tables.family(row), []).append(row)
+        for family, rows in groups.items():
+            measured = devices.setdefault("CPU" if stamp["kind"] == "cpu" else stamp["device"], {})
+            if family not in measured or measured[family].stamp["date"] < stamp["date"]:
+                measured[family] = Measured(rows, stamp, str(file.relative_to(root)))
+    return dict(sorted(devices.items(), key=lambda item: (item[0] == "CPU", item[0])))
 
 
-def _families(rows: list[Row]) -> dict[Family, list[Row]]:
-    groups: dict[Family, list[Row]] = {**tables.families(rows)}
-    for row in rows:
-        kind, params = tables.kind(row), row["params"]
-        if kind == "op":
-            groups.setdefault(("op", row["name"], params["size"], params["batch"]), []).append(row)
-        elif kind == "update":
-            groups.setdefault(("update", params["size"]), []).append(row)
-        elif kind == "data":
-            groups.setdefault(("data", row["name"]), []).append(row)
-    return groups
-
-
-def short_section(devices: dict[str, dict[Family, Measured]]) -> str:
-    """The training step of each device's largest model."""
-    lines = []
-    for device in _sorted(devices):
-        for family, measured in list(_steps(devices[device]).items())[:1]:
-            public, ours = (tables.images_per_s(measured.rows, name) for name in ("public", "ours"))
+def short_section(devices: Devices) -> str:
+    """One step of each device: of its largest model, with few tokens and a small batch."""
+    lines = [] if set(devices) - {"CPU"} else [["NVIDIA GPU", NOT_MEASURED]]
+    for device, measured in devices.items():
+        rows = [row for some in measured.values() for row in some.rows]
+        steps = {tables.model(family): some for family, some in measured.items() if family[0] == "step"}
+        if steps:
+            title = next(iter(tables.sections(rows)))
+            public, ours = (tables.images_per_s(steps[title].rows, name) for name in ("public", "ours"))
             ratio = f"{ours / public:.2f}" if public and ours else ""
-            lines.append([device, tables.title(family), digits(public), digits(ours), ratio])
-    if not any(device != "CPU" for device in devices):
-        lines.insert(0, ["NVIDIA GPU", NOT_MEASURED])
-    rest = (
-        "[benchmarks/README.md](benchmarks/README.md#results) has every row with its machine, command and raw samples."
-    )
-    return "\n\n".join([BEGIN, NOTE, markdown(SHORT_HEAD, lines), rest, END])
+            lines.append([device, title, digits(public), digits(ours), ratio])
+    return "\n\n".join([BEGIN, NOTE, markdown(SHORT_HEAD, lines), ALL, END])
 
 
-def long_section(devices: dict[str, dict[Family, Measured]]) -> str:
-    """All tables."""
-    blocks = [_device(device, devices[device]) for device in _sorted(devices)]
-    if not any(device != "CPU" for device in devices):
-        blocks.insert(0, f"**NVIDIA GPU**: {NOT_MEASURED}.")
+def long_section(devices: Devices) -> str:
+    """All tables of all devices, each with its sources."""
+    blocks = [] if set(devices) - {"CPU"} else [f"**NVIDIA GPU**: {NOT_MEASURED}."]
+    for device, measured in devices.items():
+        blocks.append(f"**{device}**")
+        titles: dict[str, list[Measured]] = {}
+        for some in measured.values():
+            for title in tables.sections(some.rows):
+                titles.setdefault(title, []).append(some)
+        for title, table in tables.sections([row for some in measured.values() for row in some.rows]).items():
+            blocks += [f"{title}:", table, *dict.fromkeys(map(_source, titles[title]))]
     return "\n\n".join([BEGIN, NOTE, *blocks, END])
-
-
-def _sorted(devices: dict[str, Any]) -> list[str]:
-    return sorted(devices, key=lambda device: (device == "CPU", device))
-
-
-def _device(name: str, families: dict[Family, Measured]) -> str:
-    steps = _steps(families)
-    blocks = [f"**{name}**"]
-    if steps:
-        first, largest = next(iter(steps.items()))
-        blocks += [f"Training steps of {tables.title(first)}:", tables.step_table(largest.rows), _source(largest)]
-        others = {family: measured for family, measured in steps.items() if family != first}
-        if others:
-            summary = tables.summary_table({family: measured.rows for family, measured in others.items()})
-            blocks += ["Other sizes, images/s:", summary, *dict.fromkeys(map(_source, others.values()))]
-    for title, kind, table in (
-        ("Ops:", "op", tables.kernel_table),
-        ("Updates:", "update", tables.update_table),
-        ("Data:", "data", tables.data_table),
-    ):
-        some = [families[family] for family in families if family[0] == kind]
-        if some:
-            rows = [row for measured in some for row in measured.rows]
-            blocks += [title, table(rows), *dict.fromkeys(map(_source, some))]
-    return "\n\n".join(blocks)
-
-
-def _steps(families: dict[Family, Measured]) -> dict[tables.Family, Measured]:
-    """Families of steps: the largest model first, then few tokens before many, and small batches before large."""
-    sizes = list(SIZES)
-    steps = [family for family in families if family[0] in sizes]
-    return {family: families[family] for family in sorted(steps, key=lambda f: (-sizes.index(f[0]), *f[1:]))}
 
 
 def _source(measured: Measured) -> str:
@@ -178,12 +139,10 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
         path = root / name
         text = path.read_text()
         updated = replaced(text, section)
-        if updated == text:
-            continue
-        if args.check:
+        if updated != text and args.check:
             print(f"{name} is stale: `git add` new results, then run `python -m benchmarks.readme`", file=sys.stderr)
             stale = True
-        else:
+        elif updated != text:
             with replacing(path) as partial:
                 partial.write_text(updated)
     return int(stale)

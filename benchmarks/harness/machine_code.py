@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -46,26 +46,15 @@ class Resources:
     narrow_loads: int  # loads from global memory of less than the widest
     store_bits: int  # of the widest store to global memory
 
-    def json(self) -> dict[str, int]:
-        """The entry in kernel_resources.json."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel as its launcher calls it: everything that decides what is compiled.
+    """A kernel as its launcher calls it: everything that decides what is compiled."""
 
-    Attributes:
-        kernel: a function under triton.jit.
-        signature: (parameter, "*bf16", "i64", "fp32" ..., or "constexpr").
-        constants: (parameter, value) of the "constexpr" ones.
-        aligned: pointers and integers that are multiples of 16; only loads through these can be wide.
-    """
-
-    kernel: Any
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    aligned: tuple[str, ...]
+    kernel: Any  # a function under triton.jit
+    signature: tuple[tuple[str, str], ...]  # (parameter, "*bf16", "i64", "fp32" ..., or "constexpr")
+    constants: tuple[tuple[str, Any], ...]  # (parameter, value) of the "constexpr" ones
+    aligned: tuple[str, ...]  # pointers and integers that are multiples of 16: only loads through these can be wide
     num_warps: int
 
     @property

@@ -8,14 +8,7 @@ from sra_fast.config import Config, preset
 
 
 def sit(size: str, tokens: int = 256, batch: int = 32, depth: int = 0) -> Config:
-    """A SiT with patch 2 on 4-channel latents.
-
-    Args:
-        size: s, b, l or xl.
-        tokens: of one image, a square number.
-        batch: images of a step.
-        depth: blocks, if other than the size's.
-    """
+    """A SiT with patch 2 on 4-channel latents; depth 0 = the size's."""
     base = preset(f"sit-{size}-2")
     side = 2 * round(tokens**0.5)
     model = replace(base.model, input_size=side, channels=4, classes=1000, depth=depth or base.model.depth)

@@ -26,9 +26,7 @@ def positive(text: str) -> int:
 def depth(text: str) -> int:
     """0, or enough blocks for a teacher tap after the student tap."""
     if text != "0" and positive(text) < 3:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} given; must be 0 or at least 3: the teacher's tap lies after the student's"
-        )
+        raise argparse.ArgumentTypeError(f"{text!r} given; must be 0 or at least 3, to have a block for each tap")
     return int(text)
 
 

@@ -28,39 +28,26 @@ STDERR_LINES = 30
 
 @dataclass(frozen=True)
 class Part:
-    """One program.
-
-    Attributes:
-        module, arguments: `python -m MODULE ARGUMENTS`; "{folder}" in an argument becomes the folder for its results.
-        share: of the remaining time that it may use.
-        max_seconds: that it may use however much time remains.
-        must_end: whether running out of its share is a failure rather than a lack of time.
-    """
+    """`python -m MODULE ARGUMENTS`; "{folder}" in an argument becomes the folder for its results."""
 
     name: str
     module: str
     arguments: tuple[str, ...] = ()
-    share: float = 0.5
+    share: float = 0.5  # of the remaining time that it may use
     max_seconds: float = math.inf
-    must_end: bool = False
+    must_end: bool = False  # whether running out of its share is a failure rather than a lack of time
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a part ended.
-
-    Attributes:
-        outcome: "ok", "failed", "not run (time)" or "not run".
-        reason: why it is not "ok".
-        stderr: the last lines of a failed part's stderr.
-    """
+    """How a part ended."""
 
     name: str
     command: str
     seconds: float
-    outcome: str
+    outcome: str  # OK, FAILED, NOT_RUN or NOT_HERE
     reason: str = ""
-    stderr: tuple[str, ...] = ()
+    stderr: tuple[str, ...] = ()  # its last lines, if the part failed
 
     def __str__(self) -> str:
         return f"{self.outcome}, {self.seconds:.0f} s" + (f": {self.reason}" if self.reason else "")

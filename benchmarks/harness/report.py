@@ -37,7 +37,7 @@ def gather(staging: Path, out: Path, outcomes: Sequence[Outcome], stamp: dict[st
         if some:
             write(out, name, some, stamp)
     remarks += _copy_profile(staging, out)
-    remarks += chart(steps, out / "steps.png")
+    remarks += _chart(steps, out / "steps.png")
     for path in sorted(out.iterdir()):
         if path.stat().st_size > MAX_BYTES:
             remarks.append(_left_out(path))
@@ -86,29 +86,28 @@ def _left_out(path: Path) -> str:
     return f"left out: {path.name}, {path.stat().st_size / 2**20:.1f} MiB"
 
 
-def chart(rows: Sequence[Row], path: Path) -> list[str]:
+def _chart(rows: Sequence[Row], path: Path) -> list[str]:
     """Draw images/s as bars, one panel per model and batch. Returns why it could not be drawn."""
-    timed = [row for row in rows if row.get("images_per_s")]
-    if not timed:
+    panels: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row.get("images_per_s"):
+            panels.setdefault(tables.model(tables.family(row)), {})[row["params"]["rung"]] = row["images_per_s"]
+    if not panels:
         return ["no chart: no step was measured"]
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return ["no chart: matplotlib is not installed (pip install matplotlib)"]
-    families = tables.families(timed)
-    heights = [0.3 * len(family_rows) + 0.7 for family_rows in families.values()]
+    heights = [0.3 * len(speeds) + 0.7 for speeds in panels.values()]
     figure = Figure(figsize=(8, sum(heights) + 0.3), layout="constrained")
-    panels = figure.subplots(len(families), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for panel, (family, family_rows) in zip(panels, families.items(), strict=True):
-        names = [row["params"]["rung"] for row in family_rows]
-        colours = ["tab:orange" if name.startswith("ours") else "tab:gray" for name in names]
-        bars = panel.barh(range(len(names)), [row["images_per_s"] for row in family_rows], color=colours)
-        panel.bar_label(bars, fmt="%.4g", padding=3)
-        panel.set_yticks(range(len(names)), names)
-        panel.invert_yaxis()
-        panel.margins(x=0.12)
-        panel.set_title(tables.title(family), loc="left", fontsize=10)
-    panels[-1].set_xlabel(f"images/s, {rows[0]['device']}")
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axis, (title, speeds) in zip(axes, panels.items(), strict=True):
+        colours = ["tab:orange" if name.startswith("ours") else "tab:gray" for name in speeds]
+        axis.bar_label(axis.barh(list(speeds), list(speeds.values()), color=colours), fmt="%.4g", padding=3)
+        axis.invert_yaxis()
+        axis.margins(x=0.12)
+        axis.set_title(title, loc="left", fontsize=10)
+    axes[-1].set_xlabel(f"images/s, {rows[0]['device']}")
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=110)
     return []

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,8 +13,7 @@ COPY_BYTES = {"cuda": 4 * GIB, "cpu": GIB // 4}  # read plus written, well beyon
 MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
 
 
-@dataclass(frozen=True)
-class Operation:
+class Operation(NamedTuple):
     """A call with the bytes or the FLOPs (2 per multiply-add) that it takes."""
 
     call: Callable[[], object]
@@ -26,15 +24,8 @@ class Operation:
 def operations(
     device: torch.device, copy_bytes: int | None = None, matmul_size: int | None = None
 ) -> dict[str, Operation]:
-    """A large copy, and a large matrix product in each precision of training.
-
-    Operands are random normal numbers: zeros draw less power and run faster than real data.
-
-    Args:
-        device: to measure.
-        copy_bytes: bytes read plus bytes written; None = `COPY_BYTES`.
-        matmul_size: n of the (n, n) x (n, n) product; None = `MATMUL_SIZE`.
-    """
+    """A large copy (bytes read plus bytes written), and a large square matrix product in each precision of training, of
+    random normal numbers: zeros draw less power and run faster than real data."""
     source = torch.randn((copy_bytes or COPY_BYTES[device.type]) // 8, device=device)  # half is read, half written
     target = torch.empty_like(source)
     size = matmul_size or MATMUL_SIZE[device.type]
@@ -48,12 +39,8 @@ def operations(
 
 
 def roofs(device: torch.device | str, copy_bytes: int | None = None, matmul_size: int | None = None) -> dict[str, Any]:
-    """Measure both roofs now. Arguments are those of `operations`.
-
-    Returns:
-        `copy_gb_per_s` (1e9 bytes, read + written), `matmul_tflop_per_s` (1e12 FLOP, of bf16), and the sizes
-        `copy_bytes` and `matmul_size`.
-    """
+    """Measure `copy_gb_per_s` (1e9 bytes, read + written) and `matmul_tflop_per_s` (1e12 FLOP, bf16) now; also returns
+    the sizes `copy_bytes` and `matmul_size`, see `operations`."""
     device = torch.device(device)
     measured = operations(device, copy_bytes, matmul_size)
     copy, matmul = measured["copy"], measured["matmul bf16"]

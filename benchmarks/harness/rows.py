@@ -24,20 +24,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Samples:
-    """All timings of one candidate, in the order they were taken.
+    """All timings of one candidate, in the order they were taken."""
 
-    Attributes:
-        ms: milliseconds per call: device time on a GPU, wall time on a CPU.
-        host_samples_ms: milliseconds per call until the call returns to the host; on a CPU the same as `ms`.
-        peak_memory_gib: highest memory in use, including everything else in the process: on a GPU allocated memory
-            during warm-up and one more call, on a CPU resident memory during one warm call. None if unknown.
-        error: why there are no samples.
-    """
-
-    ms: tuple[float, ...] = ()
-    host_samples_ms: tuple[float, ...] = ()
-    peak_memory_gib: float | None = None
-    error: str | None = None
+    ms: tuple[float, ...] = ()  # per call: device time on a GPU, wall time on a CPU
+    host_samples_ms: tuple[float, ...] = ()  # per call until it returns to the host; on a CPU the same
+    peak_memory_gib: float | None = None  # with everything else in the process: allocated on a GPU, resident on a CPU
+    error: str | None = None  # why there are no samples
 
     def joined(self, other: Samples) -> Samples:
         """These timings followed by those of another measurement of the same candidate."""

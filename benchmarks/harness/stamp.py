@@ -43,19 +43,8 @@ CLOCKS = ("sm_mhz", "sm_max_mhz", "memory_mhz", "temperature_c", "power_w")
 
 
 def stamp(device: torch.device | str | None = None) -> dict[str, Any]:
-    """What a reader needs to judge a number or to measure it again. Fields that do not apply or are unknown are None.
-
-    Clocks, power and throttle reasons are those of this moment: take the stamp right after measuring, when the device
-    is still under load.
-
-    Args:
-        device: that was measured; None = the GPU if there is one.
-
-    Returns:
-        `kind` (cuda or cpu), `device` (GPU or CPU model), `cores` this process may use and torch's `threads`, `clocks`
-        (MHz, degrees Celsius, W), `power_limit_w`, `throttle_reasons` (list of names), `driver`, `versions` (python,
-        torch, triton, cudnn, cuda), `commit` ($SRA_FAST_COMMIT, else git's), `dirty`, `command`, `date` (UTC).
-    """
+    """What a reader needs to judge a number of `device` (None = the GPU if there is one), or to measure it again; None
+    for what is unknown. Clocks, power and throttle reasons are those of this moment: take it right after measuring."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     is_gpu = device.type == "cuda"
     gpu = _query_gpu(device) if is_gpu else dict.fromkeys(QUERY)
@@ -94,7 +83,6 @@ def _installed(package: str) -> str | None:
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints; None if it is missing or fails."""
     try:
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
@@ -109,8 +97,7 @@ def _cpu_model() -> str:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """(hash, whether tracked files differ from it). A copy without .git gets its commit from the environment, with
-    "-dirty" at the end where that applies."""
+    """(hash, whether tracked files differ from it). $SRA_FAST_COMMIT may end in "-dirty"."""
     if commit := os.environ.get("SRA_FAST_COMMIT"):
         return commit.removesuffix("-dirty"), commit.endswith("-dirty")
     changes = _output("git", "status", "--porcelain", "--untracked-files=no")
@@ -118,8 +105,7 @@ def _commit() -> tuple[str | None, bool | None]:
 
 
 def _query_gpu(device: torch.device) -> dict[str, Any]:
-    """nvidia-smi's values for this GPU, selected by UUID because CUDA_VISIBLE_DEVICES may renumber."""
-    uuid = torch.cuda.get_device_properties(device).uuid
+    uuid = torch.cuda.get_device_properties(device).uuid  # not the index: CUDA_VISIBLE_DEVICES may renumber
     fields = ",".join(QUERY.values())
     return parse_query(
         _output("nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={fields}", "--format=csv,noheader,nounits")

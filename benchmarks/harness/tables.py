@@ -1,23 +1,23 @@
-"""Rows as the tables of reports and READMEs: steps, ops with their implementations side by side, updates, data."""
+"""Rows as tables: steps, ops with their implementations side by side, updates, data, roofs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from benchmarks.harness.rows import Row, digits, markdown, percent, spread, text_of
+from benchmarks.harness.rows import Row, digits, markdown, percent, spread
+from sra_fast.config import SIZES
 
 STEP_HEAD = ("step", "images/s", "x public", "ms", "p20 ... p80", "TFLOP/s", "of roof", "of peak", "GiB")
-SUMMARY_HEAD = ("model", "tokens", "batch", "public", "best rival", "ours", "ours / public", "ours / best rival")
 KERNEL_HEAD = ("op", "size", "batch", "dtype", "pass", "µs", "fastest", "GB/s", "of roof")
 UPDATE_HEAD = ("update", "size", "ms", "p20 ... p80", "x defaults", "GB/s", "of roof", "GiB")
 ROOF_HEAD = ("roof", "ms", "p20 ... p80", "GB/s", "TFLOP/s")
 DATA_HEAD = ("data", "by", "images/s", "x rival", "images/CPU-s", "x rival", "ms a batch", "p20 ... p80")
 
-Family = tuple[str, int, int, int]  # size, tokens, batch, and the depth if it is not the size's, else 0
+Family = tuple[str | int, ...]  # (kind, what was measured): rows that belong into one table
 
 
 def kind(row: Row) -> str:
-    """The program that measured it: "step", "update", "data", "op" or "roof"."""
+    """The program that measured it: "step", "op", "update", "data" or "roof"."""
     if "loader" in row["params"]:
         return "data"
     if "implementation" in row["params"]:
@@ -25,30 +25,46 @@ def kind(row: Row) -> str:
     return {"optimizer": "update"}.get(row["name"], row["name"])
 
 
-def families(rows: Sequence[Row]) -> dict[Family, list[Row]]:
-    """Rows of whole steps by model and batch."""
-    grouped: dict[Family, list[Row]] = {}
-    for row in rows:
-        if kind(row) != "step":
-            continue
-        params = row["params"]
-        family = (params["size"], params["tokens"], params["batch"], params.get("depth", 0))
-        grouped.setdefault(family, []).append(row)
-    return grouped
+def family(row: Row) -> Family:
+    """(kind, ...): model and batch of a step, name and shape of an op, size of an update, name of data."""
+    params = row["params"]
+    if kind(row) == "step":
+        return "step", params["size"], params["tokens"], params["batch"], params.get("depth", 0)
+    return kind(row), row["name"], params.get("size", ""), params.get("batch", 0) if kind(row) == "op" else 0
 
 
-def model_name(family: Family) -> str:
-    """SiT-XL/2, or "SiT-XL/2 of 3 blocks" if it is cut short."""
-    return f"SiT-{family[0].upper()}/2" + (f" of {family[3]} blocks" if family[3] else "")
-
-
-def title(family: Family) -> str:
+def model(step: Family) -> str:
     """SiT-XL/2, 256 tokens, batch 32."""
-    return f"{model_name(family)}, {family[1]} tokens, batch {family[2]}"
+    _, size, tokens, batch, depth = step
+    return f"SiT-{size.upper()}/2" + (f" of {depth} blocks" if depth else "") + f", {tokens} tokens, batch {batch}"
+
+
+def sections(rows: Sequence[Row]) -> dict[str, str]:
+    """title -> table of all rows: steps of the largest model first, then ops, updates, data and roofs."""
+    sizes = list(SIZES)
+    steps = {family(row) for row in rows if kind(row) == "step"}
+    found = {}
+    for step in sorted(steps, key=lambda step: (-sizes.index(step[1]), *step[2:])):
+        found[model(step)] = step_table([row for row in rows if family(row) == step])
+    for title, (wanted, make_table) in OTHERS.items():
+        some = [row for row in rows if kind(row) == wanted]
+        if some:
+            found[title] = make_table(some)
+    return found
+
+
+def show(rows: Sequence[Row]) -> str:
+    """All tables with their titles, for a terminal."""
+    return "\n\n".join(f"{title}\n\n{table}" for title, table in sections(rows).items())
+
+
+def images_per_s(rows: Sequence[Row], step: str) -> float | None:
+    """Of the step of that name; None without a number."""
+    return next((row.get("images_per_s") for row in rows if row["params"]["rung"] == step), None)
 
 
 def step_table(rows: Sequence[Row]) -> str:
-    """One family's steps against the public recipe, and what self-alignment adds to a step."""
+    """Steps of one family against the public recipe, and what self-alignment adds to a step."""
     public = images_per_s(rows, "public")
     lines = []
     for row in rows:
@@ -56,12 +72,11 @@ def step_table(rows: Sequence[Row]) -> str:
         if not ms:
             lines.append([name, row.get("error", "")])
             continue
-        speed = row["images_per_s"]
         lines.append(
             [
                 name,
-                digits(speed),
-                f"{speed / public:.2f}" if public else "",
+                digits(row["images_per_s"]),
+                f"{row['images_per_s'] / public:.2f}" if public else "",
                 digits(ms),
                 spread(row),
                 digits(row["flops"] and row["flops"] / ms / 1e9),
@@ -76,30 +91,16 @@ def step_table(rows: Sequence[Row]) -> str:
     return markdown(STEP_HEAD, lines) + cost
 
 
-def summary_table(by_family: dict[Family, Sequence[Row]]) -> str:
-    """Images/s of several families: the public recipe, the fastest of its variants, and ours."""
-    lines = []
-    for family, rows in by_family.items():
-        public, ours = images_per_s(rows, "public"), images_per_s(rows, "ours")
-        rivals = [row.get("images_per_s") for row in rows if not row["params"]["rung"].startswith("ours")]
-        best = max(filter(None, rivals), default=None)
-        ratios = [f"{ours / other:.2f}" if ours and other else "" for other in (public, best)]
-        model = [model_name(family), str(family[1]), str(family[2])]
-        lines.append([*model, digits(public), digits(best), digits(ours), *ratios])
-    return markdown(SUMMARY_HEAD, lines)
-
-
 def kernel_table(rows: Sequence[Row]) -> str:
-    """Ops: the medians of all implementations in one line, and what the fastest of the op itself reaches."""
+    """Ops: the medians of all implementations in one line, and what the fastest reaches."""
     grouped: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         shape = [str(row["params"].get(name, "")) for name in ("size", "batch", "dtype", "pass")]
         grouped.setdefault((row["name"], *shape), []).append(row)
     lines = []
     for key, group in grouped.items():
-        medians = [f"{row['params']['implementation']} {_microseconds(row)}" for row in group]
-        timed = [row for row in group if row["median_ms"] and not row["params"].get("another_function")]
-        line = [*key, ", ".join(medians)]
+        line = [*key, ", ".join(f"{row['params']['implementation']} {_microseconds(row)}" for row in group)]
+        timed = [row for row in group if row["median_ms"]]
         if timed:
             best = min(timed, key=lambda row: row["median_ms"])
             rate = digits(best["bytes"] / best["median_ms"] / 1e6)
@@ -135,50 +136,32 @@ def update_table(rows: Sequence[Row]) -> str:
 def data_table(rows: Sequence[Row]) -> str:
     """Images delivered per second of wall and CPU time, each compared with the rival that is best by that clock."""
     clocks = ("images_per_s", "images_per_cpu_s")
-    best: dict[tuple[str, str], float] = {}
-    for row in rows:
-        for clock in clocks:
-            if not row["ours"]:
-                best[row["name"], clock] = max(row[clock], best.get((row["name"], clock), 0.0))
+    rivals = [row for row in rows if not row["ours"]]
     lines = []
     for row in rows:
         files = row["params"].get("files")
         made_up = "made-up " if row["params"].get("made_up") else ""
         line = [row["name"] + (f", {files} {made_up}JPEGs" if files else ""), row["params"]["loader"]]
         for clock in clocks:
-            rival = best.get((row["name"], clock))
-            line += [digits(row[clock]), f"{row[clock] / rival:.2f}" if rival else ""]
+            best = max((rival[clock] for rival in rivals if rival["name"] == row["name"]), default=None)
+            line += [digits(row[clock]), f"{row[clock] / best:.2f}" if best else ""]
         lines.append([*line, digits(row["median_ms"]), spread(row)])
     return markdown(DATA_HEAD, lines)
-
-
-def images_per_s(rows: Sequence[Row], rung: str) -> float | None:
-    """Of the row of that name; None without a number."""
-    return next((row.get("images_per_s") for row in rows if row["params"]["rung"] == rung), None)
 
 
 def roof_table(rows: Sequence[Row]) -> str:
     """Copies and matrix products."""
     lines = []
     for row in rows:
-        rates = [amount and amount / row["median_ms"] for amount in (row["bytes"], row["flops"])]
-        speeds = [digits(rates[0] and rates[0] / 1e6), digits(rates[1] and rates[1] / 1e9)]
-        lines.append([text_of(row["params"]), digits(row["median_ms"]), spread(row), *speeds])
+        ms = row["median_ms"]
+        rates = [digits(row["bytes"] and row["bytes"] / ms / 1e6), digits(row["flops"] and row["flops"] / ms / 1e9)]
+        lines.append([row["params"]["of"], digits(ms), spread(row), *rates])
     return markdown(ROOF_HEAD, lines)
 
 
-def sections(rows: Sequence[Row]) -> dict[str, str]:
-    """title -> table, for every kind of rows that there is."""
-    found = {title(family): step_table(some) for family, some in families(rows).items()}
-    others = {"Ops": ("op", kernel_table), "Update": ("update", update_table)}
-    others |= {"Data": ("data", data_table), "Roofs": ("roof", roof_table)}
-    for name, (wanted, make_table) in others.items():
-        some = [row for row in rows if kind(row) == wanted]
-        if some:
-            found[name] = make_table(some)
-    return found
-
-
-def show(rows: Sequence[Row]) -> str:
-    """All tables with their titles, for a terminal."""
-    return "\n\n".join(f"{name}\n\n{table}" for name, table in sections(rows).items())
+OTHERS: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
+    "Ops": ("op", kernel_table),
+    "Updates": ("update", update_table),
+    "Data": ("data", data_table),
+    "Roofs": ("roof", roof_table),
+}

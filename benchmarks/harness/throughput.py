@@ -23,25 +23,17 @@ from benchmarks.harness.timing import Call, CpuClock, measure
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something that delivers images.
-
-    Attributes:
-        run: delivers some.
-        images: that one `run` delivers.
-        ours: whether it is the project's own.
-        params: of its rows; `batch` is among them.
-        levels_off: mean difference of its pixels from the reference's, in grey levels of 255.
-    """
+    """Something that delivers images."""
 
     run: Call
-    images: int
+    images: int  # that one `run` delivers
     ours: bool
-    params: dict[str, Any]
-    levels_off: float | None = None
+    params: dict[str, Any]  # of its row; `batch` is among them
+    levels_off: float | None = None  # mean difference of its pixels from the reference's, in grey levels of 255
 
 
 def cpu_seconds() -> float:
-    """CPU time so far of this process and of its children that have ended."""
+    """CPU time of this process and of its children that have ended."""
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(part.ru_utime + part.ru_stime for part in usage)
 
@@ -53,11 +45,9 @@ class ThroughputClock(CpuClock):
         self.device = device
 
     def prepare(self, call: Call) -> tuple[None, Call]:
-        """No memory is measured: that would deliver an epoch once more."""
-        return None, call
+        return None, call  # measuring memory would take one more epoch
 
     def sample(self, call: Call) -> tuple[float, float]:
-        """(wall time, CPU time) of a call in ms."""
         wall, cpu = time.perf_counter(), cpu_seconds()
         call()
         if self.device.type == "cuda":
@@ -74,16 +64,8 @@ def measure_rows(
     bytes_per_image: int,
     private: Sequence[Path | str | None] = (),
 ) -> list[Row]:
-    """Rows of all candidates, interleaved: times of a batch, and images per second by either clock.
-
-    Args:
-        name: of the rows.
-        candidates: name -> what delivers.
-        device: to which they deliver.
-        repeats: samples of each, after one to warm up.
-        bytes_per_image: of what is delivered.
-        private: arguments whose paths are left out of the command.
-    """
+    """Rows of all candidates, interleaved: times of a batch, and images per second by either clock. Paths among the
+    `private` arguments are left out of the command."""
     calls = {loader: candidate.run for loader, candidate in candidates.items()}
     taken = measure(calls, device=device, repeats=repeats, warmup=1, clock=ThroughputClock(device))
     now = stamp(device)

@@ -51,10 +51,6 @@ def measure(
 
     Returns:
         Samples by name. A candidate that runs out of memory has an `error` instead; the others go on.
-
-    Raises:
-        GateFailed: from the gate, before anything is timed.
-        ValueError: if the arguments contradict each other.
     """
     device = torch.device(device)
     if min(repeats, warmup) < 1:
@@ -102,13 +98,12 @@ def measure(
 
 
 class CpuClock:
-    """Wall time."""
+    """Wall time. `prepare` returns (peak memory in GiB, the call to sample), `sample` (time, host time) in ms."""
 
     def begin(self) -> None:
-        """Called before the warm-up: nothing to do, resident memory is read when all is warm."""
+        """Called before the warm-up."""
 
     def prepare(self, call: Call) -> tuple[float | None, Call]:
-        """(peak memory of one call in GiB, the call to sample)."""
         status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
         try:
             reset.write_text("5")  # resets the peak of resident memory, see proc_pid_clear_refs(5)
@@ -119,7 +114,6 @@ class CpuClock:
         return (int(peak.split()[1]) * 1024 / GIB if peak else None), call
 
     def sample(self, call: Call) -> tuple[float, float]:
-        """(time, host time) of a call in ms."""
         start = time.perf_counter_ns()
         call()
         ms = (time.perf_counter_ns() - start) / 1e6
@@ -141,12 +135,10 @@ class GpuClock:
         self.flush = torch.empty(size, dtype=torch.int8, device=device) if graph else None
 
     def begin(self) -> None:
-        """Memory counts from here."""
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def prepare(self, call: Call) -> tuple[float, Call]:
-        """(peak memory since `begin` in GiB, the call to sample)."""
         if self.graph:
             call = self._captured(call)  # a replay allocates nothing: the capture did
         else:
@@ -168,21 +160,20 @@ class GpuClock:
         return graph.replay
 
     def sample(self, call: Call) -> tuple[float, float]:
-        """(device time, host time) of a call in ms."""
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        stream = torch.cuda.current_stream(self.device)
         torch.cuda.synchronize(self.device)
         if self.flush is not None:
             self.flush.zero_()
-        begin.record(torch.cuda.current_stream(self.device))
+        begin.record(stream)
         start = time.perf_counter_ns()
         call()
         host = (time.perf_counter_ns() - start) / 1e6
-        end.record(torch.cuda.current_stream(self.device))
+        end.record(stream)
         end.synchronize()
         return begin.elapsed_time(end), host
 
     def release(self) -> None:
-        """Free what a failed candidate left."""
         gc.collect()
         torch.cuda.empty_cache()
 

@@ -75,11 +75,7 @@ class FinalLayer(nn.Module):
 
 
 class PublicNetwork(nn.Module):
-    """SiT with SRA's head.
-
-    Args:
-        config: with the model's sizes filled in.
-    """
+    """SiT with SRA's head."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -95,13 +91,8 @@ class PublicNetwork(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, labels: Tensor, tap: int, project: bool = True, stop: bool = False
     ) -> tuple[Tensor | None, Tensor]:
-        """(prediction (B, C, H, W), output of block `tap` (B, T, D), passed through the head if `project`).
-
-        Args:
-            x: (B, C, H, W); t: (B,); labels: (B,) int64.
-            tap: 1-based.
-            stop: run nothing after the tap and return None for the prediction; the public code has no such switch.
-        """
+        """(prediction (B, C, H, W), output of block `tap` (B, T, D), passed through the head if `project`), tap counted
+        from 1. `stop`: run nothing after the tap and return None for the prediction; the public code cannot."""
         x = self.x_embedder["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed  # (B, T, D)
         c = self.t_embedder(t) + self.y_embedder(labels)  # (B, D)
         for number, block in enumerate(self.blocks, start=1):

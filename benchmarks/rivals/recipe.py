@@ -58,13 +58,7 @@ RUNGS = (
 
 
 class PublicStep:
-    """A variant's training step with its networks and optimizer.
-
-    Args:
-        config: of a SiT, with the model's sizes filled in; its seed gives the weights of the project's own step.
-        rung: the variant.
-        device: where it computes.
-    """
+    """A variant's training step with its networks and optimizer. The config's seed gives our step's weights."""
 
     def __init__(self, config: Config, rung: Rung, device: torch.device) -> None:
         self.config, self.rung, self.device = config, rung, device
@@ -101,8 +95,7 @@ class PublicStep:
         return self._captured.failure if self._captured else None
 
     def __call__(self, x: Tensor, labels: Tensor) -> None:
-        """One optimizer step: x (B, C, H, W) float32, labels (B,) int64; a CUDA graph needs the same tensors in every
-        call."""
+        """One optimizer step: x (B, C, H, W) float32, labels (B,) int64, the same tensors in every call."""
         if self._captured is None:
             self._step(x, labels)
         else:
