@@ -166,15 +166,15 @@ def _strides(tensor: Tensor | None, axes: int) -> tuple[int, ...]:
     return (0,) * axes if tensor is None else tensor.stride()[:axes]
 
 
-def _allocate_like(tensor: Tensor | None) -> Tensor | None:
-    """An uninitialized contiguous tensor, whatever the strides; None for None."""
-    return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+def _allocate_like(tensor: Tensor) -> Tensor:
+    """An uninitialized contiguous tensor, whatever the strides."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 def _allocate_outputs(x: Tensor, gated: bool) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """Uninitialized (x' or None, h, mean, rstd)."""
     mean, rstd = (torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for _ in range(2))
-    return _allocate_like(x if gated else None), _allocate_like(x), mean, rstd
+    return _allocate_like(x) if gated else None, _allocate_like(x), mean, rstd
 
 
 def _forward(
@@ -203,7 +203,7 @@ def _backward(
     batch, tokens, width = residual.shape
     main, tail, warps, stages = rows.tiles(width)
     chunks = rows.chunks(batch, tokens, BACKWARD_TOKENS)
-    grad_x, grad_branch = _allocate_like(residual), _allocate_like(branch)
+    grad_x, grad_branch = _allocate_like(residual), None if branch is None else _allocate_like(branch)
     dtypes = (shift_dtype, scale.dtype) if gate is None else (shift_dtype, scale.dtype, gate.dtype)
     partials = torch.empty(len(dtypes), batch, chunks, width, dtype=torch.float32, device=residual.device)
     grad_shift, grad_scale, grad_gate = (*partials, None)[:3]
