@@ -1,7 +1,5 @@
-"""Distances against numpy, and SRA's losses against a student and teacher run in full with hooks.
-
-Every check is also run on a planted fault, which it must catch.
-"""
+"""Distances against numpy, and SRA's losses against a student and teacher run in full with hooks. Every check is also
+run on planted faults, which it must catch."""
 
 from __future__ import annotations
 
@@ -17,10 +15,10 @@ from torch import Tensor
 
 from sra_fast.config import AlignConfig, preset
 from sra_fast.kernels.alignment import DISTANCES, alignment_ref
-from sra_fast.model.layout import joined
-from sra_fast.model.transformer import Transformer, around
-from sra_fast.objective import Noised
-from sra_fast.objective.alignment import Losses, alignment_weight, training_losses
+from sra_fast.kernels.perturb import NoisedBatch
+from sra_fast.model.layout import from_public
+from sra_fast.model.transformer import Transformer
+from sra_fast.objective.alignment import Alignment, Losses, alignment_weight, training_losses
 from sra_fast.objective.flow import Flow
 
 
@@ -69,13 +67,13 @@ def agrees(distance: Callable[[Tensor, Tensor], Tensor], name: str) -> bool:
     return bool(np.isclose(float(distance(student, teacher)), FORMULAS[name](student.numpy(), teacher.numpy()), 1e-12))
 
 
-def of(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+def distance_of(name: str) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda s, t: alignment_ref(s, t, name)
 
 
 @pytest.mark.parametrize("name", DISTANCES)
 def test_distance_is_its_formula(name: str) -> None:
-    assert agrees(of(name), name)
+    assert agrees(distance_of(name), name)
 
 
 @pytest.mark.parametrize(("name", "mutant"), MUTANTS)
@@ -83,50 +81,29 @@ def test_a_wrong_distance_disagrees_with_the_formula(name: str, mutant: Callable
     assert not agrees(mutant, name)
 
 
-def test_the_configuration_offers_exactly_the_distances_there_are() -> None:
-    offered = get_args(get_type_hints(AlignConfig)["distance"])
-    assert offered == DISTANCES == tuple(FORMULAS)
+def test_the_configuration_offers_exactly_these_distances() -> None:
+    assert get_args(get_type_hints(AlignConfig)["distance"]) == DISTANCES == tuple(FORMULAS)
 
 
 @pytest.mark.parametrize("name", DISTANCES)
-def test_gradient_of_the_student(name: str) -> None:
+def test_only_the_student_has_a_gradient(name: str) -> None:
     student, teacher = features(2, 4, 5)
-    assert torch.autograd.gradcheck(lambda s: alignment_ref(s, teacher, name), [student.requires_grad_()])
-
-
-@pytest.mark.parametrize("name", DISTANCES)
-def test_no_gradient_reaches_the_teacher(name: str) -> None:
-    student, teacher = features(2, 4, 5)
-    alignment_ref(student.requires_grad_(), teacher.requires_grad_(), name).backward()
-    assert student.grad is not None
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: alignment_ref(s, teacher, name), [student])
+    alignment_ref(student, teacher.requires_grad_(), name).backward()
     assert teacher.grad is None
 
 
 @pytest.mark.parametrize("name", DISTANCES)
 def test_bf16_features_are_compared_in_fp32(name: str) -> None:
     student, teacher = (value.bfloat16() for value in features(2, 64, 32))
-    got = alignment_ref(student, teacher, name)
-    assert got.dtype == torch.float32
-    assert float(got) == pytest.approx(FORMULAS[name](student.double().numpy(), teacher.double().numpy()), rel=1e-5)
+    distance = alignment_ref(student, teacher, name)
+    assert distance.dtype == torch.float32
+    expected = FORMULAS[name](student.double().numpy(), teacher.double().numpy())
+    assert float(distance) == pytest.approx(expected, rel=1e-5)
 
 
-def rescaled(axis: int) -> Tensor:
-    """(1, T, 1) factors per token for axis 1, (1, 1, D) per channel for axis 2."""
-    shape = [1, 1, 1]
-    shape[axis] = (10, 7)[axis - 1]
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).exp()
-
-
-# The per-token cosine does not see a teacher token's length, the per-channel one not a channel's.
-@pytest.mark.parametrize(("name", "blind_to", "sees"), [("cosine", 1, 2), ("cosine_channel", 2, 1)])
-def test_a_cosine_is_blind_to_the_scale_of_its_own_vectors_only(name: str, blind_to: int, sees: int) -> None:
-    student, teacher = features(3, 10, 7)
-    base = float(alignment_ref(student, teacher, name))
-    assert float(alignment_ref(student, teacher * rescaled(blind_to), name)) == pytest.approx(base, abs=1e-12)
-    assert float(alignment_ref(student, teacher * rescaled(sees), name)) > base + 0.01
-
-
-def test_wrong_input_is_refused_by_name() -> None:
+def test_invalid_arguments_are_refused() -> None:
     student, teacher = features(2, 4, 5)
     with pytest.raises(ValueError, match=r"teacher: shape \(2, 4, 4\) given; must be the student's, \(2, 4, 5\)"):
         alignment_ref(student, teacher[..., :4], "l2")
@@ -134,158 +111,127 @@ def test_wrong_input_is_refused_by_name() -> None:
         alignment_ref(student, teacher, "cos")
 
 
-# SRA's losses
-
-
-def between(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """The linear interpolant."""
+def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """The linear path."""
     t = t[:, None, None, None]
     return (1 - t) * x + t * noise
 
 
 @pytest.fixture
 def scene(tiny, awake) -> SimpleNamespace:
-    """A student and a different teacher, both with gradients on, and a batch in which no two roles share a value."""
+    """A student and a different teacher, both with gradients, and a batch in which no two roles share a value."""
     config = tiny()
-    student, teacher = (around(config.model, joined(awake(config.model, seed))).requires_grad_() for seed in (1, 2))
+    student, teacher = (
+        Transformer.from_tensors(config.model, from_public(awake(config.model, seed))).requires_grad_()
+        for seed in (1, 2)
+    )
     generator = torch.Generator().manual_seed(0)
     x, noise = torch.randn(2, 6, 1, 8, 8, generator=generator)
     t, t_teacher = torch.linspace(0.3, 0.9, 6), torch.linspace(0.2, 0.75, 6)
-    return SimpleNamespace(
-        taps=config.taps,
-        student=student,
-        teacher=teacher,
-        noised=Noised(t, t_teacher, between(x, noise, t), between(x, noise, t_teacher), noise - x),
-        x=x,
-        noise=noise,
-        labels=torch.tensor([0, 1, 2, 3, 4, 0]),
-        teacher_labels=torch.tensor([0, 1, 2, 3, 4, 4]),
-    )
+    labels, teacher_labels = torch.tensor([0, 1, 2, 3, 4, 0]), torch.tensor([0, 1, 2, 3, 4, 4])
+    x_t, x_teacher = interpolate(x, noise, t), interpolate(x, noise, t_teacher)
+    batch = NoisedBatch(t, t_teacher, x_t, x_teacher, noise - x, labels, teacher_labels)
+    alignment = Alignment(*config.taps, distance_of("smooth_l1"))
+    return SimpleNamespace(student=student, teacher=teacher, batch=batch, alignment=alignment)
 
 
 def block_output(model: Transformer, number: int, x: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(prediction, output of block `number`) of a whole forward pass, caught by a hook."""
-    caught = []
-    handle = model.blocks[number - 1].register_forward_hook(lambda module, inputs, output: caught.append(output[0]))
+    """(prediction, output of block `number`) of a complete forward pass, caught by a hook."""
+    outputs = []
+    handle = model.blocks[number - 1].register_forward_hook(lambda module, inputs, output: outputs.append(output[0]))
     with torch.no_grad():
         prediction, _ = model(x, t, labels)
     handle.remove()
-    return prediction, caught[0]
+    return prediction, outputs[0]
 
 
 def published(s: SimpleNamespace, weight: float) -> tuple[float, float, float]:
-    """student at t through its head, teacher at t_teacher and raw."""
-    n = s.noised
-    prediction, tapped = block_output(s.student, s.taps[0], n.x_t, n.t, s.labels)
-    x_teacher = between(s.x, s.noise, n.t_teacher)
-    _, target = block_output(s.teacher, s.taps[1], x_teacher, n.t_teacher, s.teacher_labels)
-    generative = float((prediction - (s.noise - s.x)).square().mean())
-    alignment = FORMULAS["smooth_l1"](s.student.ap_head(tapped).detach().numpy(), target.numpy())
+    """(total, generative, alignment): the student at t through its head, the teacher at t_teacher without."""
+    b = s.batch
+    prediction, student = block_output(s.student, 1, b.x_t, b.t, b.labels)
+    _, teacher = block_output(s.teacher, 3, b.x_teacher, b.t_teacher, b.teacher_labels)
+    generative = float((prediction - b.target).square().mean())
+    alignment = FORMULAS["smooth_l1"](s.student.ap_head(student).detach().numpy(), teacher.numpy())
     return generative + weight * alignment, generative, alignment
 
 
-def computed(s: SimpleNamespace, weight: float = 0.5, **changes: object) -> Losses:
-    parts = {
-        "student": s.student,
-        "teacher": s.teacher.features,
-        "noised": s.noised,
-        "labels": s.labels,
-        "teacher_labels": s.teacher_labels,
-        "taps": s.taps,
-    }
-    return training_losses(Flow(), distance=of("smooth_l1"), weight=weight, **parts | changes)
+def losses_of(s: SimpleNamespace, weight: float | Tensor = 0.5, **changes: object) -> Losses:
+    parts = {"alignment": s.alignment, "student": s.student, "teacher": s.teacher.features, "batch": s.batch}
+    return training_losses(Flow(), weight=weight, **parts | changes)
 
 
-def as_published(s: SimpleNamespace, losses: Losses) -> bool:
+def are_published(s: SimpleNamespace, losses: Losses) -> bool:
     return all(a.item() == pytest.approx(b, rel=1e-5) for a, b in zip(losses, published(s, 0.5), strict=True))
 
 
 def test_losses_are_the_published_ones(scene: SimpleNamespace) -> None:
-    assert scene.taps == (1, 3)
-    assert as_published(scene, computed(scene))
+    assert are_published(scene, losses_of(scene))
 
 
-def projected(teacher: Transformer) -> Callable[..., Tensor]:
-    """What a public teacher left in train mode would give: its features through its head."""
-    return lambda x, t, labels, tap: teacher(x, t, labels, tap=tap)[1]
+def batch_with(**sources: str) -> Callable[[SimpleNamespace], dict[str, object]]:
+    """Fields of the batch taken from other fields."""
+    return lambda s: {"batch": s.batch._replace(**{name: getattr(s.batch, source) for name, source in sources.items()})}
 
 
 FAULTS: dict[str, Callable[[SimpleNamespace], dict[str, object]]] = {
-    "times swapped": lambda s: {"noised": s.noised._replace(t=s.noised.t_teacher, t_teacher=s.noised.t)},
-    "teacher told the student's time": lambda s: {"noised": s.noised._replace(t_teacher=s.noised.t)},
-    "inputs swapped": lambda s: {"noised": s.noised._replace(x_t=s.noised.x_teacher, x_teacher=s.noised.x_t)},
-    "teacher shown the student's input": lambda s: {"noised": s.noised._replace(x_teacher=s.noised.x_t)},
-    "teacher in train mode": lambda s: {"teacher": projected(s.teacher)},
+    "times swapped": batch_with(t="t_teacher", t_teacher="t"),
+    "teacher told the student's time": batch_with(t_teacher="t"),
+    "inputs swapped": batch_with(x_t="x_teacher", x_teacher="x_t"),
+    "teacher shown the student's input": batch_with(x_teacher="x_t"),
+    "labels swapped": batch_with(labels="teacher_labels", teacher_labels="labels"),
+    "teacher with head": lambda s: {"teacher": lambda *inputs: s.teacher(*inputs)[1]},
     "student is its own teacher": lambda s: {"teacher": s.student.features},
-    "student without head": lambda s: {"student": lambda *a, tap: (s.student(*a)[0], s.student.features(*a, tap=tap))},
-    "taps swapped": lambda s: {"taps": s.taps[::-1]},
-    "zero-based taps": lambda s: {"taps": (s.taps[0] + 1, s.taps[1] + 1)},
-    "labels swapped": lambda s: {"labels": s.teacher_labels, "teacher_labels": s.labels},
+    "student without head": lambda s: {"student": lambda *inputs: (s.student(*inputs)[0], s.student.features(*inputs))},
+    "taps swapped": lambda s: {"alignment": s.alignment._replace(student_tap=3, teacher_tap=1)},
+    "zero-based taps": lambda s: {"alignment": s.alignment._replace(student_tap=2, teacher_tap=4)},
     "weight forgotten": lambda s: {"weight": 1.0},
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_not_as_published(scene: SimpleNamespace, fault: str) -> None:
-    assert not as_published(scene, computed(scene, **FAULTS[fault](scene)))
+    assert not are_published(scene, losses_of(scene, **FAULTS[fault](scene)))
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.2, torch.tensor(0.7)])
+@pytest.mark.parametrize("weight", [0.0, torch.tensor(0.7)])
 def test_total_is_generative_plus_weighted_alignment(scene: SimpleNamespace, weight: float | Tensor) -> None:
-    losses = computed(scene, weight)
+    losses = losses_of(scene, weight)
     assert torch.equal(losses.total, losses.generative + weight * losses.alignment)
 
 
-def test_the_teacher_gets_no_gradient_and_the_student_all(scene: SimpleNamespace) -> None:
-    computed(scene).total.backward()
-    assert all(parameter.grad is None for parameter in scene.teacher.parameters())
-    assert all(parameter.grad is not None for parameter in scene.student.parameters())
-
-
-def test_the_teacher_builds_no_graph(scene: SimpleNamespace) -> None:
-    def teacher(*inputs: Tensor, tap: int) -> Tensor:
-        features = scene.teacher.features(*inputs, tap=tap)
+def test_gradients_reach_the_student_alone_and_those_of_the_alignment_no_block_beyond_the_tap(scene) -> None:
+    def teacher(*inputs: object) -> Tensor:
+        features = scene.teacher.features(*inputs)
         assert not features.requires_grad, "activations of the teacher would be kept"
         return features
 
-    assert computed(scene, teacher=teacher).total.requires_grad
-
-
-def test_alignment_reaches_no_block_beyond_the_students_tap(scene: SimpleNamespace) -> None:
+    losses = losses_of(scene, teacher=teacher)
     names, parameters = zip(*scene.student.named_parameters(), strict=True)
-    gradients = torch.autograd.grad(computed(scene).alignment, parameters, allow_unused=True)
-    reached = {
-        name.split(".")[1] for name, g in zip(names, gradients, strict=True) if g is not None and "blocks" in name
-    }
-    assert reached == {"0"}
+    gradients = torch.autograd.grad(losses.alignment, parameters, allow_unused=True, retain_graph=True)
+    reached = {name for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
+    assert {name.split(".")[1] for name in reached if "blocks" in name} == {"0"}
+    losses.total.backward()
+    assert all(parameter.grad is None for parameter in scene.teacher.parameters())
+    assert all(parameter.grad is not None for parameter in parameters)
 
 
 def test_the_teacher_runs_no_later_block_no_head_and_no_final_layer(scene: SimpleNamespace) -> None:
-    calls = dict.fromkeys([name for name, _ in scene.teacher.named_modules()], 0)
-
-    def count(name: str) -> Callable:
-        return lambda module, inputs, output: calls.update({name: calls[name] + 1})
-
+    calls: list[str] = []
     for name, module in scene.teacher.named_modules():
-        module.register_forward_hook(count(name))
-    computed(scene)
-    assert [calls[f"blocks.{i}"] for i in range(4)] == [1, 1, 1, 0]
-    assert calls["final_layer"] == calls["ap_head"] == 0
-    assert calls["x_embedder"] == 1
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    losses_of(scene)
+    assert [calls.count(f"blocks.{i}") for i in range(4)] == [1, 1, 1, 0]
+    assert calls.count("final_layer") == calls.count("ap_head") == 0
+    assert calls.count("x_embedder") == 1
 
 
 def test_the_plain_model_has_the_generative_loss_alone_and_does_not_run_the_head(scene: SimpleNamespace) -> None:
+    expected = published(scene, 0.0)[1]
     scene.student.ap_head.register_forward_hook(lambda *_: pytest.fail("the head was run"))
-    losses = computed(scene, teacher=None)
+    losses = losses_of(scene, alignment=None, teacher=None)
     assert torch.equal(losses.total, losses.generative)
     assert float(losses.alignment) == 0
-    assert losses.generative.item() == pytest.approx(published_generative(scene), rel=1e-5)
-
-
-def published_generative(s: SimpleNamespace) -> float:
-    with torch.no_grad():
-        prediction, _ = s.student(s.noised.x_t, s.noised.t, s.labels)
-    return float((prediction - (s.noise - s.x)).square().mean())
+    assert losses.generative.item() == pytest.approx(expected, rel=1e-5)
 
 
 # The public code at three significant figures.
