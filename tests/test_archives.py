@@ -1,4 +1,4 @@
-"""archives.py: every image of a webdataset with its own label, and no archive half read in silence."""
+"""archives.py: every image of a webdataset is read with its label, and an incomplete archive is refused."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import tarfile
 
 import numpy as np
 import pytest
+import small_data
 
 from sra_fast.data.folder import ImageFolder
-from sra_fast.errors import Refused
 from sra_fast.packing.archives import ImageArchives, open_images
 
 
@@ -26,31 +26,26 @@ def write_tar(path, members, mode="w", **options):
 
 
 def samples(labels, first=0):
-    """{00000.jpg: its own name, 00000.cls: label}."""
-    made = {}
+    """{00000.jpg: b"image 0", 00000.cls: label, ...}."""
+    members = {}
     for number, label in enumerate(labels, first):
-        made |= {f"{number:05d}.jpg": b"image %d" % number, f"{number:05d}.cls": b"%d" % label}
-    return made
+        members |= {f"{number:05d}.jpg": b"image %d" % number, f"{number:05d}.cls": b"%d" % label}
+    return members
 
 
-def refusal(given):
-    with pytest.raises(Refused) as refused:
-        open_images(str(given))
-    line = str(refused.value)
-    assert line.startswith("images: ")
-    assert "\n" not in line
-    return line
+def refusal(images):
+    return small_data.refusal(open_images, str(images))
 
 
 def content(data):
     return {name: (int(data.labels[row]), data.read(row)) for row, name in enumerate(data.files)}
 
 
-@pytest.mark.parametrize("given", ["", "*.tar", "[ab].tar", "../set/*.tar"])
-def test_archives_are_read_in_order_whatever_names_them(tmp_path, given):
+@pytest.mark.parametrize("pattern", ["", "[ab].tar", "../set/*.tar"])
+def test_archives_are_read_in_order_whatever_names_them(tmp_path, pattern):
     write_tar(tmp_path / "set" / "b.tar", samples([0, 2], first=7))
     write_tar(tmp_path / "set" / "a.tar", samples([1, 0, 1]))
-    data = open_images(str(tmp_path / "set" / given))
+    data = open_images(str(tmp_path / "set" / pattern))
     assert isinstance(data, ImageArchives)
     assert data.files == ("a.tar/00000.jpg", "a.tar/00001.jpg", "a.tar/00002.jpg", "b.tar/00007.jpg", "b.tar/00008.jpg")
     assert (data.labels.dtype, data.labels.tolist()) == (np.int64, [1, 0, 1, 0, 2])
@@ -62,19 +57,19 @@ def test_archives_are_read_in_order_whatever_names_them(tmp_path, given):
     assert data.read(1) == b"image 1"
 
 
-@pytest.mark.parametrize("given", ["t-{08..11}.tar", "{t,s}-*.tar", "t-{08..09}.tar"])
-def test_numbers_in_braces_stand_for_archives(tmp_path, given):
+@pytest.mark.parametrize("pattern", ["t-{08..11}.tar", "{t,s}-*.tar", "t-{08..09}.tar"])
+def test_numbers_in_braces_stand_for_archives(tmp_path, pattern):
     for number in range(8, 12):
         write_tar(tmp_path / f"t-{number:02d}.tar", samples([number % 2], first=number))
-    if given.startswith("{"):  # only numbers do
-        assert "no file that fits it as a glob" in refusal(tmp_path / given)
+    if pattern.startswith("{"):  # only numbers do
+        assert "no file matches it as a pattern" in refusal(tmp_path / pattern)
         return
-    data = open_images(str(tmp_path / given))
+    data = open_images(str(tmp_path / pattern))
     assert data.files[:2] == ("t-08.tar/00008.jpg", "t-09.tar/00009.jpg")
-    assert len(data) == (4 if "11" in given else 2)
-    assert "must count upwards in its braces" in refusal(tmp_path / "t-{11..08}.tar")
+    assert len(data) == (4 if "11" in pattern else 2)
+    assert "the numbers in braces must increase" in refusal(tmp_path / "t-{11..08}.tar")
     (tmp_path / "t-09.tar").unlink()
-    assert f"'{tmp_path}/t-09.tar' given; there is no such folder" in refusal(tmp_path / given)
+    assert f"'{tmp_path}/t-09.tar' given; there is no such folder" in refusal(tmp_path / pattern)
 
 
 def test_one_archive_and_a_folder_of_classes(tmp_path):
@@ -127,16 +122,14 @@ def test_members_of_all_sorts(tmp_path, kind):
         ({"1.jpg": b"", "1.cls": b"0", "2.jpg": b""}, "sample '2' has no .cls and no .json with a label"),
         ({"1.jpg": b"", "1.cls": b"0", "2.cls": b"1"}, "sample '2' has a label, but no .jpg"),
         ({"1.webp": b"", "1.cls": b"0"}, "sample '1' has a label, but no .jpg, .jpeg or .png"),
-        ({"1.jpg": b"", "1.cls": b"cat"}, "1.cls' given; has the label b'cat'; must be a number"),
+        ({"1.jpg": b"", "1.cls": b"cat"}, "1.cls: has the label b'cat'; must be a number"),
         ({"1.jpg": b"", "1.cls": b""}, "has the label b''"),
         ({"1.jpg": b"", "1.cls": b"-1"}, "has the label b'-1'"),
         ({"1.jpg": b"", "1.cls": b"4000000000"}, "has the label b'4000000000'; must be a number from 0 to 1,048,575"),
-        ({"1.jpg": b"", "1.cls": b"9" * 30}, "has the label"),
-        ({"1.jpg": b"", "1.json": b'{"class": 1}'}, "the .json of 1.jpg' given; has the label b''"),
-        ({"1.jpg": b"", "1.json": b"[1]"}, "has the label b''"),
+        ({"1.jpg": b"", "1.json": b'{"class": 1}'}, "the .json of 1.jpg: has the label b''"),
         ({"1.jpg": b"", "1.json": b'{"label": true}'}, "has the label b'True'"),
-        ({"1.jpg": b"", "1.png": b"", "1.cls": b"0"}, "1.png' given; is there twice"),
-        ([("1.jpg", b""), ("1.cls", b"0"), ("1.jpg", b"")], "1.jpg' given; is there twice"),
+        ({"1.jpg": b"", "1.png": b"", "1.cls": b"0"}, "1.png: a second image of the same sample"),
+        ([("1.jpg", b""), ("1.cls", b"0"), ("1.jpg", b"")], "1.jpg: a second image of the same sample"),
         ({"1.jpg": b"", "1.cls": b"0", "2.jpg": b"", "2.cls": b"2"}, "class 1 of 3 has no image"),
         ({"notes.txt": b""}, "must hold images"),
     ],
@@ -146,10 +139,9 @@ def test_samples_that_cannot_be_trained_on_are_refused(tmp_path, members, line):
 
 
 def test_places_without_archives_are_refused(tmp_path):
-    assert "there is no such folder, and no file that fits it" in refusal(tmp_path / "nowhere")
-    assert "there is no such folder, and no file that fits it" in refusal(tmp_path / "*.tar")
-    with pytest.raises(Refused, match="one folder per class"):
-        open_images(str(tmp_path))
+    assert "there is no such folder, and no file matches it" in refusal(tmp_path / "nowhere")
+    assert "there is no such folder, and no file matches it" in refusal(tmp_path / "*.tar")
+    assert "one folder per class" in refusal(tmp_path)
     write_tar(tmp_path / "a.tar", samples([0]))
     (tmp_path / "cat").mkdir()
     assert "holds .tar files and folders (cat)" in refusal(tmp_path)
@@ -171,19 +163,15 @@ def test_an_archive_that_is_not_whole_is_refused_wherever_it_ends(tmp_path):
     assert len(open_images(str(path))) == 3
 
 
-@pytest.mark.parametrize("member", range(6))
-def test_a_damaged_header_is_not_taken_for_the_end(tmp_path, member):
+def test_a_damaged_header_or_a_second_archive_is_not_taken_for_the_end(tmp_path):
     path = write_tar(tmp_path / "a.tar", samples([0, 0, 0]))
-    damaged = bytearray(path.read_bytes())
-    damaged[1024 * member + 100] ^= 1
-    path.write_bytes(damaged)
-    assert "a.tar" in refusal(path)
-
-
-def test_archives_laid_end_to_end_are_refused_rather_than_half_read(tmp_path):
-    path = write_tar(tmp_path / "a.tar", samples([0]))
-    path.write_bytes(2 * path.read_bytes())
-    assert "damaged at byte 2,048" in refusal(path)
+    whole = path.read_bytes()
+    for member in range(6):
+        path.write_bytes(whole)
+        small_data.flip_bit(path, 1024 * member + 100)
+        assert "a.tar" in refusal(path)
+    path.write_bytes(whole + whole)
+    assert "damaged at byte 6,144" in refusal(path)
 
 
 def test_an_archive_cut_short_after_it_was_indexed_is_an_error_not_a_short_file(tmp_path):

@@ -1,4 +1,4 @@
-"""npy.py: what NumPy writes is read, and anything else is refused with a reason."""
+"""npy.py: headers written by NumPy are read, and anything else is refused with a reason."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def saved(array, version=(1, 0)):
 
 @pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
 @pytest.mark.parametrize("array", [np.zeros((3, 2), np.float16), np.arange(5), np.float32(1), np.zeros((0, 4), ">i2")])
-def test_the_numbers_begin_where_it_says(array, version):
+def test_the_offset_of_the_numbers(array, version):
     file = saved(np.asarray(array), version)
-    head = read_header(io.BytesIO(file), len(file))
-    assert (head.shape, head.dtype) == (np.shape(array), array.dtype)
-    assert np.array_equal(np.frombuffer(file, head.dtype, offset=head.begin).reshape(head.shape), array)
+    header = read_header(io.BytesIO(file), len(file))
+    assert (header.shape, header.dtype) == (np.shape(array), array.dtype)
+    assert np.array_equal(np.frombuffer(file, header.dtype, offset=header.begin).reshape(header.shape), array)
 
 
 WHOLE = saved(np.zeros((3, 2)))
 
 
 @pytest.mark.parametrize(
-    ("file", "said"),
+    ("file", "message"),
     [
         (b"", "empty file"),
         (b"PK\3\4 and more of a zip", "magic"),
@@ -41,8 +41,8 @@ WHOLE = saved(np.zeros((3, 2)))
         (saved(np.array([None])), "no Python objects"),
     ],
 )
-def test_anything_else_is_refused_with_a_reason(file, said):
+def test_anything_else_is_refused_with_a_reason(file, message):
     with pytest.raises(ValueError, match=r"\S") as caught:
         read_header(io.BytesIO(file), len(file))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)

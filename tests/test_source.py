@@ -1,4 +1,4 @@
-"""source.py: images or latents, split, and what the model must fit."""
+"""source.py: images or latents are opened and split, and the model takes their sizes."""
 
 from __future__ import annotations
 
@@ -6,25 +6,21 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
+from small_data import CPU, pack, publish
+from small_data import refusal as refusal_of
 from small_run import small, write_images
-from small_sets import pack, publish
 
 from sra_fast.data.rows import split
 from sra_fast.data.source import ImageSource, LatentSource, open_source
 from sra_fast.errors import Refused
-
-CPU = torch.device("cpu")
 
 
 def config(tmp_path, **changes):
     return small(tmp_path, **{"data__images": "", "data__latents": str(tmp_path / "set"), **changes})
 
 
-def refusal(given):
-    with pytest.raises(Refused) as caught:
-        open_source(given, CPU)
-    return str(caught.value)
+def refusal(config):
+    return refusal_of(open_source, config, CPU)
 
 
 @pytest.mark.parametrize(
@@ -38,9 +34,9 @@ def refusal(given):
 )
 def test_the_model_fits_the_rows(tmp_path, options, size, channels):
     pack(tmp_path / "set", **options)
-    source, found = open_source(config(tmp_path), CPU)
+    source, filled = open_source(config(tmp_path), CPU)
     assert isinstance(source, LatentSource)
-    assert (found.model.input_size, found.model.channels, found.model.classes) == (size, channels, 4)
+    assert (filled.model.input_size, filled.model.channels, filled.model.classes) == (size, channels, 4)
     assert source.holds_pixels == (options.get("dtype") == "uint8")
     assert len(source.train) + len(source.held_out) == 80
     assert source.fingerprint == source.row_set.fingerprint
@@ -49,23 +45,27 @@ def test_the_model_fits_the_rows(tmp_path, options, size, channels):
 
 def test_the_public_layout_is_a_source_too(tmp_path):
     publish(tmp_path / "set")
-    source, found = open_source(config(tmp_path), CPU)
-    assert (found.model.input_size, found.model.channels, found.model.classes) == (4, 4, 3)
+    source, filled = open_source(config(tmp_path), CPU)
+    assert (filled.model.input_size, filled.model.channels, filled.model.classes) == (4, 4, 3)
     assert source.stored.scale.tolist() == [np.float32(0.18215)] * 4
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "said"),
-    [
-        ("input_size", 32, "model.input-size: 32 given; must be 4, as the data is, or 0"),
-        ("channels", 3, "model.channels: 3 given; must be 4"),
-        ("classes", 5, "model.classes: 5 given; must be 4"),
-    ],
-)
-def test_a_model_of_another_size_is_refused(tmp_path, name, value, said):
+@pytest.mark.parametrize(("name", "value", "fact"), [("input_size", 32, 4), ("channels", 3, 4), ("classes", 5, 4)])
+def test_a_model_of_another_size_is_refused(tmp_path, name, value, fact):
     pack(tmp_path / "set")
-    given = config(tmp_path)
-    assert said in refusal(replace(given, model=replace(given.model, **{name: value})))
+    other = config(tmp_path)
+    option = f"model.{name.replace('_', '-')}"
+    message = f"{option}: {value} given; must be {fact}, as in the data, or 0"
+    assert refusal(replace(other, model=replace(other.model, **{name: value}))) == message
+
+
+def test_damage_is_reported_under_the_option(tmp_path):
+    pack(tmp_path / "set")
+    path = tmp_path / "set" / "labels-00001.npy"
+    path.unlink()
+    assert refusal(config(tmp_path)) == f"data.latents: {path}: cannot be read (No such file or directory)"
+    images = config(tmp_path, data__images=str(tmp_path / "none"), data__latents="")
+    assert refusal(images) == f"data.images: {tmp_path / 'none'}: must be a folder of class folders"
 
 
 def test_images_or_latents_but_one(tmp_path):
@@ -73,11 +73,11 @@ def test_images_or_latents_but_one(tmp_path):
     write_images(tmp_path / "data")
     both = refusal(config(tmp_path, data__images=str(tmp_path / "data")))
     assert both.startswith("data.latents: ")
-    assert both.endswith(f"; but so is data.images = {tmp_path / 'data'}")
+    assert both.endswith(f"; excludes data.images, which is '{tmp_path / 'data'}'")
     assert refusal(config(tmp_path, data__latents="")).startswith("data.images: '' given; must be a folder of class")
-    source, found = open_source(config(tmp_path, data__images=str(tmp_path / "data"), data__latents=""), CPU)
+    source, filled = open_source(config(tmp_path, data__images=str(tmp_path / "data"), data__latents=""), CPU)
     assert isinstance(source, ImageSource)
-    assert (source.holds_pixels, source.stored, found.model.input_size) == (True, None, 8)
+    assert (source.holds_pixels, source.stored, filled.model.input_size) == (True, None, 8)
 
 
 def test_packed_pixels_are_the_images_they_were(tmp_path):
@@ -111,9 +111,9 @@ def test_the_stream_is_that_of_the_run(tmp_path):
         assert found in source.train.index
 
 
-def test_what_is_no_image_of_a_class_is_said(tmp_path, capsys):
+def test_ignored_files_are_reported(tmp_path, capsys):
     write_images(tmp_path / "data")
     (tmp_path / "data" / "loose.webp").touch()
     open_source(small(tmp_path), CPU)
-    line = f"data.images: {tmp_path / 'data'}: not read, being no JPEG or PNG in a class folder: 1 .webp\n"
+    line = f"data.images: {tmp_path / 'data'}: ignored, because not JPEG or PNG files in a class folder: 1 .webp\n"
     assert capsys.readouterr().err.endswith(line)
