@@ -4,9 +4,9 @@
     python -m benchmarks.bench_data --jpegs DIR             on all .jpg and .JPEG files below a folder
     python -m benchmarks.bench_data --vae DIR_OR_ID         also the rate of a VAE's encoder
 
-A sample is one epoch or several; candidates take turns; everything is in the page cache. The public loader starts its
-workers anew in every epoch, as the public code does; with 0 workers it does not. On a GPU the encoder is always
-measured: without --vae it is Stable Diffusion's with random weights.
+A sample is one epoch or several, from the page cache, by wall clock and by CPU time including workers: beside a GPU,
+loaders share the cores with everything else the host does. The public loader starts its workers anew in every epoch, as
+the public code does. On a GPU the encoder is always measured; without --vae with random weights.
 
 Gates: loaders of latents must deliver the same rows in the same order, and a decoder's pixels may differ from Pillow's
 by 0.5 grey levels in the mean and 1.0 in one image.
@@ -18,10 +18,13 @@ import argparse
 import io
 import json
 import os
+import resource
+import shlex
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,13 +37,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks.harness import options
-from benchmarks.harness.rows import Row, folder, write
+from benchmarks.harness.rows import Row, Samples, folder, row, write
 from benchmarks.harness.stamp import stamp
 from benchmarks.harness.tables import show
-from benchmarks.harness.throughput import Candidate, measure_rows
-from benchmarks.harness.timing import GateFailed
-from benchmarks.rivals.image_decoders import JpegFiles
-from benchmarks.rivals.latent_loaders import PublicFiles
+from benchmarks.harness.timing import Call, CpuClock, GateFailed, measure
+from benchmarks.rivals.loaders import JpegFiles, PublicFiles
 from sra_fast.config import DataConfig
 from sra_fast.data import order
 from sra_fast.data.decoders import open_decoder
@@ -61,6 +62,40 @@ MAX_MEAN_DIFFERENCE, MAX_IMAGE_DIFFERENCE = 0.5, 1.0  # grey levels of 255
 JPEG_SIZES = ((500, 375), (375, 500), (500, 333), (500, 375), (640, 480), (333, 500), (400, 300), (1200, 900))
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """Something that delivers images."""
+
+    run: Call
+    images: int  # that one `run` delivers
+    ours: bool
+    params: dict[str, Any]  # of its row; `batch` is among them
+    levels_off: float | None = None  # mean difference of its pixels from the reference's, in grey levels of 255
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of its children that have ended."""
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(part.ru_utime + part.ru_stime for part in usage)
+
+
+class ThroughputClock(CpuClock):
+    """Wall time to the end of the device's work; CPU time takes the place of host time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def prepare(self, call: Call) -> tuple[None, Call]:
+        return None, call  # measuring memory would take one more epoch
+
+    def sample(self, call: Call) -> tuple[float, float]:
+        wall, cpu = time.perf_counter(), cpu_seconds()
+        call()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return 1e3 * (time.perf_counter() - wall), 1e3 * (cpu_seconds() - cpu)
+
+
 def write_latents(root: Path, count: int) -> None:
     """Write the same moments to root/packed and root/public: float16 values, which float32 represents exactly."""
     generator, classes, shards, pairs = np.random.default_rng(0), 1000, [], []
@@ -73,8 +108,8 @@ def write_latents(root: Path, count: int) -> None:
         for name, values in zip(files, (moments, labels), strict=True):
             np.save(root / "packed" / name, values)
         shards.append(Shard(files[0], size, "", files[1], ""))
-        for row, (values, label) in enumerate(zip(moments.astype(np.float32), labels.tolist(), strict=True), first):
-            pairs.append([f"{row // 1000:05d}/img-mean-std-{row:08d}.npy", label])
+        for index, (values, label) in enumerate(zip(moments.astype(np.float32), labels.tolist(), strict=True), first):
+            pairs.append([f"{index // 1000:05d}/img-mean-std-{index:08d}.npy", label])
             path = root / "public" / "vae-sd" / pairs[-1][0]
             path.parent.mkdir(parents=True, exist_ok=True)
             np.save(path, values)
@@ -166,7 +201,7 @@ def bench_latents(args: argparse.Namespace, root: Path) -> list[Row]:
         for workers in LOADER_WORKERS:
             run = partial(iterate, loader(workers, shuffle=True), steps)
             candidates[f"public, {workers} workers"] = Candidate(run, images, False, params)
-        return _measure("latents", candidates, args, torch.device("cpu"), int(np.prod(SHAPE)) * 2)
+        return measure_rows("latents", candidates, args, torch.device("cpu"), int(np.prod(SHAPE)) * 2)
 
 
 def bench_decoding(args: argparse.Namespace, files: Sequence[Path], device: torch.device) -> list[Row]:
@@ -212,7 +247,7 @@ def bench_decoding(args: argparse.Namespace, files: Sequence[Path], device: torc
     # With more threads the rival's conversion to floats would leave torch's threads spinning, at its expense.
     torch.set_num_threads(1)
     try:
-        return _measure("decode on a GPU" if device.type == "cuda" else "decode", candidates, args, device, size)
+        return measure_rows("decode on a GPU" if device.type == "cuda" else "decode", candidates, args, device, size)
     finally:
         torch.set_num_threads(threads)
 
@@ -238,14 +273,43 @@ def bench_encoding(args: argparse.Namespace, device: torch.device, root: Path) -
     origin = "random weights" if not args.vae else "a folder" if Path(args.vae).exists() else args.vae
     params = {"resolution": side, "batch": len(x), "dtype": "bf16" if is_gpu else "fp32"}
     encode = Candidate(lambda: vae.encode(x), len(x), True, params)
-    return _measure("encode", {f"{vae.kind} ({origin})": encode}, args, device, x[0].numel() * 4)
+    return measure_rows("encode", {f"{vae.kind} ({origin})": encode}, args, device, x[0].numel() * 4)
 
 
-def _measure(
-    name: str, candidates: dict[str, Candidate], args: argparse.Namespace, device: torch.device, size: int
+def measure_rows(
+    name: str, candidates: dict[str, Candidate], args: argparse.Namespace, device: torch.device, bytes_per_image: int
 ) -> list[Row]:
-    private = (args.jpegs, args.vae)
-    return measure_rows(name, candidates, device, repeats=args.repeats, bytes_per_image=size, private=private)
+    """Rows of all candidates, interleaved: times of a batch, and images per second by either clock."""
+    calls = {loader: candidate.run for loader, candidate in candidates.items()}
+    taken = measure(calls, device=device, repeats=args.repeats, warmup=1, clock=ThroughputClock(device))
+    now = stamp(device)
+    now["command"] = without_paths(now["command"], (args.jpegs, args.vae))
+    rows = []
+    for loader, candidate in candidates.items():
+        if taken[loader].error:
+            raise torch.OutOfMemoryError(f"{loader}: {taken[loader].error}")
+        batch = candidate.params["batch"]
+        ms = tuple(batch / candidate.images * call_ms for call_ms in taken[loader].ms)
+        cpu_ms = [batch / candidate.images * call_ms for call_ms in taken[loader].host_samples_ms]
+        params = {"loader": loader, **candidate.params}
+        rows.append(row(name, params, Samples(ms, ms), stamp=now, bytes=bytes_per_image * batch))
+        rows[-1] |= {"images_per_s": 1e3 * batch / float(np.median(ms)), "cpu_samples_ms": cpu_ms}
+        rows[-1] |= {"images_per_cpu_s": 1e3 * batch / float(np.median(cpu_ms)), "ours": candidate.ours}
+        rows[-1] |= {"levels_off": candidate.levels_off}
+    return rows
+
+
+def without_paths(command: str, arguments: Sequence[Path | str | None]) -> str:
+    """The command with DIR for every argument that is a path of this machine: one that exists, or an absolute one."""
+    paths = {Path(path) for path in arguments if path and (Path(path).exists() or Path(path).is_absolute())}
+
+    def replaced(word: str) -> str:
+        option, _, value = word.partition("=")
+        if word and Path(word) in paths:
+            return "DIR"
+        return f"{option}=DIR" if value and Path(value) in paths else word
+
+    return shlex.join(map(replaced, shlex.split(command)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,11 +21,10 @@ from typing import Any
 import torch
 
 from benchmarks.harness import options
-from benchmarks.harness.roofs import roofs
 from benchmarks.harness.rows import Row, Samples, folder, row, write
 from benchmarks.harness.stamp import stamp
 from benchmarks.harness.tables import show
-from benchmarks.harness.timing import GateFailed, measure
+from benchmarks.harness.timing import GateFailed, measure, roofs
 from benchmarks.kernel_cases import OPS, Case, check, make_case, prepared, truth
 from benchmarks.rivals.norms import CUDNN
 from sra_fast.config import SIZES

@@ -26,12 +26,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import options
-from benchmarks.harness.models import sit
-from benchmarks.harness.roofs import roofs
 from benchmarks.harness.rows import Row, Samples, folder, row, write
 from benchmarks.harness.stamp import stamp
 from benchmarks.harness.tables import show
-from benchmarks.harness.timing import GateFailed, measure
+from benchmarks.harness.timing import GateFailed, measure, roofs
 from benchmarks.rivals.optimizers import Way, torch_way
 from sra_fast.config import SIZES, Config, OptimConfig
 from sra_fast.hardware import Hardware
@@ -60,13 +58,12 @@ class SharedState:
 
     def __init__(self, start: Weights) -> None:
         self.start = start
-        self.weights, self.m, self.v, self.ema = ([torch.empty_like(w) for w in start.values()] for _ in range(4))
+        self.weights, self.m, self.v, self.ema = ([w.clone() for w in start.values()] for _ in range(4))
         self.student, self.teacher = ([w.bfloat16() for w in start.values()] for _ in range(2))
-        device = self.weights[0].device
-        self.step, self.skipped = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        self.step, self.skipped = (self.m[0].new_zeros((), dtype=torch.int64) for _ in range(2))
 
     def reset(self) -> None:
-        """The state before any update."""
+        """Undo all updates."""
         for group in (self.weights, self.ema, self.student, self.teacher):
             torch._foreach_copy_(group, list(self.start.values()))
         torch._foreach_zero_([*self.m, *self.v, self.step, self.skipped])
@@ -251,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--warmup", type=options.positive, default=2)
     parser.add_argument("--device", type=options.device, default=device)
     args = parser.parse_args(arguments)
-    config = replace(sit(args.size, depth=args.depth), optim=SETTINGS)
+    config = replace(options.sit(args.size, depth=args.depth), optim=SETTINGS)
     rows = measure_rows(config, args.size, args.ways, args.device, args.repeats, args.warmup)
     now = stamp(args.device)
     name = f"optimizer-{args.size}" + (f"-depth{args.depth}" if args.depth else "")

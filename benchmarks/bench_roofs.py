@@ -13,11 +13,10 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.harness import options
-from benchmarks.harness.roofs import operations
 from benchmarks.harness.rows import folder, row, write
 from benchmarks.harness.stamp import stamp
 from benchmarks.harness.tables import show
-from benchmarks.harness.timing import measure
+from benchmarks.harness.timing import measure, operations
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -22,12 +22,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import options
-from benchmarks.harness.models import sit
-from benchmarks.harness.roofs import roofs
 from benchmarks.harness.rows import Row, Samples, folder, row, write
 from benchmarks.harness.stamp import stamp
 from benchmarks.harness.tables import show
-from benchmarks.harness.timing import GateFailed, measure
+from benchmarks.harness.timing import GateFailed, measure, roofs
 from benchmarks.rivals.recipe import RUNGS, PublicStep
 from sra_fast.config import SIZES, Config
 from sra_fast.data.stream import Batch
@@ -149,27 +147,23 @@ def add_noise(step: Step) -> None:
 
 
 class Gate:
-    """The fp32 reference's losses on a batch, which every step must reproduce."""
+    """The fp32 reference's losses on a batch, which every step must reproduce for the same draws and weights."""
 
     def __init__(self, config: Config, batch: Batch, device: torch.device) -> None:
-        self.batch = batch
         reference = OurStep(config, Ours("reference", execution="eager", dtype=torch.float32), device)
         add_noise(reference)
+        self.batch, self.noised = batch, reference.step.perturb(on_device(batch, device))
         with torch.no_grad():
-            self.expected = [float(loss.detach()) for loss in reference.losses(batch)]
-        self.noised = reference.step.perturb(on_device(batch, device))
+            self.expected = [float(loss) for loss in reference.losses(batch)]
 
     def __call__(self, steps: dict[str, Step]) -> None:
-        """Compare every step's losses for the same draws and weights.
-
-        Raises:
-            GateFailed: if one differs from the reference's.
-        """
+        """Raise `GateFailed` if a step's losses differ."""
         for name, step in steps.items():
             losses = step.losses(self.batch if isinstance(step, OurStep) else self.noised)
             tolerance = TOLERANCE[step.dtype]
-            compared = self.expected if step.config.align.method != "none" else self.expected[:1]
-            for value, right in zip([float(loss.detach()) for loss in losses], compared, strict=False):
+            compared = 2 if step.config.align.method != "none" else 1
+            for loss, right in list(zip(losses, self.expected, strict=True))[:compared]:
+                value = float(loss.detach())
                 if not abs(value - right) <= tolerance * abs(right):  # NaN fails too
                     raise GateFailed(f"{name}: loss {value:.5f}, reference {right:.5f}, tolerance {tolerance:.1%}")
 
@@ -208,10 +202,7 @@ def measure_steps(
     taken = {name: Samples(error="needs a GPU") for name in names if name not in available}
     batch = make_batch(config)
     gate = Gate(config, batch, device)
-    if not available:
-        yield taken
-        return
-    for group in groups(available, interleave):
+    for group in groups(available, interleave) if available else [[]]:
         for name, samples in _measure_group(group, config, batch, gate, device, repeats, warmup).items():
             previous = taken.get(name, Samples())
             taken[name] = previous.joined(samples) if previous.ms else samples
@@ -237,10 +228,8 @@ def _measure_group(
         taken |= measure(calls, device=device, repeats=repeats, warmup=warmup, gate=lambda: gate(steps))
     except RuntimeError as error:  # ends this group only
         taken |= {name: Samples(error=f"failed ({str(error).splitlines()[0]})") for name in steps}
-    for name, step in steps.items():
-        if step.failure:
-            taken[name] = Samples(error=f"no CUDA graph: {step.failure}")
-    return taken
+    failures = {name: step.failure for name, step in steps.items() if step.failure}
+    return taken | {name: Samples(error=f"no CUDA graph: {failure}") for name, failure in failures.items()}
 
 
 def make_rows(config: Config, size: str, taken: dict[str, Samples], device: torch.device) -> list[Row]:
@@ -295,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     rungs = args.rungs
     for batch in CHECKED_BATCHES if args.batch == "auto-check" else (args.batch,):
-        config = sit(args.size, args.tokens, batch, args.depth)
+        config = options.sit(args.size, args.tokens, batch, args.depth)
         how = {"repeats": args.repeats, "warmup": args.warmup, "interleave": choose_interleave(args, batch)}
         latest: list[Row] = []
         try:

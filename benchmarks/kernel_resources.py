@@ -49,15 +49,11 @@ Usage = dict[str, dict[str, int]]  # "adaln._adaln_forward, D = 1152, bf16, sm_9
 Launchers = Iterator[tuple[str, Callable[[], None]]]  # (shape, function that launches kernels at this shape)
 
 
-def _rows(width: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(BATCH, TOKENS, width, dtype=dtype)
-
-
 def _norms() -> Launchers:
     """As the model calls them: modulations are views into one tensor."""
     for width in WIDTHS:
         for name, (dtype, modulation) in (DTYPES | MIXED).items():
-            x, per_token = _rows(width, dtype), torch.empty(BATCH, TOKENS)
+            x, per_token = torch.empty(BATCH, TOKENS, width, dtype=dtype), torch.empty(BATCH, TOKENS)
             vector = torch.empty(BATCH, 6 * width, dtype=modulation)[:, :width]
 
             def launch(x: Tensor = x, vector: Tensor = vector, per_token: Tensor = per_token) -> None:
@@ -72,7 +68,7 @@ def _norms() -> Launchers:
 def _distances() -> Launchers:
     for width in WIDTHS:
         for name, (dtype, _) in DTYPES.items():
-            x = _rows(width, dtype)
+            x = torch.empty(BATCH, TOKENS, width, dtype=dtype)
 
             def launch(x: Tensor = x) -> None:
                 with patch.object(alignment, "_check"):  # these tensors are on the CPU; nothing reads them

@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -95,11 +94,7 @@ def _outputs_and_gradients(function: Callable, *inputs: Tensor) -> list[Tensor]:
 
 
 def launch_all(device: torch.device) -> None:
-    """Launch every kernel at every shape.
-
-    Raises:
-        ValueError: if a result is not finite.
-    """
+    """Launch every kernel at every shape; raises ValueError if a result is not finite."""
     for family in FAMILIES:
         for number, results in enumerate(family(device)):
             for index, result in enumerate(results):
@@ -112,9 +107,7 @@ def compute_sanitizer() -> str | None:
     """Its path: on PATH, or in the CUDA toolkit that torch would compile with."""
     from torch.utils.cpp_extension import CUDA_HOME
 
-    return shutil.which("compute-sanitizer") or (
-        shutil.which("compute-sanitizer", path=str(Path(CUDA_HOME) / "bin")) if CUDA_HOME else None
-    )
+    return shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:{CUDA_HOME}/bin")
 
 
 def sanitize(tool: str, program: str) -> int:
@@ -127,13 +120,12 @@ def sanitize(tool: str, program: str) -> int:
     # One allocation per tensor, so that a read beyond its end is an error.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    print(result.stdout, end="")
-    if result.returncode == 0 and DONE in result.stdout:
-        return 0
     code = result.returncode
+    print(result.stdout, end="")
+    if code == 0 and DONE in result.stdout:
+        return 0
     reason = "it reports errors" if code == ERRORS_FOUND else f"the launches failed (exit code {code})"
-    lines = [line for line in result.stdout.splitlines() if line.strip()]
-    print("\n".join([*lines[-20:], f"compute-sanitizer {tool}: {reason}"]), file=sys.stderr)
+    print(f"{result.stdout[-2000:]}\ncompute-sanitizer {tool}: {reason}", file=sys.stderr)
     return 1
 
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from test_decoders import picture
 
-from benchmarks.rivals.image_decoders import pillow_crop
+from benchmarks.rivals.loaders import pillow_crop
 from sra_fast.data.crop import adm_crop
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.rivals.image_decoders import pillow_crop
+from benchmarks.rivals.loaders import pillow_crop
 from sra_fast.config import DataConfig
 from sra_fast.data.decoders import DaliDecoder, Undecodable, open_decoder, read_header
 from sra_fast.errors import Refused

@@ -1,10 +1,13 @@
-"""Types of command-line options that the benchmarks share."""
+"""Command-line options that the benchmarks share, and the model that they name."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 import torch
+
+from sra_fast.config import Config, preset
 
 
 def default_device() -> torch.device:
@@ -46,3 +49,11 @@ def device(text: str) -> torch.device:
 def batch(text: str) -> int | str:
     """A number of images, or "auto-check"."""
     return text if text == "auto-check" else positive(text)
+
+
+def sit(size: str, tokens: int = 256, batch: int = 32, depth: int = 0) -> Config:
+    """A SiT with patch 2 on 4-channel latents; depth 0 = the size's."""
+    base = preset(f"sit-{size}-2")
+    side = 2 * round(tokens**0.5)
+    model = replace(base.model, input_size=side, channels=4, classes=1000, depth=depth or base.model.depth)
+    return replace(base, model=model, train=replace(base.train, batch=batch))

@@ -1,9 +1,9 @@
-"""Results of many programs as one folder of at most 8 files, none above 16 MiB, small enough to commit:
+"""Results of many programs as one folder of at most 7 files, none above 16 MiB, small enough to commit:
 
 report.json      the parts and how each ended
 report.md        the same, and all tables
 step.json        rows of whole steps          kernels.json   all other rows
-steps.png        images/s                     profile.json   figures of a profiled step, beside its traces
+profile.json     figures of a profiled step, beside its traces
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ def gather(staging: Path, out: Path, outcomes: Sequence[Outcome], stamp: dict[st
         if some:
             write(out, name, some, stamp)
     remarks += _copy_profile(staging, out)
-    remarks += _chart(steps, out / "steps.png")
     for path in sorted(out.iterdir()):
         if path.stat().st_size > MAX_BYTES:
             remarks.append(_left_out(path))
@@ -84,33 +83,6 @@ def _copy_profile(staging: Path, out: Path) -> list[str]:
 
 def _left_out(path: Path) -> str:
     return f"left out: {path.name}, {path.stat().st_size / 2**20:.1f} MiB"
-
-
-def _chart(rows: Sequence[Row], path: Path) -> list[str]:
-    """Draw images/s as bars, one panel per model and batch. Returns why it could not be drawn."""
-    panels: dict[str, dict[str, float]] = {}
-    for row in rows:
-        if row.get("images_per_s"):
-            panels.setdefault(tables.model(tables.family(row)), {})[row["params"]["rung"]] = row["images_per_s"]
-    if not panels:
-        return ["no chart: no step was measured"]
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return ["no chart: matplotlib is not installed (pip install matplotlib)"]
-    heights = [0.3 * len(speeds) + 0.7 for speeds in panels.values()]
-    figure = Figure(figsize=(8, sum(heights) + 0.3), layout="constrained")
-    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axis, (title, speeds) in zip(axes, panels.items(), strict=True):
-        colours = ["tab:orange" if name.startswith("ours") else "tab:gray" for name in speeds]
-        axis.bar_label(axis.barh(list(speeds), list(speeds.values()), color=colours), fmt="%.4g", padding=3)
-        axis.invert_yaxis()
-        axis.margins(x=0.12)
-        axis.set_title(title, loc="left", fontsize=10)
-    axes[-1].set_xlabel(f"images/s, {rows[0]['device']}")
-    with replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=110)
-    return []
 
 
 def _text(

@@ -69,13 +69,12 @@ class _CudnnNorm:
         return self._run("adalayernorm", inputs, outputs, norm_forward_phase=phase)
 
     def backward(self, grad_out: Tensor, x: Tensor, gain: Tensor, mean: Tensor, rstd: Tensor) -> list[Tensor]:
-        """Gradients of [x, gain, bias]: (B, T, D), 2 x (B, 1, D) float32."""
-        outputs = [torch.empty_like(x), torch.empty_like(gain), torch.empty_like(gain)]
+        """Gradients of [x, gain, bias]."""
+        outputs = [torch.empty_like(tensor) for tensor in (x, gain, gain)]
         inputs = {"grad": grad_out, "input": x, "scale": gain, "mean": mean, "inv_variance": rstd}
         return self._run("adalayernorm_backward", inputs, outputs)
 
     def _run(self, node: str, inputs: dict[str, Tensor], outputs: list[Tensor], **options: Any) -> list[Tensor]:
-        """Execute a graph of this one node on the current stream."""
         self.handle = self.handle or self.cudnn.create_handle()
         x = inputs["input"]
         key = (node, x.shape, x.dtype)

@@ -1,7 +1,10 @@
-"""The rival of our image decoders: Pillow under a torch DataLoader, as in the public data sets."""
+"""The rivals of our data loaders, written anew: images by Pillow under a torch DataLoader, and the public SRA code's data
+set of latents."""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,3 +37,23 @@ def pillow_crop(image: Image.Image, resolution: int) -> Image.Image:
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
     return image.crop((left, top, left + resolution, top + resolution))
+
+
+class PublicFiles(Dataset):
+    """File names from a walk, labels from dataset.json, one np.load per sample: (moments, label)."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = str(root / "vae-sd")
+        paths = [os.path.join(folder, name) for folder, _, names in os.walk(self.root) for name in names]
+        self.names = sorted(os.path.relpath(path, self.root) for path in paths if path.endswith(".npy"))
+        with open(os.path.join(self.root, "dataset.json"), "rb") as file:
+            labels = dict(json.load(file)["labels"])
+        self.labels = np.array([labels[name.replace("\\", "/")] for name in self.names], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        with open(os.path.join(self.root, self.names[row]), "rb") as file:
+            moments = np.load(file)
+        return torch.from_numpy(moments), torch.tensor(self.labels[row])
