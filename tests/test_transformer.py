@@ -1,8 +1,10 @@
-"""The network against the public names, shapes and counts and against an independent forward pass in numpy."""
+"""The network against public names, shapes and counts, and against an independent forward pass in NumPy."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -12,9 +14,10 @@ from torch import Tensor, nn
 
 from sra_fast.config import ModelConfig, preset
 from sra_fast.errors import Refused
+from sra_fast.model.backends import REFERENCE, Backends
 from sra_fast.model.initial import initial_weights
-from sra_fast.model.layout import apart, joined
-from sra_fast.model.transformer import TimestepEmbedder, Transformer, around
+from sra_fast.model.layout import from_public, to_public
+from sra_fast.model.transformer import TimestepEmbedder, Transformer
 
 
 def at_256_px(size: str, family: str = "sit", **changes: object) -> ModelConfig:
@@ -27,83 +30,59 @@ def on_meta(config: ModelConfig) -> Transformer:
         return Transformer(config)
 
 
-def public_shapes(depth: int, d: int, side: int, p: int, channels: int, outputs: int, classes: int) -> dict:
-    """The public checkpoints, line by line, by hand."""
+def public_shapes(depth: int, d: int, outputs: int, channels: int = 4, p: int = 2, tokens: int = 256) -> dict:
+    """Names and shapes of the public checkpoints."""
 
     def linear(name: str, rows: int, columns: int) -> dict:
         return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
 
-    shapes = {"pos_embed": (1, side * side, d), "x_embedder.proj.weight": (d, channels, p, p)}
-    shapes |= {"x_embedder.proj.bias": (d,), "y_embedder.embedding_table.weight": (classes + 1, d)}
+    shapes = {"pos_embed": (1, tokens, d), "x_embedder.proj.weight": (d, channels, p, p)}
+    shapes |= {"x_embedder.proj.bias": (d,), "y_embedder.embedding_table.weight": (1001, d)}
     shapes |= linear("t_embedder.mlp.0", d, 256) | linear("t_embedder.mlp.2", d, d)
     for i in range(depth):
         shapes |= linear(f"blocks.{i}.attn.qkv", 3 * d, d) | linear(f"blocks.{i}.attn.proj", d, d)
         shapes |= linear(f"blocks.{i}.mlp.fc1", 4 * d, d) | linear(f"blocks.{i}.mlp.fc2", d, 4 * d)
         shapes |= linear(f"blocks.{i}.adaLN_modulation.1", 6 * d, d)
     shapes |= linear("ap_head.linear1", 2 * d, d) | linear("ap_head.linear2", d, 2 * d)
-    return (
-        shapes | linear("final_layer.linear", p * p * outputs, d) | linear("final_layer.adaLN_modulation.1", 2 * d, d)
-    )
+    shapes |= linear("final_layer.linear", p * p * outputs, d) | linear("final_layer.adaLN_modulation.1", 2 * d, d)
+    return shapes
 
 
 def shapes_of(model: nn.Module) -> dict:
-    return {name: tuple(value.shape) for name, value in apart(model.state_dict()).items()}
+    return {name: tuple(value.shape) for name, value in to_public(model.state_dict()).items()}
 
 
-# depth, width; the exact count; the same in millions.
-PUBLISHED_COUNTS = {
-    "s": (12, 384, 33_548_176, 33.55),
-    "b": (12, 768, 132_861_712, 132.86),
-    "l": (24, 1024, 462_283_792, 462.28),
-    "xl": (28, 1152, 680_423_056, 680.42),
+PUBLISHED = {  # depth, width, parameters of SiT: 33.55, 132.86, 462.28, 680.42 million
+    "s": (12, 384, 33_548_176),
+    "b": (12, 768, 132_861_712),
+    "l": (24, 1024, 462_283_792),
+    "xl": (28, 1152, 680_423_056),
 }
 
 
-@pytest.mark.parametrize("size", PUBLISHED_COUNTS)
-def test_parameter_count_is_the_published_one(size: str) -> None:
-    depth, d, exact, millions = PUBLISHED_COUNTS[size]
-    block = 18 * d * d + 15 * d  # qkv 3, proj 1, fc1 4, fc2 4, modulation 6; biases 3, 1, 4, 1, 6
-    time, labels, positions, patches = 256 * d + d + d * d + d, 1001 * d, 256 * d, 16 * d + d
-    head, final = 4 * d * d + 3 * d, 2 * d * d + 2 * d + 16 * d + 16
-    formula = depth * block + time + labels + positions + patches + head + final
-    count = sum(parameter.numel() for parameter in on_meta(at_256_px(size)).parameters())
-    assert count == formula == exact
-    assert round(exact / 1e6, 2) == millions
+@pytest.mark.parametrize("size", PUBLISHED)
+@pytest.mark.parametrize(("family", "outputs"), [("sit", 4), ("dit", 8)])
+def test_names_shapes_and_counts_are_the_published_ones(size: str, family: str, outputs: int) -> None:
+    depth, d, count = PUBLISHED[size]
+    model = on_meta(at_256_px(size, family))
+    assert shapes_of(model) == public_shapes(depth, d, outputs)
+    variance_head = 4 * (outputs - 4) * (d + 1)
+    assert sum(parameter.numel() for parameter in model.parameters()) == count + variance_head
+    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == ["pos_embed"]
 
 
-@pytest.mark.parametrize("family", ["sit", "dit"])
-@pytest.mark.parametrize("size", PUBLISHED_COUNTS)
-def test_state_dict_has_the_public_names_and_shapes_and_no_others(size: str, family: str) -> None:
-    depth, d, _, _ = PUBLISHED_COUNTS[size]
-    outputs = {"sit": 4, "dit": 8}[family]
-    assert shapes_of(on_meta(at_256_px(size, family))) == public_shapes(depth, d, 16, 2, 4, outputs, 1000)
+def test_qk_norm_adds_its_public_names() -> None:
+    names = [f"blocks.{i}.attn.{q}_norm.{kind}" for i in range(12) for q in "qk" for kind in ("weight", "bias")]
+    expected = public_shapes(12, 768, 4) | dict.fromkeys(names, (64,))
+    assert shapes_of(on_meta(at_256_px("b", qk_norm=True))) == expected
 
 
-def test_families_differ_in_the_final_rows_alone() -> None:
-    sit, dit = shapes_of(on_meta(at_256_px("b"))), shapes_of(on_meta(at_256_px("b", "dit")))
-    different = {name for name in sit if sit[name] != dit[name]}
-    assert different == {"final_layer.linear.weight", "final_layer.linear.bias"}
-    assert dit["final_layer.linear.bias"][0] == 2 * sit["final_layer.linear.bias"][0]
-
-
-def test_qk_norm_adds_its_public_names_and_no_others() -> None:
-    with_norm = shapes_of(on_meta(at_256_px("b", qk_norm=True)))
-    added = {name: (64,) for i in range(12) for qk in "qk" for name in (f"blocks.{i}.attn.{qk}_norm.weight",)}
-    added |= {name.replace("weight", "bias"): shape for name, shape in added.items()}
-    assert with_norm == shapes_of(on_meta(at_256_px("b"))) | added
-
-
-def test_the_position_table_alone_is_not_trained() -> None:
-    frozen = [name for name, p in on_meta(at_256_px("b")).named_parameters() if not p.requires_grad]
-    assert frozen == ["pos_embed"]
-
-
-def test_sizes_the_data_has_not_filled_in_are_refused() -> None:
+def test_sizes_that_the_data_have_not_filled_in_are_refused() -> None:
     with pytest.raises(Refused, match=r"model\.input-size: 0 given"):
         Transformer(ModelConfig())
 
 
-# The forward pass, written anew in numpy float64
+# The forward pass in NumPy
 
 
 def numpy_forward(w: dict[str, np.ndarray], x: np.ndarray, t: np.ndarray, y: np.ndarray, heads: int, p: int):
@@ -165,11 +144,11 @@ def numpy_forward(w: dict[str, np.ndarray], x: np.ndarray, t: np.ndarray, y: np.
 
 
 VARIANTS = {
-    "digits": {},
+    "sit": {},
     "dit": {"family": "dit"},
     "qk norm": {"qk_norm": True},
     "patch 1": {"patch": 1, "input_size": 4},
-    "patch 4, 3 channels": {"patch": 4, "input_size": 12, "channels": 3},
+    "patch 3, 2 channels, dit": {"family": "dit", "patch": 3, "input_size": 9, "channels": 2},
     "10 classes, 4 heads": {"classes": 10, "heads": 4},
 }
 
@@ -182,13 +161,24 @@ def inputs(config: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(shape, generator=generator), t, torch.tensor([0, 2, config.classes])
 
 
+@pytest.fixture
+def network(tiny, awake) -> Callable[..., Transformer]:
+    """A small network that computes something. Named arguments change its configuration."""
+
+    def create(backends: Backends = REFERENCE, **changes: object) -> Transformer:
+        config = tiny(**changes).model
+        return Transformer.from_tensors(config, from_public(awake(config)), backends)
+
+    return create
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_forward_agrees_with_an_independent_one(tiny, awake, variant: str) -> None:
+def test_forward_agrees_with_numpy(tiny, awake, variant: str) -> None:
     config = tiny(**VARIANTS[variant]).model
-    weights = awake(config)
-    model = around(config, {name: value.double() for name, value in joined(weights).items()})
+    weights = {name: value.double() for name, value in awake(config).items()}
+    model = Transformer.from_tensors(config, from_public(weights))
     x, t, labels = inputs(config)
-    arrays = {name: value.double().numpy() for name, value in weights.items()}
+    arrays = {name: value.numpy() for name, value in weights.items()}
     prediction, outputs = numpy_forward(
         arrays, x.double().numpy(), t.double().numpy(), labels.numpy(), config.heads, config.patch
     )
@@ -203,103 +193,70 @@ def test_forward_agrees_with_an_independent_one(tiny, awake, variant: str) -> No
 def test_sinusoids_are_cosines_then_sines_of_128_frequencies() -> None:
     t = torch.tensor([0.0, 0.37, 1.0, 999.0])
     angle = t.double()[:, None] * torch.tensor([10_000 ** (-i / 128) for i in range(128)], dtype=torch.float64)
-    wanted = torch.cat([angle.cos(), angle.sin()], dim=1)
-    got = TimestepEmbedder.sinusoids(t)
-    assert got.dtype == torch.float32
-    assert bool(((got - wanted).abs() <= 2**-22 * (1 + t[:, None])).all())  # two roundings of an angle of up to t
+    expected = torch.cat([angle.cos(), angle.sin()], dim=1)
+    sinusoids = TimestepEmbedder.sinusoids(t)
+    assert sinusoids.dtype == torch.float32
+    assert bool(((sinusoids - expected).abs() <= 2**-22 * (1 + t[:, None])).all())  # two roundings of an angle up to t
 
 
-def test_a_fresh_block_is_the_identity_and_a_fresh_network_predicts_zero(tiny) -> None:
+def test_a_new_network_predicts_zero_and_its_blocks_are_the_identity(tiny) -> None:
     config = tiny().model
-    model = around(config, joined(initial_weights(config, 0, torch.device("cpu"))))
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 16, 32, generator=generator)
-    plain = torch.nn.functional.layer_norm(x, (32,), eps=1e-6)
-    for block in model.blocks:
-        assert torch.equal(block(x, plain, torch.zeros(3, 4, 32), None)[0], x)
-        after, h = block(x, plain, torch.zeros(3, 4, 32), torch.zeros(3, 2, 32))
-        assert torch.equal(after, x)
-        torch.testing.assert_close(h, plain)
-    assert not model(*inputs(config))[0].any()
+    model = Transformer.from_tensors(config, from_public(initial_weights(config, 0, torch.device("cpu"))))
+    x, t, labels = inputs(config)
+    assert not model(x, t, labels)[0].any()
+    assert torch.equal(model.features(x, t, labels, 4), model.x_embedder(x) + model.pos_embed)
 
 
-@pytest.mark.parametrize(("patch", "size", "channels"), [(1, 4, 1), (2, 8, 4), (4, 8, 3), (3, 9, 2)])
-@pytest.mark.parametrize("family", ["sit", "dit"])
-def test_unpatchify_puts_every_value_back(tiny, awake, patch: int, size: int, channels: int, family: str) -> None:
-    config = tiny(family=family, patch=patch, input_size=size, channels=channels).model
-    model, c_out = around(config, joined(awake(config))), config.output_channels
-    image = torch.arange(c_out * size * size, dtype=torch.float32).view(1, c_out, size, size)
-    side = size // patch
-    patches = torch.stack(  # token by token in rows; within one, row, column, channel
-        [
-            image[0, :, i * patch : (i + 1) * patch, j * patch : (j + 1) * patch].permute(1, 2, 0).flatten()
-            for i in range(side)
-            for j in range(side)
-        ]
-    )[None]
-    model.final_layer.register_forward_hook(lambda module, inputs, output: patches.expand_as(output))
-    prediction, _ = model(*inputs(config))
-    assert torch.equal(prediction, image.expand(3, -1, -1, -1))
+def test_blocks_compute_with_the_given_backends(network) -> None:
+    calls = Counter()
+
+    def counted(op: str) -> Callable:
+        def call(*inputs: Tensor):
+            calls[op] += 1
+            return getattr(REFERENCE, op)(*inputs)
+
+        return call
+
+    ops = ("adaln", "gated_adaln", "gated_residual", "attention")
+    model = network(Backends(**{op: counted(op) for op in ops}))
+    model(*inputs(model.config))
+    assert calls == {"adaln": 1, "gated_adaln": 8, "attention": 4}
+    calls.clear()
+    model.features(*inputs(model.config), tap=3)  # runs three blocks, and normalises nothing for a fourth
+    assert calls == {"adaln": 1, "gated_adaln": 5, "attention": 3, "gated_residual": 1}
 
 
-def test_the_null_label_is_the_tables_last_row(tiny, awake) -> None:
-    config = tiny().model
-    model = around(config, joined(awake(config)))
-    assert model.y_embedder.embedding_table.num_embeddings == 5
-    x, t, _ = inputs(config)
-    before, _ = model(x, t, torch.tensor([0, 1, config.classes]))
-    model.y_embedder.embedding_table.weight[-1] += 1
-    after, _ = model(x, t, torch.tensor([0, 1, config.classes]))
-    assert torch.equal(after[:2], before[:2])
-    assert not torch.equal(after[2], before[2])
-
-
-def test_features_are_those_that_enter_the_head(tiny, awake) -> None:
-    config = tiny().model
-    model = around(config, joined(awake(config)))
+def test_features_are_what_enters_the_head_also_after_truncation(network) -> None:
+    model, teacher = network(), network().truncate_after(2)
     entered = []
     model.ap_head.register_forward_hook(lambda module, inputs, output: entered.append(inputs[0]))
-    for tap in range(1, 5):
-        projected = model(*inputs(config), tap=tap)[1]
-        features = model.features(*inputs(config), tap)
-        assert torch.equal(features, entered.pop())
-        assert torch.equal(model.ap_head(features), projected)
-        entered.clear()
+    assert model(*inputs(model.config))[1] is None
+    assert not entered
+    projected = model(*inputs(model.config), tap=2)[1]
+    features = teacher.features(*inputs(model.config), tap=2)
+    assert torch.equal(features, entered[0])
+    assert torch.equal(model.ap_head(features), projected)
+    assert len(teacher.blocks) == 2
 
 
-def test_without_a_tap_the_head_is_not_run(tiny, awake) -> None:
-    config = tiny().model
-    model = around(config, joined(awake(config)))
-    model.ap_head.register_forward_hook(lambda *_: pytest.fail("the head was run"))
-    assert model(*inputs(config))[1] is None
-
-
-@pytest.mark.parametrize("every", [1, 3])
-def test_activation_checkpointing_changes_no_bit_of_loss_or_gradient(tiny, awake, every: int) -> None:
-    results = []
+@pytest.mark.parametrize(("every", "calls"), [(1, [2, 2, 2, 2]), (3, [1, 1, 2, 1])])
+def test_activation_checkpointing_recomputes_every_kth_block_and_changes_no_bit(network, every: int, calls: list):
+    results, counts = [], [0] * 4
     for checkpoint_every in (0, every):
-        config = tiny(checkpoint_every=checkpoint_every).model
-        model = around(config, joined(awake(config))).requires_grad_().train()
-        prediction, features = model(*inputs(config), tap=2)
+        model = network(checkpoint_every=checkpoint_every).requires_grad_().train()
+        counts = [0] * 4
+        for i, block in enumerate(model.blocks):
+            block.attn.register_forward_hook(lambda *_, i=i, counts=counts: counts.__setitem__(i, counts[i] + 1))
+        prediction, features = model(*inputs(model.config), tap=2)
         loss = prediction.square().mean() + features.square().mean()
         results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
-    for kept, recomputed in zip(*results, strict=True):
-        assert torch.equal(kept, recomputed)
+    assert all(torch.equal(*values) for values in zip(*results, strict=True))
+    assert counts == calls
 
 
-def test_checkpointing_recomputes_every_kth_block_alone(tiny, awake) -> None:
-    config = tiny(checkpoint_every=2).model
-    model = around(config, joined(awake(config))).requires_grad_()
-    calls = [0] * 4
-    for i, block in enumerate(model.blocks):
-        block.attn.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
-    model(*inputs(config))[0].sum().backward()
-    assert calls == [1, 2, 1, 2]
-
-
-def test_the_given_tensors_are_the_networks_own(tiny, awake) -> None:
-    weights = joined(awake(tiny().model))
-    model = around(tiny().model, weights)
+def test_from_tensors_shares_them(tiny, awake) -> None:
+    weights = from_public(awake(tiny().model))
+    model = Transformer.from_tensors(tiny().model, weights)
     assert all(parameter.data_ptr() == weights[name].data_ptr() for name, parameter in model.named_parameters())
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
