@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import os
-import time
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_set import resident_kib
-from small_sets import pack, publish
+from small_data import pack, publish, refusal, resident_kib
 
 from sra_fast.data import latent_stream
 from sra_fast.data.latent_stream import LatentStream, load
 from sra_fast.data.order import rows
 from sra_fast.data.packed import open_row_set
 from sra_fast.data.rows import Rows, split
-from sra_fast.errors import Refused
 from sra_fast.kernels.philox import Draw, uniforms
 
 
@@ -48,8 +45,7 @@ def taken(chosen, count, batch, first=0, seed=5):
     """(rows, with a minus where mirrored, numbers, labels) of `count` images; count is a multiple of batch."""
     shown, numbers, labels = [], [], []
     with LatentStream(chosen, seed=seed, batch=batch, first_image=first) as stream:
-        for _ in range(count // batch):
-            item = next(stream)
+        for item in [next(stream) for _ in range(count // batch)]:  # later batches do not change earlier ones
             assert item.x.shape == (batch, 2, 1, 1)
             shown += item.x[:, 0, 0, 0].tolist()
             numbers += item.number.tolist()
@@ -63,7 +59,7 @@ def mirrored(seed, numbers):
     return (uniforms(seed, torch.tensor(numbers), Draw.FLIP)[:, 0] < 0.5).tolist()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     size=st.sampled_from([2, 5, 31, 100]),
     batch=st.integers(1, 40),
@@ -83,7 +79,7 @@ def test_every_row_comes_once_an_epoch_from_any_point(sets, size, batch, start, 
     assert labels == [0] * len(numbers)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 @given(batch=st.integers(1, 12), done=st.integers(0, 8), block=st.sampled_from([5, 16, 64]))
 def test_a_resumed_run_and_another_batch_see_the_same(sets, batch, done, block):
     chosen = Rows(sets[31], np.arange(3, 29))  # not all of the set, as training is
@@ -119,27 +115,15 @@ def test_batches_are_as_the_set_stores_them(tmp_path):
         assert labels.tolist() == one.labels[found].tolist()
 
 
-def test_a_batch_stays_as_it_is_when_more_are_read(sets):
-    with LatentStream(Rows(sets[100], np.arange(100)), seed=0, batch=8, first_image=0) as stream:
-        held = [next(stream) for _ in range(30)]
-    again = taken(Rows(sets[100], np.arange(100)), 240, 8, seed=0)
-    assert [row for batch in held for row in batch.x[:, 0, 0, 0].tolist()] == again[0]
-
-
-def test_a_shard_cut_short_in_the_middle_of_a_run_is_named_again_and_again(tmp_path):
-    moments = numbered(tmp_path, 100)
+def test_a_shard_cut_short_in_the_middle_of_a_run_is_named(tmp_path):
+    row_set = numbered(tmp_path, 100)
     path = max(tmp_path.glob("moments-*.npy"))
-    with LatentStream(Rows(moments, np.arange(100)), seed=0, batch=4, first_image=0) as stream:
+    with LatentStream(Rows(row_set, np.arange(100)), seed=0, batch=4, first_image=0) as stream:
         next(stream)
         os.truncate(path, 130)
-
-        def read_on():
-            for _ in range(60):
-                next(stream)
-
-        for _ in range(2):
-            with pytest.raises(Refused, match=f"{path}: cut short; row \\d+ is not whole"):
-                read_on()
+        line = refusal(lambda: [next(stream) for _ in range(60)])
+        assert line.startswith(f"{path}: cut short; row ")
+        assert refusal(next, stream) == line
 
 
 def test_load_gives_rows_in_their_order(sets):
@@ -149,24 +133,14 @@ def test_load_gives_rows_in_their_order(sets):
 
 
 def test_memory_stays_flat_over_thousands_of_batches(tmp_path):
-    """Epochs of 80 rows: 3,000 batches read 94 MiB; the first 500 settle what is kept."""
+    """Epochs of 80 rows: 2,000 batches read 63 MiB; the first 500 fill what is kept."""
     pack(tmp_path, shape=(8, 8, 8), flips=True)
     chosen, resident = Rows(open_row_set(tmp_path), np.arange(80)), []
     with LatentStream(chosen, seed=0, batch=32, first_image=0) as stream:
-        for number in range(3000):
+        for number in range(2000):
             next(stream)
             if number >= 500 and number % 100 == 0:
                 resident.append(resident_kib())
         assert len(os.listdir("/proc/self/fd")) < 100
     assert max(resident) - resident[0] < 2048
     assert np.mean(resident[-5:]) - np.mean(resident[:5]) < 1024
-
-
-def test_reading_ahead_goes_on_while_the_trainer_works(sets, monkeypatch):
-    chosen, calls = Rows(sets[31], np.arange(31)), []
-    gather = sets[31].gather
-    monkeypatch.setattr(sets[31], "gather", lambda *words: (calls.append(1), gather(*words))[1])
-    with LatentStream(chosen, seed=0, batch=4, first_image=0) as stream:
-        next(stream)
-        time.sleep(0.2)
-        assert len(calls) == 4  # handed over, two in the queue, one in the thread's hand
