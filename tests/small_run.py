@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -104,11 +106,56 @@ def run(
         return Trainer(config, report=report).run(), rows
 
 
-def process(words: list[str], **options: object) -> subprocess.Popen:
+def process(words: list[str]) -> subprocess.Popen:
     """`sra-fast WORDS` as a process of its own."""
     program = Path(sys.executable).with_name("sra-fast")
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
-    return subprocess.Popen([program, *words], env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [program, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+KILL = """
+import os, pkgutil, signal, sys
+from pathlib import Path
+
+sys.path[:0] = {path}
+from small_run import run, small
+
+owner, name = pkgutil.resolve_name({owner!r}), {name!r}
+original, calls = getattr(owner, name), []
+
+
+def kill(*arguments, **options):
+    calls.append(1)
+    if len(calls) == {call}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments, **options)
+
+
+setattr(owner, name, kill)
+run(small(Path({root!r}), **{changes}))
+"""
+
+
+def killed(root: Path, function: str, call: int, **changes: object) -> None:
+    """A run in a process of its own that SIGKILL ends at the `call`-th call of a function ("os.fsync")."""
+    owner, name = function.rsplit(".", 1)
+    code = KILL.format(path=sys.path, owner=owner, name=name, call=call, root=str(root), changes=changes)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert child.returncode == -signal.SIGKILL, child.stderr
+
+
+@contextmanager
+def full_disk(file_size: int) -> Iterator[None]:
+    """No file may grow beyond `file_size` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def strict_json(text: str) -> object:
@@ -124,6 +171,11 @@ def metrics(folder: Path) -> list[dict]:
     return [strict_json(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def without_speed(rows: list[dict]) -> list[dict]:
+    """Rows of metrics without what depends on the machine."""
+    return [{name: value for name, value in row.items() if name != "images_per_s"} for row in rows]
+
+
 def summary(folder: Path) -> dict:
     return strict_json((folder / "summary.json").read_text())
 
@@ -137,15 +189,15 @@ def content(folder: Path) -> dict[str, dict]:
     """Everything a checkpoint holds that decides how the run goes on: bytes of all tensors, and the counters."""
     state = json.loads((folder / "state.json").read_text())
     tensors = {file: load_file(folder / f"{file}.safetensors") for file in TENSORS}
-    held = {file: {name: value.numpy().tobytes() for name, value in tensors[file].items()} for file in TENSORS}
-    return held | {"counters": {name: state[name] for name in COUNTERS}}
+    values = {file: {name: value.numpy().tobytes() for name, value in tensors[file].items()} for file in TENSORS}
+    return values | {"counters": {name: state[name] for name in COUNTERS}}
 
 
 def complaint(captured: tuple[str, str]) -> str:
     """The one line of `sra-fast:` on stderr, which is also its last, without a traceback before it."""
     error = captured[1]
     lines = error.replace("\r", "\n").splitlines()
-    said = [line for line in lines if line.startswith("sra-fast:")]
-    assert said == lines[-1:], error
+    messages = [line for line in lines if line.startswith("sra-fast:")]
+    assert messages == lines[-1:], error
     assert "Traceback" not in error
-    return said[0]
+    return messages[0]
