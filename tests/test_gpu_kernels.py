@@ -1,8 +1,7 @@
-"""The kernels at the sizes they are for, on a GPU: as exact as PyTorch, the same in every bit each time, in a CUDA
-graph and under torch.compile, and with offsets beyond 32 bits.
+"""The Triton kernels on a GPU at real sizes: accuracy, bits, CUDA graphs, torch.compile, and offsets beyond 32 bits.
 
-What is marked `kernel` also runs in Triton's interpreter, on a few tokens: so that these checks can be trusted before
-there is a GPU to make them on."""
+Tests marked `kernel` also run in Triton's interpreter, on a few tokens: the checks themselves are tested without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from interpreter import DEVICE, assert_as_exact, kernel, poisoned, run_interpreted  # noqa: F401
+from interpreter import DEVICE, assert_as_exact, assert_same, kernel, poisoned, run_interpreted  # noqa: F401
 from torch import Tensor
 
 from sra_fast.kernels.adaln import adaln, adaln_ref, gated_adaln, gated_adaln_ref
@@ -20,22 +19,23 @@ from sra_fast.kernels.alignment import DISTANCES, alignment, alignment_ref
 from sra_fast.kernels.language import INTERPRETED
 
 FULL, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+GIB = 2**30
 Shape = tuple[int, int, int]  # B, T, D
 
 
 def on_gpu(test):
-    """Marks what the interpreter cannot show."""
+    """Mark a test that the interpreter cannot run."""
     return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")(test))
 
 
 class Op(NamedTuple):
-    """An op, its reference, and how many (B, T, D) and (B, D) inputs it has; the first `learns` have gradients."""
+    """An op, its reference, and its numbers of (B, T, D) and (B, D) inputs and of differentiable inputs."""
 
     call: Callable
     reference: Callable
     rows: int
     vectors: int
-    learns: int
+    differentiable: int
 
 
 OPS = {
@@ -46,229 +46,178 @@ OPS = {
         for name in DISTANCES
     },
 }
+CHANNELS = "alignment cosine_channel"
 
 
 def real(batch: int, width: int) -> Shape:
-    """256 tokens, of which the interpreter sees a few."""
+    """256 tokens; a few in the interpreter."""
     return (2, 5, width) if INTERPRETED else (batch, 256, width)
 
 
-def drawn(op: Op, shape: Shape, dtype: torch.dtype, modulation: torch.dtype, seed: int = 0) -> list[Tensor]:
-    """Rows, the second near the first as a teacher's features are; vectors as views into one (B, 6 D) tensor."""
+def draw(op: Op, shape: Shape, dtype: torch.dtype, modulation: torch.dtype, seed: int = 0) -> list[Tensor]:
+    """Rows, the second near the first as a teacher's features are, and vectors as views into one (B, 6 D) tensor."""
     generator = torch.Generator(DEVICE).manual_seed(seed)
-
-    def normal(*size: int, dtype: torch.dtype) -> Tensor:
-        return torch.randn(size, generator=generator, device=DEVICE, dtype=dtype)
-
-    rows = [normal(*shape, dtype=dtype)]
+    normal = partial(torch.randn, generator=generator, device=DEVICE)
+    rows = [normal(shape, dtype=dtype)]
     if op.rows == 2:
-        rows.append(normal(*shape, dtype=dtype).mul_(0.2).add_(rows[0]))
+        rows.append(normal(shape, dtype=dtype).mul_(0.2).add_(rows[0]))
     batch, _, width = shape
-    return [*rows, *normal(batch, 6 * width, dtype=modulation).chunk(6, dim=-1)[6 - op.vectors :]]
+    return [*rows, *normal((batch, 6 * width), dtype=modulation).chunk(6, dim=-1)[6 - op.vectors :]]
 
 
-def upstream(op: Op, inputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
-    """Gradients of the outputs: random rows, and such a multiple of a mean that the student's is near 1."""
+def output_grads(op: Op, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Random rows; for a mean, a multiple with which the student's gradient is near 1."""
     first = inputs[0]
     if not op.vectors:
         return [torch.full((), 2.5 * first.numel(), device=DEVICE)]
-    generator = torch.Generator(DEVICE).manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(1)
     return [torch.randn(first.shape, generator=generator, device=DEVICE, dtype=first.dtype) for _ in range(op.rows)]
 
 
-def results(op: Op, function: Callable, inputs: Sequence[Tensor], above: Sequence[Tensor]) -> list[Tensor]:
+def results(op: Op, function: Callable, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
     """All outputs and all gradients."""
-    leaves = [x.detach().requires_grad_(place < op.learns) for place, x in enumerate(inputs)]
-    made = function(*leaves)
-    outputs = [made] if isinstance(made, Tensor) else list(made)
-    return [*(out.detach() for out in outputs), *torch.autograd.grad(outputs, leaves[: op.learns], above)]
+    leaves = [x.detach().requires_grad_(i < op.differentiable) for i, x in enumerate(inputs)]
+    outputs = function(*leaves)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    return [*(out.detach() for out in outputs), *torch.autograd.grad(outputs, leaves[: op.differentiable], grads)]
 
 
 def doubled(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.double() for tensor in tensors]
 
 
-def compare(op: Op, call: Callable, shape: Shape, dtype: torch.dtype, modulation: torch.dtype) -> None:
-    """Raise AssertionError if a result is off by more than `assert_as_exact` allows."""
-    inputs = drawn(op, shape, dtype, modulation)
-    above = upstream(op, inputs)
-    got, usual = (results(op, function, inputs, above) for function in (call, op.reference))
-    truth = results(op, op.reference, doubled(inputs), doubled(above))
-    assert_as_exact(got, usual, truth, terms=max(shape[1:]))
-
-
-# B, D, dtypes of rows and modulation. Each width has tiles of its own, each dtype loads of its own; another batch has
-# another number of programs for a sample, and whether that depends on width or dtype is seen at both ends.
+# B, D, dtypes of rows and modulation. Each width has its own tiles, each dtype its own loads, and each batch its own
+# number of programs per sample.
 GRID = (
     *((32, width, BRAIN, BRAIN) for width in (384, 768, 1024, 1152)),
     *((32, width, *dtypes) for width in (384, 1152) for dtypes in ((FULL, FULL), (HALF, HALF), (BRAIN, FULL))),
     (256, 384, BRAIN, BRAIN),
-    (256, 1152, BRAIN, BRAIN),
     (256, 1152, BRAIN, FULL),
 )
-# alignment has no modulation, and two distances are the third but for an instruction.
-NARROW = ((32, 1152, BRAIN, BRAIN), (256, 1152, BRAIN, BRAIN))
-CASES = [
-    (name, *case)
-    for name, op in OPS.items()
-    for case in (NARROW if name.endswith(("l1", "l2")) and "smooth" not in name else GRID)
-    if op.vectors or case[3] == case[2]
-][:: 3 if INTERPRETED else 1]
+CASES = [(name, *case) for name, op in OPS.items() for case in GRID if op.vectors or case[3] == case[2]]
 
 
 @kernel
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(("name", "batch", "width", "dtype", "modulation"), CASES, ids=str)
-def test_kernel_is_as_exact_as_pytorch(name: str, batch: int, width: int, dtype, modulation) -> None:
-    compare(OPS[name], OPS[name].call, real(batch, width), dtype, modulation)
-
-
-WRONG = {
-    "adaln": lambda x, shift, scale: adaln(x, shift.roll(1, 0), scale),
-    # the scale's gradient twice
-    "gated_adaln": lambda *inputs: gated_adaln(*inputs[:4], 2 * inputs[4] - inputs[4].detach()),
-    "alignment cosine": lambda student, teacher: alignment(student, teacher.roll(1, 1), "cosine"),
-}
-
-
-@kernel
-@pytest.mark.parametrize("name", WRONG)
-def test_kernel_check_finds_what_is_wrong(name: str) -> None:
-    with pytest.raises(AssertionError, match=r"error .* allowed"):
-        compare(OPS[name], WRONG[name], real(32, 384), FULL, FULL)
-
-
-@kernel
-@pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("name", OPS)
-def test_kernel_twice_is_the_same_in_every_bit(name: str) -> None:
-    op = OPS[name]
-    inputs = drawn(op, real(256, 1152), BRAIN, BRAIN)
-    above = upstream(op, inputs)
-    for first, second in zip(*(results(op, op.call, inputs, above) for _ in range(2)), strict=True):
-        assert torch.equal(first, second)
+@pytest.mark.parametrize(("name", "batch", "width", "dtype", "modulation"), CASES[:: 5 if INTERPRETED else 1], ids=str)
+def test_kernel_is_as_exact_as_pytorch_and_repeats_its_bits(
+    name: str, batch: int, width: int, dtype, modulation
+) -> None:
+    op, shape = OPS[name], real(batch, width)
+    inputs = draw(op, shape, dtype, modulation)
+    grads = output_grads(op, inputs)
+    got, again, usual = (results(op, function, inputs, grads) for function in (op.call, op.call, op.reference))
+    assert_same(got, again)
+    truth = results(op, op.reference, doubled(inputs), doubled(grads))
+    assert_as_exact(got, usual, truth, terms=max(shape[1:]))
 
 
 @on_gpu
 @pytest.mark.parametrize("name", OPS)
-def test_a_replayed_graph_is_the_ordinary_call(name: str) -> None:
-    """In every bit, on inputs that the capture has not seen."""
+def test_a_replayed_graph_gives_the_bits_of_the_call(name: str) -> None:
+    """On inputs other than those of the capture."""
     op = OPS[name]
-    inputs, others = (drawn(op, real(32, 1152), BRAIN, BRAIN, seed) for seed in (0, 1))
-    above, wanted = upstream(op, inputs), results(op, op.call, others, upstream(op, inputs))
+    inputs, others = (draw(op, real(32, 1152), BRAIN, BRAIN, seed) for seed in (0, 1))
+    grads, expected = output_grads(op, inputs), results(op, op.call, others, output_grads(op, inputs))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # compiles before the capture
-        results(op, op.call, inputs, above)
+        results(op, op.call, inputs, grads)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = results(op, op.call, inputs, above)
+        got = results(op, op.call, inputs, grads)
     for tensor, other in zip(inputs, others, strict=True):
         tensor.copy_(other)
     graph.replay()
-    for value, right in zip(got, wanted, strict=True):
-        assert torch.equal(value, right)
+    assert_same(got, expected)
 
 
 @on_gpu
 @pytest.mark.parametrize("name", ["adaln", "gated_adaln", "alignment cosine"])
-def test_compiled_whole_is_the_ordinary_call(name: str) -> None:
-    """By Inductor, in one graph with other ops before and behind, which are exact: in every bit."""
+def test_inductor_gives_the_bits_of_the_call(name: str) -> None:
+    """In one graph with other, exact ops before and after."""
     op = OPS[name]
 
-    def around(*inputs: Tensor) -> tuple[Tensor, ...]:
-        made = op.call(*(2 * x for x in inputs))
-        return tuple(4 * out for out in ([made] if isinstance(made, Tensor) else made))
+    def scaled(*inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs = op.call(*(2 * x for x in inputs))
+        return tuple(4 * out for out in ([outputs] if isinstance(outputs, Tensor) else outputs))
 
-    inputs = drawn(op, real(32, 384), BRAIN, BRAIN)
-    above = upstream(op, inputs)
+    inputs = draw(op, real(32, 384), BRAIN, BRAIN)
+    grads = output_grads(op, inputs)
     torch._dynamo.reset()
-    compiled = torch.compile(around, fullgraph=True, dynamic=False)
-    for got, wanted in zip(*(results(op, call, inputs, above) for call in (compiled, around)), strict=True):
-        assert torch.equal(got, wanted)
+    compiled = torch.compile(scaled, fullgraph=True, dynamic=False)
+    assert_same(*(results(op, call, inputs, grads) for call in (compiled, scaled)))
 
 
 def compare_in_pieces(op: Op, call: Callable, inputs: list[Tensor], piece: int, axis: int = 1) -> None:
-    """`compare` where float64 of everything at once does not fit: the reference sees `piece` tokens (axis 1) or
-    channels (axis 2) of one sample at a time. Rows are compared piece by piece; sums over tokens and the mean at the
-    end, with what their rounding costs as PyTorch's own error."""
-    above = upstream(op, inputs)
-    got = results(op, call, inputs, above)
-    batch, terms = len(inputs[0]), max(inputs[0].shape[1:])
-    whole = {place: torch.zeros(x.shape, dtype=torch.float64, device=DEVICE)
-             for place, x in enumerate(got) if x.ndim != 3}  # fmt: skip
+    """Compare with float64 where all of it at once does not fit into memory.
+
+    The reference gets `piece` tokens (axis 1) or channels (axis 2) of one sample at a time. Rows are compared piece by
+    piece. Sums over tokens and the mean are compared at the end, with their own rounding as PyTorch's error.
+    """
+    grads = output_grads(op, inputs)
+    got = results(op, call, inputs, grads)
+    terms = max(inputs[0].shape[1:])
+    rows = [i for i, x in enumerate(got) if x.ndim == 3]
+    sums = {i: torch.zeros(x.shape, dtype=torch.float64, device=DEVICE) for i, x in enumerate(got) if x.ndim != 3}
 
     def part(x: Tensor, sample: int, first: int) -> Tensor:
         x = x[sample : sample + 1] if x.ndim else x
         return x.narrow(axis, first, min(piece, x.shape[axis] - first)) if x.ndim == 3 else x
 
-    for sample in range(batch):
+    for sample in range(len(inputs[0])):
         for first in range(0, inputs[0].shape[axis], piece):
-            some, over = ([part(x, sample, first) for x in tensors] for tensors in (inputs, above))
+            some, some_grads = ([part(x, sample, first) for x in tensors] for tensors in (inputs, grads))
             share = some[0].numel() / inputs[0].numel() if not op.vectors else 1.0  # of this piece in the mean
-            usual = results(op, op.reference, some, [share * x for x in over])
-            truth = results(op, op.reference, doubled(some), [share * x for x in doubled(over)])
-            rows = [place for place, x in enumerate(got) if x.ndim == 3]
+            usual = results(op, op.reference, some, [share * x for x in some_grads])
+            truth = results(op, op.reference, doubled(some), [share * x for x in doubled(some_grads)])
             assert_as_exact(
-                [part(got[place], sample, first) for place in rows],
-                [usual[place] for place in rows],
-                [truth[place] for place in rows],
-                terms,
+                [part(got[i], sample, first) for i in rows], [usual[i] for i in rows], [truth[i] for i in rows], terms
             )
-            for place, total in whole.items():
-                (total[sample : sample + 1] if total.ndim else total).add_(share * truth[place])
-    places = list(whole)
+            for i, total in sums.items():
+                (total[sample : sample + 1] if total.ndim else total).add_(share * truth[i])
     assert_as_exact(
-        [got[place] for place in places],
-        [whole[place].to(got[place].dtype) for place in places],
-        [whole[place] for place in places],
-        terms,
+        [got[i] for i in sums], [total.to(got[i].dtype) for i, total in sums.items()], list(sums.values()), terms
     )
 
 
-CHANNELS = "alignment cosine_channel"
 LARGE = ["adaln", "gated_adaln", "alignment cosine", CHANNELS]
 
 
 @kernel
 @pytest.mark.parametrize("name", LARGE)
 def test_kernel_compared_in_pieces(name: str) -> None:
-    """The check itself, where a piece is not a divisor of the whole; and that it finds a row read from elsewhere."""
+    """The comparison itself, with a piece that does not divide the size. It finds a row that was read from elsewhere."""
     op, axis = OPS[name], 2 if name == CHANNELS else 1
-    inputs = drawn(op, (3, 13, 24), FULL, FULL)
-    compare_in_pieces(op, op.call, inputs, 5, axis)
+    inputs = draw(op, (2, 13, 24), FULL, FULL)
+    compare_in_pieces(op, op.call, inputs, 7, axis)
 
     def wrapped(x: Tensor, *others: Tensor) -> object:
         return op.call(torch.cat([x[:, :-1], x[:, :1]], dim=1), *others)
 
     with pytest.raises(AssertionError, match=r"error .* allowed"):
-        compare_in_pieces(op, wrapped, inputs, 5, axis)
+        compare_in_pieces(op, wrapped, inputs, 7, axis)
 
 
-# More than 2^31 elements: the offset of a token alone is beyond 32 bits in the first, that of a sample in the second.
-BEYOND = [(1, 1_900_000, 1152), (32, 65_000, 1152)]
-PIECE = 75_000_000  # elements, 600 MB in float64
-GIB = 2**30
-
-
+# More than 2^31 elements: the offset of a token exceeds 32 bits in the first, that of a sample in the second.
 @on_gpu
-@pytest.mark.parametrize("shape", BEYOND, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1_900_000, 1152), (32, 65_000, 1152)], ids=str)
 @pytest.mark.parametrize("name", LARGE)
 def test_offsets_beyond_32_bits(name: str, shape: Shape) -> None:
     op = OPS[name]
     batch, tokens, width = shape
     assert (tokens if batch == 1 else (batch - 1) * tokens) * width > 2**31
-    # Inputs, outputs and gradients of both, in bf16, and the float64 of a piece.
+    # Inputs, outputs and their gradients in bf16, and a piece in float64.
     tensors = {"adaln": 4, "gated_adaln": 8}.get(name, 3)
     needed = tensors * 2 * batch * tokens * width + 20 * GIB
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0]
     if free < needed:
         pytest.skip(f"{free / GIB:.0f} GiB of memory free; needs {needed / GIB:.0f}")
-    inputs = drawn(op, shape, BRAIN, BRAIN)
+    inputs = draw(op, shape, BRAIN, BRAIN)
     axis, across = (2, tokens) if name == CHANNELS else (1, width)
-    compare_in_pieces(op, op.call, inputs, PIECE // across, axis)
+    compare_in_pieces(op, op.call, inputs, 75_000_000 // across, axis)  # pieces of 600 MB in float64
 
 
 def test_kernels_in_the_interpreter() -> None:
