@@ -113,10 +113,6 @@ def test_every_position_is_uniform_over_epochs(size):
     assert_uniform((orders[:, 1] - orders[:, 0]) % size - 1, size - 1)
 
 
-def test_first_position_is_uniform_over_seeds():
-    assert_uniform(np.array([rows(seed, 0, 1, 9)[0] for seed in range(900)]), 9)
-
-
 def test_refuses_what_it_cannot_number():
     for arguments in ((0, 0, 1, 0), (0, 0, 1, LARGEST_SIZE + 1), (0, -1, 1, 5), (0, 0, -1, 5)):
         with pytest.raises(ValueError, match=r"given; must"):
