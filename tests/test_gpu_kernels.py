@@ -188,7 +188,7 @@ LARGE = ["adaln", "gated_adaln", "alignment cosine", CHANNELS]
 @kernel
 @pytest.mark.parametrize("name", LARGE)
 def test_kernel_compared_in_pieces(name: str) -> None:
-    """The comparison itself, with a piece that does not divide the size. It finds a row that was read from elsewhere."""
+    """The comparison itself, with a piece that does not divide the size. It finds a row read from elsewhere."""
     op, axis = OPS[name], 2 if name == CHANNELS else 1
     inputs = draw(op, (2, 13, 24), FULL, FULL)
     compare_in_pieces(op, op.call, inputs, 7, axis)
