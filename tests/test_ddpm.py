@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sra_fast.objective import Noised
+from sra_fast.kernels.perturb import NoisedBatch, Settings, diffusion_times, drop_labels, perturb_ddpm
+from sra_fast.kernels.philox import Draw, normals
 from sra_fast.objective.ddpm import DIFFUSION_STEPS, Diffusion, betas
 
 BETA = 1e-4 + (0.02 - 1e-4) * np.arange(1000) / 999
@@ -24,44 +25,48 @@ def posterior(t: int) -> tuple[float, float]:
     return variance * math.sqrt(before) / (1 - before), variance
 
 
-def batch(*steps: int) -> tuple[Noised, Tensor, Tensor]:
+def noised_at(x: Tensor, noise: Tensor, *steps: int) -> NoisedBatch:
+    """x and noise at these steps. The loss uses neither the teacher's part nor the labels."""
+    abar = torch.from_numpy(ABAR[list(steps)]).view(-1, 1, 1, 1)
+    t, unused = torch.tensor(steps, dtype=torch.float32), torch.empty(0)
+    x_t = abar.sqrt() * x + (1 - abar).sqrt() * noise
+    return NoisedBatch(t, unused, x_t, unused, target=noise, labels=unused, teacher_labels=unused, x=x)
+
+
+def batch(*steps: int) -> tuple[NoisedBatch, Tensor, Tensor]:
     """(noised, prediction of the noise, variance fraction) at the given steps, float64."""
     generator = torch.Generator().manual_seed(0)
     x, noise, error, fraction = torch.randn(4, len(steps), 2, 3, 3, generator=generator, dtype=torch.float64)
-    t = torch.tensor(steps, dtype=torch.float32)
-    noised = Diffusion().noised(0.5 * x, noise, t, (t - 1).clamp(1, 999))
-    return noised, noise + 0.3 * error, fraction.tanh()
+    return noised_at(0.5 * x, noise, *steps), noise + 0.3 * error, fraction.tanh()
 
 
-def test_betas_and_abar_are_the_published_schedule() -> None:
+def in_fp32(noised: NoisedBatch) -> NoisedBatch:
+    return NoisedBatch(*(tensor.float() for tensor in noised))
+
+
+def test_betas_and_levels_are_the_published_schedule() -> None:
     assert DIFFUSION_STEPS == 1000
     np.testing.assert_allclose(betas().numpy(), BETA, rtol=1e-12)
-    ones = torch.ones(3, 1, 1, 1, dtype=torch.float64)
-    for zero_noise, table in ((True, np.sqrt(ABAR)), (False, np.sqrt(1 - ABAR))):
-        x, noise = (ones, 0 * ones) if zero_noise else (0 * ones, ones)
-        x_t = Diffusion().noised(x, noise, torch.tensor([0.0, 500.0, 999.0]), torch.ones(3)).x_t
-        np.testing.assert_allclose(x_t.flatten().numpy(), table[[0, 500, 999]], rtol=1e-10)
+    np.testing.assert_allclose(Diffusion().levels.signal.numpy(), np.sqrt(ABAR), rtol=1e-10)
+    np.testing.assert_allclose(Diffusion().levels.noise.numpy(), np.sqrt(1 - ABAR), rtol=1e-10)
 
 
-def test_teacher_sees_the_same_image_and_noise_at_its_own_step() -> None:
-    noised, _, _ = batch(0, 1, 500, 999)
-    for row, step in enumerate((1, 1, 499, 998)):
-        wanted = math.sqrt(ABAR[step]) * noised.x[row] + math.sqrt(1 - ABAR[step]) * noised.target[row]
-        torch.testing.assert_close(noised.x_teacher[row], wanted, atol=1e-10, rtol=0)
-    x, noise, t = torch.randn(1, 1, 2, 2), torch.randn(1, 1, 2, 2), torch.ones(1)
-    noised = Diffusion().noised(x, noise, t, t)
-    assert noised.target is noise
-    assert noised.x is x
+def test_both_networks_see_the_same_image_and_noise_at_their_own_steps() -> None:
+    number = torch.tensor([5, 6, 2**32 + 7])
+    x = torch.randn(3, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    settings = Settings(3, "linear", "uniform", 0.2, 10, 0.5, False)
+    noised = perturb_ddpm(x, torch.arange(3), number, settings, None, Diffusion().levels)
+    assert torch.equal(noised.x, x)
+    assert torch.equal(noised.target.flatten(1), normals(3, number, Draw.NOISE, 18))
+    assert torch.equal(noised.labels, drop_labels(3, number, torch.arange(3), 10, 0.5))
+    assert torch.equal(torch.stack([noised.t, noised.t_teacher]), torch.stack(diffusion_times(3, number, 1000, 0.2)))
+    for t, x_t in ((noised.t, noised.x_t), (noised.t_teacher, noised.x_teacher)):
+        expected = noised_at(x, noised.target, *t.int().tolist()).x_t
+        assert x_t.dtype == torch.float32
+        torch.testing.assert_close(x_t.double(), expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("step", [1, 2, 10, 500, 999])
-def test_exact_noise_and_the_posterior_variance_have_no_divergence(step: int) -> None:
-    noised, _, _ = batch(step)
-    bound = Diffusion().bound(noised.target, torch.full_like(noised.target, -1.0), noised)
-    assert float(bound.abs().max()) < 1e-9
-
-
-def bound_in_numpy(noised: Noised, predicted: Tensor, fraction: Tensor, row: int, step: int) -> float:
+def bound_in_numpy(noised: NoisedBatch, predicted: Tensor, fraction: Tensor, row: int, step: int) -> float:
     """Bits per dimension of one sample: log(s_p / s_q) + (s_q^2 + d^2) / (2 s_p^2) - 1/2."""
     x, x_t, noise, v = (value[row].numpy() for value in (noised.x, noised.x_t, predicted, fraction))
     c_0, variance = posterior(step)
@@ -75,16 +80,8 @@ def bound_in_numpy(noised: Noised, predicted: Tensor, fraction: Tensor, row: int
 def test_divergence_is_the_gaussian_one_in_bits_per_dimension() -> None:
     steps = (1, 2, 10, 500, 999)
     noised, predicted, fraction = batch(*steps)
-    wanted = [bound_in_numpy(noised, predicted, fraction, row, step) for row, step in enumerate(steps)]
-    np.testing.assert_allclose(Diffusion().bound(predicted, fraction, noised).numpy(), wanted, rtol=1e-8)
-
-
-def at_step_zero(x: Tensor, error: float, v: float) -> tuple[Noised, Tensor, Tensor]:
-    """One batch at t = 0 whose prediction is off by `error` in x_0."""
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    noised = Diffusion().noised(x, noise, torch.zeros(len(x)), torch.ones(len(x)))
-    predicted = noise - error * math.sqrt(ABAR[0]) / math.sqrt(1 - ABAR[0])
-    return noised, predicted, torch.full_like(x, v)
+    expected = [bound_in_numpy(noised, predicted, fraction, row, step) for row, step in enumerate(steps)]
+    np.testing.assert_allclose(Diffusion().bound(predicted, fraction, noised).numpy(), expected, rtol=1e-8)
 
 
 @pytest.mark.parametrize(("error", "v"), [(0.0, -1.0), (0.0, 1.0), (0.005, 0.3), (-0.01, 0.0)])
@@ -100,11 +97,12 @@ def test_step_zero_is_the_likelihood_of_a_pixel(error: float, v: float) -> None:
 
     mass = mass_below(x + 1 / 255) - mass_below(x - 1 / 255)
     mass[0], mass[-1] = mass_below(x + 1 / 255)[0], (1 - mass_below(x - 1 / 255))[-1]
-    noised, predicted, fraction = at_step_zero(x, error, v)
-    got = Diffusion().bound(predicted, fraction, noised)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    predicted = noise - error * math.sqrt(ABAR[0]) / math.sqrt(1 - ABAR[0])  # off by `error` in x_0
+    bound = Diffusion().bound(predicted, torch.full_like(x, v), noised_at(x, noise, *[0] * len(x)))
     # The published tanh approximation of the normal CDF is off by up to 2e-4: 4e-4 of a mass above 0.1, in bits.
     assert float(mass.min()) > 0.1
-    np.testing.assert_allclose(got.numpy(), (-mass.log2()).flatten().numpy(), atol=4e-4 / 0.1 / math.log(2))
+    np.testing.assert_allclose(bound.numpy(), (-mass.log2()).flatten().numpy(), atol=4e-4 / 0.1 / math.log(2))
 
 
 def test_loss_is_noise_error_plus_bound() -> None:
@@ -123,10 +121,6 @@ def test_the_bound_trains_the_variance_alone() -> None:
     torch.testing.assert_close(of_noise, 2 * (predicted - noised.target) / predicted.numel(), atol=1e-14, rtol=1e-12)
     assert bool((of_variance != 0).all())
 
-
-def test_gradient_of_the_variance() -> None:
-    noised, predicted, fraction = batch(0, 1, 500, 999)
-
     def loss(v: Tensor) -> Tensor:
         return Diffusion().loss(torch.cat([predicted, v], 1), noised)
 
@@ -135,9 +129,8 @@ def test_gradient_of_the_variance() -> None:
 
 def test_gradients_stay_finite_for_wild_predictions() -> None:
     noised, predicted, fraction = batch(0, 1, 500, 999)
-    noised = Noised(*(value.float() for value in noised))
     prediction = torch.cat([1e3 * predicted, 5 * fraction], 1).float().requires_grad_()
-    loss = Diffusion().loss(prediction, noised)
+    loss = Diffusion().loss(prediction, in_fp32(noised))
     loss.backward()
     assert bool(loss.isfinite())
     assert bool(prediction.grad.isfinite().all())
@@ -146,6 +139,6 @@ def test_gradients_stay_finite_for_wild_predictions() -> None:
 def test_a_bf16_prediction_is_compared_in_fp32() -> None:
     noised, predicted, fraction = batch(1, 500, 999)
     prediction = torch.cat([predicted, fraction], 1).bfloat16()
-    loss = Diffusion().loss(prediction, Noised(*(value.float() for value in noised)))
+    loss = Diffusion().loss(prediction, in_fp32(noised))
     assert loss.dtype == torch.float32
     assert float(loss) == pytest.approx(float(Diffusion().loss(prediction.double(), noised)), rel=1e-3)
