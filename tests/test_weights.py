@@ -87,7 +87,7 @@ def test_the_same_weights_give_the_same_images_from_every_source(main, trained, 
 def test_sample_takes_a_runs_own_settings_as_defaults(main, trained, tmp_path):
     code, output, _ = main(["sample", "--weights", trained, "--out", tmp_path / "out"])
     assert code == 0
-    assert "4 images" in output
+    assert output.startswith("4 images in")
 
 
 def test_chosen_classes_and_files(main, trained, tmp_path):
