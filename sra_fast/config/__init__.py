@@ -5,7 +5,7 @@ commands, presets.py the presets. The command line changes fields of a preset, a
 holds all of them. The option of the field `Config.align.t_max` is `--align.t-max`.
 """
 
-from sra_fast.config.checks import from_dict, refuse_unless, to_dict
+from sra_fast.config.checks import from_dict, to_dict
 from sra_fast.config.commands import (
     EvaluateCommand,
     ExportCommand,
@@ -55,6 +55,5 @@ __all__ = [
     "TrainConfig",
     "from_dict",
     "preset",
-    "refuse_unless",
     "to_dict",
 ]

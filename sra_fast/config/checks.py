@@ -14,12 +14,6 @@ from sra_fast.errors import Refused
 T = TypeVar("T")
 
 
-def refuse_unless(condition: bool, name: str, given: object, allowed: str) -> None:
-    """Raise `Refused(name, given, allowed)` unless `condition`."""
-    if not condition:
-        raise Refused(name, given, allowed)
-
-
 class Section:
     """Base class of the configuration's dataclasses. Creating one checks the type of every field, then calls
     `check`."""
@@ -77,7 +71,7 @@ def _check_type(hint: Any, value: Any, name: str) -> None:
         raise Refused(name, value, f"must be of type {hint.__name__}")
 
 
-def to_dict(config: object) -> dict[str, Any]:
+def to_dict(config: Any) -> dict[str, Any]:
     """Convert a dataclass to nested dictionaries of JSON values."""
     return dataclasses.asdict(config)
 
@@ -103,5 +97,5 @@ def _build(cls: type[T], values: Any, name: str) -> T:
     hints = _hints(cls)
     if unknown := sorted(set(values) - set(hints)):
         raise Refused(name, ", ".join(unknown), f"must be among {', '.join(hints)}")
-    sections = {field: hint for field, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    sections: dict[str, Any] = {field: hint for field, hint in hints.items() if dataclasses.is_dataclass(hint)}
     return cls(**{k: _build(sections[k], v, k) if k in sections else v for k, v in values.items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from sra_fast.config.recipe import AlignConfig, ModelConfig, ObjectiveConfig, OptimConfig
 from sra_fast.config.run import Config, DataConfig, EvaluateConfig, RunConfig, SampleConfig, TrainConfig
@@ -47,7 +48,7 @@ def _digits() -> Config:
     )
 
 
-def _public(family: str, size: str, patch: int, paper: bool) -> Config:
+def _public(family: Literal["sit", "dit"], size: str, patch: int, paper: bool) -> Config:
     """A model of the papers. The `paper` variants use the published alignment loss, its weight and decay, and an EMA
     without warm-up."""
     depth, hidden, heads = SIZES[size]

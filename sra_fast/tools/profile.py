@@ -16,10 +16,10 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
+from torch.profiler import ProfilerActivity
 
 from sra_fast.config import DIGITS_FOLDER, Config, ProfileConfig, to_dict
 from sra_fast.data.stream import Batch
@@ -182,14 +182,13 @@ def _trace(step: Callable[[], None], settings: ProfileConfig, path: Path, gpu: b
     """Trace steps and return the events. TensorBoard's plugin recognises the file by its name,
     `<worker>.<time>.pt.trace.json.gz`. The first traced step fills the device's queue, and the last only ends the
     window."""
-    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if gpu else [])]
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if gpu else [ProfilerActivity.CPU]
     active = settings.steps + 2
-    with TemporaryDirectory() as folder:
-        raw = Path(folder) / "trace.json"
+    with replacing(path) as partial:
         with torch.profiler.profile(
             activities=activities,
             schedule=torch.profiler.schedule(wait=0, warmup=1, active=active, repeat=1),
-            on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(raw)),
+            on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(partial)),
             record_shapes=settings.shapes,
             with_stack=settings.stack,
             profile_memory=settings.memory,
@@ -197,8 +196,7 @@ def _trace(step: Callable[[], None], settings: ProfileConfig, path: Path, gpu: b
             for _ in range(1 + active):
                 step()
                 profiler.step()
-        content = raw.read_bytes()
-    with replacing(path) as partial:
+        content = partial.read_bytes()
         partial.write_bytes(gzip.compress(content, mtime=0))
     return json.loads(content, strict=False)["traceEvents"]
 
