@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
-import itertools
+import re
 import subprocess
 import sys
 import typing
@@ -162,29 +160,14 @@ def test_a_dry_run_prints_what_would_run_and_writes_nothing(main, tmp_path, monk
     assert files(tmp_path) == []
 
 
-def sections(cls, prefix=""):
-    """(option, class, field) of every leaf field below a dataclass."""
+def options(cls, prefix=""):
+    """The options of all fields below a dataclass, without hyphens."""
     hints = typing.get_type_hints(cls)
     for name in (field.name for field in dataclasses.fields(cls)):
         if dataclasses.is_dataclass(hints[name]):
-            yield from sections(hints[name], "" if hints[name] is Config else f"{prefix}{name}.")
+            yield from options(hints[name], "" if hints[name] is Config else f"{prefix}{name}.")
         else:
-            yield f"--{prefix}{name}".replace("_", "-"), cls, name
-
-
-def documentation(cls):
-    """{field: the string below it} of a dataclass."""
-    body = ast.parse(inspect.getsource(cls)).body[0].body
-    fields = [(a, b) for a, b in itertools.pairwise(body) if isinstance(a, ast.AnnAssign)]
-    return {a.target.id: ast.literal_eval(b.value) for a, b in fields if isinstance(b, ast.Expr)}
-
-
-def help_of(words, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit) as stop:
-        cli.main([*words, "--help"])
-    assert not stop.value.code
-    return " ".join(word for word in capsys.readouterr().out.split() if set(word) - set("│╭╮╰╯─"))
+            yield f"{prefix}{name}".replace("_", "-")
 
 
 @pytest.mark.parametrize(
@@ -200,14 +183,16 @@ def help_of(words, capsys, monkeypatch):
         ("profile digits", config.ProfileCommand),
     ],
 )
-def test_help_documents_every_field(words, cls, capsys, monkeypatch):
-    text = help_of(words.split(), capsys, monkeypatch)
-    leaves = list(sections(cls))
-    assert len(leaves) > 2
-    for option, owner, name in leaves:
-        *section, last = option.removeprefix("--").split(".")
-        assert option in text or f"--{'.'.join([*section, 'no-' + last])}" in text or option == "--data", option
-        assert " ".join(documentation(owner)[name].split()).rstrip(".") in text, option
+def test_help_lists_every_option(words, cls, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*words.split(), "--help"])
+    assert not stop.value.code
+    words = set(re.split(r"[\s,|]+", capsys.readouterr().out))
+    for option in options(cls):
+        section, _, name = option.rpartition(".")
+        flag = f"--{section}.no-{name}" if section else f"--no-{name}"
+        assert {f"--{option}", flag, option.upper()} & words, option  # in capitals: a positional argument
 
 
 def test_help_lists_the_commands(main):
