@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import sys
+from types import SimpleNamespace
 
 import pytest
-from small_run import metrics, run, small, strict_json, write_images
+import torch
+from small_run import full_disk, metrics, run, small
 
 from sra_fast.errors import Refused
-from sra_fast.files import read_json, write_json
-from sra_fast.training.metrics import MetricsFile
+from sra_fast.step.step import Metrics
+from sra_fast.training.checkpoint import RunProgress
+from sra_fast.training.metrics import MetricsFile, StepLog
+from sra_fast.training.rhythm import Clock
 
 
 @pytest.fixture
@@ -20,10 +23,11 @@ def plain(monkeypatch):
 
 
 def written(folder, images_seen, rows):
-    log = MetricsFile(folder, images_seen)
-    for row in rows:
-        log.write(row)
-    log.close()
+    file = MetricsFile(folder, images_seen)
+    for count, row in enumerate(rows, len(metrics(folder)) + 1):
+        file.write(row)
+        assert len(metrics(folder)) == count  # at once
+    file.close()
     return metrics(folder)
 
 
@@ -32,8 +36,8 @@ ROWS = [{"step": step, "images_seen": 8 * step, "loss": 1 / step} for step in ra
 
 def test_lines_beyond_the_checkpoint_are_dropped(tmp_path, plain):
     assert written(tmp_path, 0, ROWS) == ROWS
-    again = [{**row, "loss": 7.0} for row in ROWS[3:]]
-    assert written(tmp_path, 24, again) == [*ROWS[:3], *again]
+    rewritten = [{**row, "loss": 7.0} for row in ROWS[3:]]
+    assert written(tmp_path, 24, rewritten) == [*ROWS[:3], *rewritten]
     assert written(tmp_path, 0, ROWS[:1]) == ROWS[:1]
 
 
@@ -45,51 +49,11 @@ def test_a_line_that_a_crash_cut_is_dropped(tmp_path, plain, tail):
     assert written(tmp_path, 40, []) == ROWS
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_becomes_null(tmp_path, plain, value):
-    assert written(tmp_path, 0, [{"images_seen": 8, "loss": value}]) == [{"images_seen": 8, "loss": None}]
-    write_json(tmp_path / "a.json", {"a": [1.5, {"b": value}], "c": (value,)})
-    assert strict_json((tmp_path / "a.json").read_text()) == {"a": [1.5, {"b": None}], "c": [None]}
-
-
-def test_a_line_is_on_the_disk_as_soon_as_it_is_written(tmp_path, plain):
-    log = MetricsFile(tmp_path, 0)
-    log.write(ROWS[0])
-    assert metrics(tmp_path) == ROWS[:1]
-    log.close()
-
-
-def test_a_json_file_is_whole_or_the_old_one(tmp_path):
-    write_json(tmp_path / "a.json", {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "a.json", {"a": object()})
-    assert read_json(tmp_path / "a.json") == {"a": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", None])
-def test_an_unreadable_json_file_is_refused_by_name(tmp_path, content):
-    path = tmp_path / "a.json"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(Refused, match=r"a\.json: not a readable JSON file") as refusal:
-        read_json(path)
-    assert "\n" not in str(refusal.value)
-
-
-def test_tensorboard_shows_what_metrics_jsonl_says_also_after_a_resume(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    write_images(tmp_path / "data")
-    config = small(tmp_path, train__validate_every_images=32)
-    run(config, stop_after=5)
-    run(config)
-    events = accumulator.EventAccumulator(str(tmp_path / "runs/a")).Reload()
-    rows = metrics(tmp_path / "runs/a")
-    for name in ("loss", "velocity_loss", "alignment_loss", "grad_norm", "lr", "validation_velocity_loss"):
-        expected = [(row["images_seen"], row[name]) for row in rows if name in row]
-        shown = [(event.step, event.value) for event in events.Scalars(name)]
-        assert [step for step, _ in shown] == [step for step, _ in expected], name
-        assert [value for _, value in shown] == pytest.approx([value for _, value in expected]), name
+def test_a_full_disk_is_refused_by_name(tmp_path, plain):
+    file = MetricsFile(tmp_path, 0)
+    with full_disk(10), pytest.raises(Refused, match=r"metrics\.jsonl: could not be written"):
+        file.write(ROWS[0])
+    file.close()
 
 
 def test_without_tensorboard_one_line_says_so(tmp_path, plain, capsys):
@@ -99,11 +63,41 @@ def test_without_tensorboard_one_line_says_so(tmp_path, plain, capsys):
     assert "pip install tensorboard" in error
 
 
-def test_tensorboard_forgets_what_a_crash_made_void(tmp_path):
+def scalars(folder, name):
+    """[(step, value)] that TensorBoard shows."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder)).Reload()
+    return [(event.step, pytest.approx(event.value)) for event in events.Scalars(name)]
+
+
+def test_tensorboard_shows_what_metrics_jsonl_says_also_after_a_resume(root):
+    config = small(root, train__validate_every_images=32)
+    run(config, stop_after=5)
+    run(config)
+    for name in ("loss", "velocity_loss", "alignment_loss", "grad_norm", "lr", "validation_velocity_loss"):
+        expected = [(row["images_seen"], row[name]) for row in metrics(root / "runs/a") if name in row]
+        assert scalars(root / "runs/a", name) == expected
+
+
+def test_tensorboard_forgets_what_a_crash_made_void(tmp_path):
     written(tmp_path, 0, ROWS)
     written(tmp_path, 24, [{**row, "loss": 7.0} for row in ROWS[3:]])
-    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
-    shown = [(event.step, event.value) for event in events.Scalars("loss")]
-    assert [step for step, _ in shown] == [8, 16, 24, 32, 40]
-    assert [value for _, value in shown] == pytest.approx([1.0, 0.5, 1 / 3, 7.0, 7.0])
+    assert scalars(tmp_path, "loss") == [(8, 1.0), (16, 0.5), (24, 1 / 3), (32, 7.0), (40, 7.0)]
+
+
+@pytest.mark.parametrize("in_a_row", [63, 64])
+def test_sixty_four_steps_in_a_row_that_are_not_finite_are_refused(tmp_path, plain, in_a_row):
+    file = MetricsFile(tmp_path, 0)
+    counters = {name: torch.tensor(in_a_row) for name in ("skipped_steps", "skipped_in_a_row")}
+    log = StepLog(file, small(tmp_path), SimpleNamespace(**counters), Clock(0.0))
+    log.write(RunProgress(step=1))  # there is nothing to write about
+    log.ring.push(Metrics(*torch.full((6,), torch.nan)))
+    log.add_step()
+    if in_a_row == 63:
+        log.write(RunProgress(step=1))
+    else:
+        with pytest.raises(Refused, match="64 steps in a row"):
+            log.write(RunProgress(step=1))
+    file.close()
+    (row,) = metrics(tmp_path)
+    assert (row["loss"], row["skipped_steps"]) == (None, in_a_row)
