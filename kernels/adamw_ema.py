@@ -122,7 +122,7 @@ def parameter_ref(
         assign(ema, ema.lerp(weight, rates.blend_ema))
     for copy, source in ((student, weight), (teacher, ema)):
         if copy is not None:
-            assign(copy, source)
+            assign(copy, source)  # pyright: ignore[reportArgumentType]: the teacher has copies of an EMA only
 
 
 @torch.no_grad()

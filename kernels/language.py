@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
 
+# Any: type checkers do not know that kernels are launched with options, and with numbers for constexpr.
+triton: Any
+tl: Any
 try:
-    import triton
-    import triton.language as tl
-
+    triton, tl = import_module("triton"), import_module("triton.language")
     AVAILABLE = True
     INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on a CPU, slowly, for tests
 except ImportError:

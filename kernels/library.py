@@ -16,7 +16,8 @@ FIX = "install cmake and a C++20 compiler, then run pip install --no-build-isola
 @cache
 def _load() -> str:
     """Load the library. Returns why that is impossible and how to fix it, or ''."""
-    folders = find_spec("sra_fast").submodule_search_locations
+    package = find_spec("sra_fast")
+    folders = (package and package.submodule_search_locations) or ()
     paths = [path for folder in folders if (path := Path(folder) / NAME).exists()]
     if not paths:
         return f"the compiled operators are not built ({FIX})"

@@ -392,8 +392,9 @@ def perturb(
     _check(data, labels, number, settings, stored)
     posterior, shift, scale = (False, None, None) if stored is None else stored
     seed = settings.seed - (settings.seed >> 63 << 64)  # the same 64 bits as a signed integer
-    *noised, dropped, teacher_labels = _op(
+    t, t_teacher, x_t, x_teacher, target, dropped, teacher_labels = _op(
         data, labels, number, shift, scale, posterior, seed, settings.path, settings.times, settings.t_max,
         settings.null_label, settings.label_dropout, settings.shared_label_dropout,
     )  # fmt: skip
-    return NoisedBatch(*noised, dropped, dropped if settings.shared_label_dropout else teacher_labels)
+    teacher_labels = dropped if settings.shared_label_dropout else teacher_labels
+    return NoisedBatch(t, t_teacher, x_t, x_teacher, target, dropped, teacher_labels)

@@ -51,7 +51,7 @@ def train(arguments: Sequence[str]) -> int:
 def sample(arguments: Sequence[str]) -> int:
     """Generate images: `sra-fast sample --weights FILE|RUN [options]`."""
     run = _run_of(arguments)
-    defaults = {"sample": run.sample} if run else {}
+    defaults: dict[str, Any] = {"sample": run.sample} if run else {}
     command = _parse(SampleCommand, arguments, "sample", SampleCommand(weights=tyro.MISSING, **defaults))
     from sra_fast.tools.sample import sample
 
@@ -196,7 +196,8 @@ class _WeightsOption:
 
 def _run_of(arguments: Sequence[str]) -> Config | None:
     """The configuration of the run that --weights names, if any: its settings are the defaults of other options."""
-    known, _ = _parse(_WeightsOption, arguments, "", return_unknown_args=True, add_help=False)
+    parsed: Any = _parse(_WeightsOption, arguments, "", return_unknown_args=True, add_help=False)
+    known, _ = parsed
     path = Path(known.weights) / "config.json"
     return from_dict(Config, read_json(path), str(path)) if known.weights and path.is_file() else None
 

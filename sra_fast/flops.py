@@ -9,6 +9,8 @@ Recomputation in the backward pass is not counted, so that figures with and with
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from sra_fast.config import ModelConfig
 from sra_fast.errors import Refused
 
@@ -19,7 +21,7 @@ FREQUENCIES = 256  # width of the sinusoidal time embedding, as model.transforme
 A100 = {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12}  # "NVIDIA A100 Tensor Core GPU" data sheet, 2021
 H100_SXM = {"bf16": 989.4e12, "tf32": 494.7e12, "fp32": 66.9e12}  # "H100 Tensor Core GPU Architecture", v1.04, table 2
 H200_SXM = {"bf16": 989.4e12, "tf32": 494.7e12, "fp32": 66.9e12}  # "H200" data sheet: half of 1979* and 989*, and 67
-PEAKS: dict[str, dict[str, float | None]] = {
+PEAKS: dict[str, Mapping[str, float | None]] = {
     "NVIDIA A100-SXM4-40GB": A100,
     "NVIDIA A100-SXM4-80GB": A100,
     "NVIDIA A100-PCIE-40GB": A100,

@@ -56,7 +56,7 @@ class Progress(tqdm):
                 yield item
                 self.update()
 
-    def __exit__(self, exc_type: type[BaseException] | None, *details: object) -> None:
+    def __exit__(self, exc_type: type[BaseException] | None, *details: Any) -> None:
         if self._prints_lines:  # tqdm prints its last line only after this delay
             self.delay = 0 if exc_type is None else math.inf
         super().__exit__(exc_type, *details)

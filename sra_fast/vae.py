@@ -28,7 +28,7 @@ LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, Runtime
 
 def per_channel(factor: Factor, channels: int) -> np.ndarray:
     """(channels,) float64."""
-    return np.broadcast_to(np.float64(factor), channels)
+    return np.broadcast_to(np.asarray(factor, dtype=np.float64), channels)
 
 
 class Vae:
@@ -48,7 +48,7 @@ class Vae:
         self,
         name: str,
         config: dict[str, Any],
-        model: torch.nn.Module,
+        model: Any,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
@@ -192,7 +192,7 @@ class _quiet(warnings.catch_warnings):
     """Silences diffusers and huggingface_hub; we report failures in one line."""
 
     def __init__(self, diffusers: Any) -> None:
-        super().__init__()
+        super().__init__()  # pyright: ignore[reportCallIssue]
         self._loggers = [logging.getLogger(name) for name in ("diffusers", "huggingface_hub")]
 
     def __enter__(self) -> None:
@@ -202,7 +202,7 @@ class _quiet(warnings.catch_warnings):
         for logger in self._loggers:
             logger.setLevel(logging.CRITICAL)
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *exception: Any) -> None:
         for logger, level in zip(self._loggers, self._levels, strict=True):
             logger.setLevel(level)
         super().__exit__(*exception)

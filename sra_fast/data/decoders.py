@@ -20,6 +20,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -311,7 +312,11 @@ class DaliDecoder(Decoder):
             raise Refused(f"reader: DALI cannot start ({reason}); choose pillow") from error
 
     def _build(self, capacity: int) -> Any:
-        from nvidia.dali import Pipeline, fn, types
+        from nvidia.dali import Pipeline
+
+        # DALI defines these names at run time, where type checkers cannot see them.
+        fn: Any = import_module("nvidia.dali.fn")
+        types: Any = import_module("nvidia.dali.types")
 
         on_gpu, side = self.device.type == "cuda", self.data.resolution
         gpu = (torch.cuda.current_device() if self.device.index is None else self.device.index) if on_gpu else None

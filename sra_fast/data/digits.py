@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -34,7 +35,7 @@ def write_digits(root: Path | str) -> None:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise Damaged(root, "does not exist; writing the digits needs `pip install scikit-learn`") from error
-    digits = load_digits()
+    digits: Any = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
     root.parent.mkdir(parents=True, exist_ok=True)
     # A rename must not cross file systems.

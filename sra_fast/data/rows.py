@@ -74,7 +74,7 @@ class RowSet(ABC):
         """(B, *shape) of these rows, as they are stored; arguments and errors as for `read`."""
         x = torch.empty((len(rows), *self.shape), dtype=_TORCH[self.dtype.name], pin_memory=pinned)
         flipped = np.zeros(len(rows), dtype=bool) if flipped is None else flipped
-        self.read(rows, flipped, memoryview(x.numpy().reshape(-1).view(np.uint8)))
+        self.read(rows, flipped, x.numpy().reshape(-1).view(np.uint8).data)
         return x
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -37,19 +37,24 @@ class Source(Protocol):
     @property
     def holds_pixels(self) -> bool:
         """Whether the network is trained on pixels rather than latents."""
+        ...
 
     @property
     def reader(self) -> str:
         """One line on how the data is read."""
+        ...
 
     def stream(self, config: Config, first_image: int, bad: Mapping[str, str]) -> Stream:
         """Training batches starting at an image number. bad: files already known to be undecodable."""
+        ...
 
-    def load(self, images: ImageFolder | Rows) -> tuple[Tensor, Tensor]:
-        """Load all of these images onto the device: (x as in a batch, labels (N,) int64)."""
+    def load(self, images: Any) -> tuple[Tensor, Tensor]:
+        """Load `train`, `held_out` or a part of either onto the device: (x as in a batch, labels (N,) int64)."""
+        ...
 
-    def pixels(self, images: ImageFolder | Rows) -> tuple[Tensor, Tensor]:
-        """Load all of these images: ((N, C, H, W) float32 in [-1, 1], labels (N,) int64). Refuses latents."""
+    def pixels(self, images: Any) -> tuple[Tensor, Tensor]:
+        """The same as images: ((N, C, H, W) float32 in [-1, 1], labels (N,) int64). Refuses latents."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -150,7 +155,7 @@ def open_source(config: Config, device: torch.device) -> tuple[Source, Config]:
         value = getattr(config.model, name)
         if value not in (0, fact):
             raise Refused(f"model.{name.replace('_', '-')}", value, f"must be {fact}, as in the data, or 0")
-    return source, replace(config, model=replace(config.model, **facts))
+    return cast(Source, source), replace(config, model=replace(config.model, **facts))
 
 
 def _open_images(data: DataConfig, device: torch.device) -> tuple[ImageSource, int, int]:

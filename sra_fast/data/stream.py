@@ -8,12 +8,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from typing import NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-T, U = TypeVar("T"), TypeVar("U")
+T = TypeVar("T")
+U = TypeVar("U")
 DEPTH = 3
 """Items that are read ahead: one to hand over at once, one to even out slow files, and the one in progress."""
 
@@ -34,7 +35,7 @@ class Batch(NamedTuple):
         return [Batch(*tensors) for tensors in zip(*(tensor.split(size) for tensor in self), strict=True)]
 
 
-class ReadAhead(Iterator[U], AbstractContextManager):
+class ReadAhead(Iterator[U], AbstractContextManager, Generic[T, U]):
     """Yields function(item) for each item, in order, computed by one background thread up to `DEPTH` items ahead.
 
     Args:

@@ -98,7 +98,7 @@ def attention(qkv: Tensor, backend: str = "sdpa") -> Tensor:
 def attention_operator(backend: str) -> Callable[[Tensor], Tensor]:
     """`attention` by one backend, as a function of qkv alone. torch.compile does not trace into the packages."""
     function = partial(attention, backend=backend)
-    return torch.compiler.disable(function) if backend in PACKAGES else function
+    return torch.compiler.disable(function) if backend in PACKAGES else function  # pyright: ignore[reportReturnType]
 
 
 def _installed(module: str) -> bool:

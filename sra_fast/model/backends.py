@@ -11,6 +11,7 @@ from torch import Tensor
 from sra_fast.config import Config
 from sra_fast.errors import Refused
 from sra_fast.hardware import Hardware
+from sra_fast.kernels.perturb import NoisedBatch
 from sra_fast.kernels.registry import OPS, why_unavailable
 from sra_fast.model.attention import attention_operator, choose_attention
 
@@ -39,7 +40,7 @@ class Backends:
     gated_adaln: Callable[..., tuple[Tensor, Tensor]] = OPS["gated_adaln"].reference
     gated_residual: Callable[..., Tensor] = OPS["gated_residual"].reference
     alignment: Callable[..., Tensor] = OPS["alignment"].reference
-    perturb: Callable[..., tuple] = OPS["perturb"].reference
+    perturb: Callable[..., NoisedBatch] = OPS["perturb"].reference
     gradient_norm: Callable[..., Tensor] = OPS["gradient_norm"].reference
     adamw_ema: Callable[..., None] = OPS["adamw_ema"].reference
     attention: Callable[[Tensor], Tensor] = SDPA

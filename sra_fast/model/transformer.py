@@ -62,7 +62,7 @@ class TimestepEmbedder(nn.Module):
         return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(self.sinusoids(t).to(self.mlp[0].weight.dtype))  # (B, D)
+        return self.mlp(self.sinusoids(t).to(next(self.mlp.parameters()).dtype))  # (B, D)
 
 
 class LabelEmbedder(nn.Module):
@@ -247,8 +247,8 @@ class Transformer(nn.Module):
         return tokens, vectors.unflatten(-1, (sum(groups), -1)).split(groups, dim=1)
 
     def _run(
-        self, block: Block, number: int, x: Tensor, h: Tensor, modulation: Tensor, next_modulation: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, block: nn.Module, number: int, x: Tensor, h: Tensor, modulation: Tensor, next_modulation: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         every = self.config.checkpoint_every
         if every and number % every == 0 and torch.is_grad_enabled():
             # Nothing in a block is random, and CUDA graph capture does not allow reading a generator's state.

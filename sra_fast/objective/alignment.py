@@ -87,5 +87,6 @@ def training_losses(
         target = teacher(batch.x_teacher, batch.t_teacher, batch.teacher_labels, alignment.teacher_tap)
     generative = objective.loss(prediction, batch)
     with record_function("sra_fast::loss"):
+        assert features is not None, "the student was called with a tap"
         distance = alignment.distance(features, target)
     return Losses(generative + weight * distance, generative, distance)

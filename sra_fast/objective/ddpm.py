@@ -94,6 +94,7 @@ class Diffusion:
         et al., (5)).
         """
         x, x_t, t = batch.x, batch.x_t, batch.t
+        assert x is not None, "batches of DiT have the clean images"
         log_beta, log_posterior = self._at("log_beta", t, x), self._at("log_posterior", t, x)
         share = (fraction + 1) / 2
         log_variance = share * log_beta + (1 - share) * log_posterior  # Nichol and Dhariwal, (15)

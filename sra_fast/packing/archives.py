@@ -147,7 +147,8 @@ def _samples(path: Path) -> list[tuple[str, int, int, int]]:
     try:
         with tarfile.open(path, "r:") as archive:
             while (member := archive.next()) is not None:
-                archive.members.clear()  # tarfile keeps a kilobyte for each of millions of members
+                # tarfile keeps a kilobyte for each of millions of members.
+                archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
                 folder, _, base = member.name.rpartition("/")
                 stem, _, extension = base.partition(".")  # at the first dot, like webdataset
                 if not member.isfile() or not stem:

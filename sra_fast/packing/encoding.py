@@ -87,6 +87,8 @@ class Encoder(ABC):
 class ImageEncoder(Encoder):
     """Encodes class folders or archives, with a VAE or as pixels."""
 
+    source: ImageFolder | ImageArchives
+
     def __init__(self, config: PrepareCommand, source: ImageFolder | ImageArchives) -> None:
         side, hardware = config.resolution, Hardware.choose(config.device, config.precision)
         self.source, self.flips, self.rows_per_shard = source, config.flips, config.rows_per_shard
@@ -199,6 +201,8 @@ class ImageEncoder(Encoder):
 
 class PublicConverter(Encoder):
     """Converts the public layout: the same numbers, rounded to float16."""
+
+    source: PublicSet
 
     def __init__(self, config: PrepareCommand, source: PublicSet) -> None:
         self.source, self.flips, self.rows_per_shard = source, False, config.rows_per_shard

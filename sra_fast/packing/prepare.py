@@ -223,10 +223,12 @@ def _write_manifest(out: Path, encoder: Encoder) -> None:
     Raises:
         Refused: if a class has lost all its images. The next call makes only the shards again that lack them.
     """
-    records = [read_record(out, number) for number in range(encoder.shards)]
-    for number, record in enumerate(records):
+    records = []
+    for number in range(encoder.shards):
+        record = read_record(out, number)
         if record is None:
             raise Damaged(out, f"shard {number} has vanished; run the same command again")
+        records.append(record)
     skipped = [(number, file) for number, record in enumerate(records) for file in record.skipped]
     if skipped:
         label_of = dict(zip(encoder.source.files, encoder.source.labels.tolist(), strict=True))

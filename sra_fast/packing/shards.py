@@ -18,8 +18,9 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from io import BufferedRandom
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -123,7 +124,7 @@ def write_shard(
         files = [stack.enter_context(_writing(root / name, shape, dtype)) for name in names]
         for part in parts:
             for file, rows in zip(files, (part.rows, part.flips), strict=False):
-                file.append(rows)
+                file.append(rows)  # pyright: ignore[reportArgumentType]: with `flips`, parts have mirrored rows
             labels.append(part.labels)
             skipped += part.skipped
     all_labels = np.concatenate(labels).astype(np.int64, copy=False)
@@ -158,7 +159,7 @@ def read_record(root: Path, number: int) -> Record | None:
     return record if complete and fields["version"] == RECORD_VERSION else None
 
 
-def assemble(root: Path, records: Sequence[Record], **facts: object) -> Manifest:
+def assemble(root: Path, records: Sequence[Record], **facts: Any) -> Manifest:
     """Write the manifest.
 
     Args:
@@ -204,7 +205,7 @@ def _record_name(number: int) -> str:
 class _RowWriter:
     """An .npy file whose number of rows is known only at its end, with the same bytes as `np.save` writes."""
 
-    def __init__(self, path: Path, file: BinaryIO, shape: Sequence[int], dtype: np.dtype) -> None:
+    def __init__(self, path: Path, file: BufferedRandom, shape: Sequence[int], dtype: np.dtype) -> None:
         self.path, self.sha256 = path, ""
         self._file, self._shape, self._dtype = file, tuple(shape), dtype
         self._rows = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -34,7 +35,7 @@ class Captured:
         self,
         function: Callable[[], None],
         stream: torch.cuda.Stream,
-        pool: tuple[int, int],
+        pool: Any,
         warm_up: int = WARM_UP,
         report: Callable[[str], None] | None = None,
     ) -> None:

@@ -22,7 +22,7 @@ class Inputs:
 
     def __init__(
         self,
-        shape: tuple[int, int, int, int],
+        shape: tuple[int, ...],
         device: torch.device,
         pinned: bool = False,
         dtype: torch.dtype = torch.float32,
@@ -69,9 +69,7 @@ class Prefetch:
         device: a CUDA device.
     """
 
-    def __init__(
-        self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self.fixed = Inputs(shape, device, dtype=dtype)
         self._lanes = [_Lane(shape, device, dtype) for _ in range(2)]
         self._stream = torch.cuda.Stream(device)
@@ -99,7 +97,7 @@ class Prefetch:
 
 
 class _Lane:
-    def __init__(self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> None:
         self.pinned = Inputs(shape, torch.device("cpu"), pinned=True, dtype=dtype)
         self.staging = Inputs(shape, device, dtype=dtype)
         self.free = torch.cuda.Event()

@@ -59,7 +59,7 @@ class StepRunner:
             self.ring.push(self.step(self.state, batch, scalar(lr, self.device), scalar(weight, self.device)))
             return
         if self._prefetch is None:
-            self._allocate(batch.x)
+            self._prefetch = self._allocate(batch.x)
         self._prefetch(batch, lr, weight)
         self._execute()
 
@@ -68,19 +68,20 @@ class StepRunner:
         """Why there is no CUDA graph, if capturing one failed."""
         return next((graph.failure for graph in self._graphs if graph.failure), None)
 
-    def _allocate(self, x: Tensor) -> None:
+    def _allocate(self, x: Tensor) -> Prefetch:
         """Buffers for batches whose x has this shape and dtype, and graphs over these buffers."""
-        self._prefetch = Prefetch(tuple(x.shape), self.device, x.dtype)
+        prefetch = Prefetch(tuple(x.shape), self.device, x.dtype)
+        self._inputs = prefetch.fixed
         parts = self.step.config.train.accumulate
         if parts <= MAX_UNROLLED:
             (self._execute,) = self._graph_of(self._run_step)
-            return
-        inputs = self._prefetch.fixed
-        self._micro_batch = Batch(*(tensor.clone() for tensor in inputs.batch.split(parts)[0]))
+            return prefetch
+        self._micro_batch = Batch(*(tensor.clone() for tensor in self._inputs.batch.split(parts)[0]))
         self._sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in self.state.trained]
         self._losses = torch.zeros(3, device=self.device)
         self._accumulate, self._finish = self._graph_of(self._add_gradients, self._apply_sums)
         self._execute = self._run_micro_batches
+        return prefetch
 
     def _graph_of(self, *functions: Callable[[], None]) -> list[Callable[[], None]]:
         """The functions as CUDA graphs, which share a stream and a memory pool; unchanged without graphs."""
@@ -91,23 +92,23 @@ class StepRunner:
         return list(self._graphs)
 
     def _run_step(self) -> None:
-        inputs = self._prefetch.fixed
+        inputs = self._inputs
         self.ring.push(self.step(self.state, inputs.batch, inputs.lr, inputs.weight))
 
     def _run_micro_batches(self) -> None:
-        for micro_batch in self._prefetch.fixed.batch.split(self.step.config.train.accumulate):
+        for micro_batch in self._inputs.batch.split(self.step.config.train.accumulate):
             for buffer, tensor in zip(self._micro_batch, micro_batch, strict=True):
                 buffer.copy_(tensor)
             self._accumulate()
         self._finish()
 
     def _add_gradients(self) -> None:
-        gradients, losses = self.step.gradients(self.state, self._micro_batch, self._prefetch.fixed.weight)
+        gradients, losses = self.step.gradients(self.state, self._micro_batch, self._inputs.weight)
         torch._foreach_add_(self._sums, gradients)
         self._losses.add_(losses)
 
     def _apply_sums(self) -> None:
-        self.ring.push(self.step.apply(self.state, self._sums, self._losses, self._prefetch.fixed.lr))
+        self.ring.push(self.step.apply(self.state, self._sums, self._losses, self._inputs.lr))
         torch._foreach_zero_([*self._sums, self._losses])
 
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,7 +107,7 @@ class TrainState:
         return *owned, student_copies, teacher_copies
 
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, dict[str, Tensor] | Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Any]) -> None:
         """Copy in the values of another state, by field name as `assemble` takes them. No tensor is reallocated."""
         for field, values in tensors.items():
             own = getattr(self, field)

@@ -103,7 +103,8 @@ class TrainingStep:
         """Update the state from the sums that `gradients` returns over all micro-batches."""
         with record_function("sra_fast::update"):
             norm, decay = update(state, gradients, lr, self.config.optim, self.backends.gradient_norm, self._adamw_ema)
-        return Metrics(*losses, norm, lr, decay)
+        loss, generative, alignment = losses.unbind()
+        return Metrics(loss, generative, alignment, norm, lr, decay)
 
     def perturb(self, batch: Batch) -> NoisedBatch:
         """All random draws of a batch, and what student and teacher see."""

@@ -160,7 +160,7 @@ def _clip(span: Span, start: float, end: float) -> Span:
 
 def _kernels(spans: Iterable[Span], steps: int, window: float) -> tuple[Kernel, ...]:
     calls: Counter[tuple[str, str]] = Counter()
-    us: Counter[tuple[str, str]] = Counter()
+    us: dict[tuple[str, str], float] = defaultdict(float)
     for span in spans:
         calls[span.name, span.category] += span.calls
         us[span.name, span.category] += span.end - span.start
@@ -220,10 +220,10 @@ def _gpu_spans(events: Sequence[Event], known_stages: Stages) -> list[Span]:
 
 def _gpu_step_starts(spans: Sequence[Span]) -> list[float]:
     """Start of each step's first kernel on the busiest stream."""
-    busy: Counter[tuple[Any, ...]] = Counter()
+    busy: dict[tuple[Any, ...], float] = defaultdict(float)
     for span in spans:
         busy[span.stream] += span.end - span.start
-    ((busiest, _),) = busy.most_common(1)
+    busiest = max(busy, key=lambda stream: busy[stream])
     starts: dict[int, float] = {}
     for span in sorted(spans):
         if span.stream == busiest and span.step >= 0:
@@ -285,11 +285,12 @@ class _Ranges:
         return ""
 
 
-def attribute(spans: Sequence[Span]) -> Counter[str]:
+def attribute(spans: Sequence[Span]) -> dict[str, float]:
     """{category: us in which it is the first of the busy ones in the order of CATEGORIES}."""
     edges = [(span.start, 1, span.category) for span in spans] + [(span.end, -1, span.category) for span in spans]
     edges.sort(key=lambda edge: edge[0])
-    us, active = Counter(dict.fromkeys(CATEGORIES, 0.0)), Counter()
+    us: dict[str, float] = dict.fromkeys(CATEGORIES, 0.0)
+    active: Counter[str] = Counter()
     for (moment, change, label), (following, _, _) in pairwise(edges):
         active[label] += change
         busy = next((category for category in CATEGORIES if active[category]), None)
@@ -300,7 +301,7 @@ def attribute(spans: Sequence[Span]) -> Counter[str]:
 
 def busy_time(spans: Iterable[Span], key: Callable[[Span], str]) -> dict[str, float]:
     """{key of a span: us in which any span with this key is busy}."""
-    us: Counter[str] = Counter()
+    us: dict[str, float] = defaultdict(float)
     covered_until: dict[str, float] = {}
     for span in sorted(spans):
         label = key(span)

@@ -119,13 +119,13 @@ class Findings:
             yield "rows", f"{self.shape} {self.dtype}: {content}{', with mirrored rows' if self.flips else ''}"
         if self.shards:
             yield "shards", f"{self.shards:,}, {self.bytes:,} bytes"
-        if self.shape:
+        if self.scale is not None and self.shift is not None:
             yield "VAE", self.vae or "not named"
             yield "scale, shift", f"{_shorten(self.scale)}, {_shorten(self.shift)}: x = (z - shift) * scale"
         if self.shorter_side:
             yield "shorter side", "{:.0f} smallest, {:.0f} median, {:.0f} largest".format(*self.shorter_side)
         if self.counts is not None:
-            yield "classes", self._about_classes()
+            yield "classes", self._about_classes(self.counts)
         if self.skipped:
             yield "skipped", f"{len(self.skipped):,}"
             yield from (("", f"{file.file}: {file.reason}") for file in self.skipped[:10])
@@ -145,12 +145,12 @@ class Findings:
         read = f"{min(FEW, self.images)} of them read" if self.bytes is None else f"{self.bytes:,} bytes"
         return f" JPEG and PNG files, {read}"
 
-    def _about_classes(self) -> str:
-        counts = self.counts.tolist()
+    def _about_classes(self, images_of: np.ndarray) -> str:
+        counts = images_of.tolist()
         if len(counts) <= FEW:
             images = ", ".join(f"{name} {count:,}" for name, count in zip(self.classes, counts, strict=True))
             return f"{len(counts):,} with images: {images}"
-        smallest, largest = int(self.counts.argmin()), int(self.counts.argmax())
+        smallest, largest = int(images_of.argmin()), int(images_of.argmax())
         quantiles = "{:,.0f} / {:,.0f} / {:,.0f}".format(*np.percentile(counts, (10, 50, 90)))
         return (
             f"{len(counts):,}: smallest {self.classes[smallest]} with {counts[smallest]:,} images, "
@@ -196,13 +196,13 @@ class ChannelSums:
         """Statistics of the rows and of x = (z - shift) * scale, where z is a sample of the posterior."""
         mean, square, deviation, deviation_square = (self._sums / self.count).numpy()
         variance = (square - mean**2).clip(0)
-        shift, scale = (per_channel(factor, len(mean)) for factor in (shift, scale))
+        shifts, scales = (per_channel(factor, len(mean)) for factor in (shift, scale))
         columns = {"mean": mean, "std": np.sqrt(variance)}
         if self._posterior:
             columns["deviation_mean"] = deviation
             columns["deviation_std"] = np.sqrt((deviation_square - deviation**2).clip(0))
-        columns["x_mean"] = (mean - shift) * scale
-        columns["x_std"] = np.sqrt(variance + deviation_square) * np.abs(scale)
+        columns["x_mean"] = (mean - shifts) * scales
+        columns["x_std"] = np.sqrt(variance + deviation_square) * np.abs(scales)
         rows = zip(*(values.tolist() for values in columns.values()), strict=True)
         return Statistics(self.count, [dict(zip(columns, row, strict=True)) for row in rows])
 

@@ -116,7 +116,7 @@ def _open_packed(root: Path, checksums: bool) -> tuple[Findings, PackedSet | Non
         skipped=manifest.skipped,
         **_row_facts(manifest),
     )
-    with _progress(findings.bytes if checksums else 0, "checksums", "B") as bar:
+    with _progress(manifest.size(root) if checksums else 0, "checksums", "B") as bar:
         for shard in manifest.shards:
             damage = find_damage(root, manifest, shard, checksums, bar.update)
             findings.wrong |= {root / name: reason for name, reason in damage.items()}
@@ -140,7 +140,7 @@ def _open_public(root: Path, checksums: bool) -> tuple[Findings, PublicSet]:
         try:
             rows.read_row(row)
         except Damaged as error:
-            findings.wrong[error.path] = error.reason
+            findings.wrong[Path(error.path)] = error.reason
     return findings, rows
 
 
@@ -196,7 +196,7 @@ def _inspect_rows(findings: Findings, row_set: RowSet, options: InspectCommand, 
         try:
             values = row_set.gather(np.array([row]))[0].double()
         except Damaged as error:
-            findings.wrong[error.path] = error.reason
+            findings.wrong[Path(error.path)] = error.reason
             continue
         if sums.add(values):
             valid.append(row)
@@ -254,7 +254,7 @@ def _inspect_images(findings: Findings, images: ImageFolder, options: InspectCom
             try:
                 pixels.append(decoder.decode([images.read(row)])[0])
             except (Undecodable, OSError) as error:
-                reason = error.reasons[0] if isinstance(error, Undecodable) else error.strerror
+                reason = error.reasons[0] if isinstance(error, Undecodable) else error.strerror or str(error)
                 findings.wrong[images.root / images.files[row]] = reason
         return pixels
 
