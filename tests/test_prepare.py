@@ -1,200 +1,29 @@
-"""prepare.py, encoding.py: every image once, in the right pixels or moments, under its label; bad ones named; what the
-command says and refuses."""
+"""prepare.py: what the command says, what it refuses, and how processes divide the work."""
 
 from __future__ import annotations
 
 import re
 
-import numpy as np
 import pytest
 import torch
-from small_set import (
-    BAD,
-    CPU,
-    SIDE,
+from small_data import (
     config,
     content,
-    odd_files,
-    pixels,
+    kill,
+    prepare_without_manifest,
     refusal,
-    resident_kib,
     rows,
+    save_kl,
     words,
-    write_set,
+    write_jpegs,
 )
-from small_vae import save_kl, save_tiny
-from test_archives import write_tar
-from test_cli import documentation, help_of, sections
 
-from sra_fast.config import PrepareCommand
 from sra_fast.packing import encoding
 from sra_fast.packing import prepare as prepare_module
-from sra_fast.packing.archives import open_images
 from sra_fast.packing.prepare import prepare
-from sra_fast.vae import open_vae, per_channel
-
-# What is in a set
 
 
-def test_pixels_are_those_of_the_decoder_under_their_labels(images, tmp_path):
-    manifest = prepare(config(images, tmp_path / "set"))
-    made, labels = rows(tmp_path / "set")
-    files = [path for path in sorted(images.rglob("*.*")) if path.name.lstrip("0123456789") not in BAD]
-    assert np.array_equal(made, np.stack([pixels(path.read_bytes()) for path in files]))
-    assert labels.tolist() == [int(path.parent.name[1:]) for path in files]
-    assert (manifest.count, manifest.classes, manifest.vae) == (40, ("c0", "c1", "c2"), "")
-    assert (manifest.shape, manifest.dtype, manifest.posterior) == ((3, SIDE, SIDE), "uint8", False)
-    assert (manifest.scale, manifest.shift, manifest.resolution) == (1 / 127.5, 127.5, SIDE)
-    x = (np.arange(256, dtype=np.float32) - np.float32(manifest.shift)) * np.float32(manifest.scale)
-    np.testing.assert_allclose(x, np.arange(256) / 127.5 - 1, atol=1e-6)
-    assert not manifest.flips
-
-
-def test_what_is_left_out_is_named_and_moves_nothing(images, tmp_path):
-    manifest = prepare(config(images, tmp_path / "set"))
-    assert [(file.file, file.reason) for file in manifest.skipped] == [
-        ("c1/0cut.jpg", "JPEG cut short"),
-        ("c1/1empty.jpg", "empty file"),
-        ("c1/2text.png", "neither JPEG nor PNG"),
-        ("c1/3zeros.jpg", "neither JPEG nor PNG"),
-    ]
-    # A shard takes its 16 files whatever they are worth: 14 of c0 and 2 of c1; 4 bad ones, 12 others; the rest.
-    files = open_images(str(images)).files
-    bad = {file.file for file in manifest.skipped}
-    expected = [len([file for file in files[first : first + 16] if file not in bad]) for first in (0, 16, 32)]
-    assert [shard.rows for shard in manifest.shards] == expected
-    assert sum(expected) == 40
-    assert 16 in expected
-    assert min(expected) < 16
-
-
-@pytest.mark.parametrize("reader", ["pillow", "dali"])
-def test_odd_files_have_the_right_pixels(tmp_path, reader):
-    if reader == "dali":
-        pytest.importorskip("nvidia.dali")
-    odd = odd_files()
-    for name, file in odd.items():
-        (tmp_path / "images" / "c").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "images" / "c" / name).write_bytes(file)
-    turned = sorted(odd).index("turned.jpg")
-    for exif in (False, True):
-        prepare(config(tmp_path / "images", tmp_path / f"{exif}", reader=reader, exif=exif))
-        made, _ = rows(tmp_path / f"{exif}")
-        expected = np.stack([pixels(odd[name], exif) for name in sorted(odd)])
-        difference = np.abs(made.astype(float) - expected).mean(axis=(1, 2, 3))
-        assert (difference <= (0 if reader == "pillow" else 1)).all(), difference
-    assert not np.array_equal(pixels(odd["turned.jpg"]), pixels(odd["turned.jpg"], True))
-    assert not np.array_equal(made[turned], rows(tmp_path / "False")[0][turned])
-
-
-def test_moments_are_those_of_the_vae(images, kl, tmp_path):
-    manifest = prepare(config(images, tmp_path / "set", vae=str(kl)))
-    prepare(config(images, tmp_path / "pixels"))
-    made, labels = rows(tmp_path / "set")
-    seen, same = rows(tmp_path / "pixels")
-    assert labels.tolist() == same.tolist()
-    vae = open_vae(str(kl), CPU, torch.float32)
-    x = torch.from_numpy(seen).float() / 127.5 - 1
-    expected = vae.encode(x)
-    torch.testing.assert_close(torch.from_numpy(made).float(), expected, rtol=2e-3, atol=1e-4)  # half an ulp: 5e-4
-    alone = torch.cat([vae.encode(one) for one in x.split(1)]).half()
-    assert np.array_equal(made, alone.numpy())
-    assert (manifest.shape, manifest.dtype, manifest.posterior) == ((8, 4, 4), "float16", True)
-    assert (manifest.scale, manifest.shift, manifest.vae, manifest.channels) == (0.18215, 0.0, str(kl), 4)
-    # And back: what training reads decodes to what diffusers makes of it.
-    back = vae.decode(torch.from_numpy(made[:, :4]).float())
-    torch.testing.assert_close(back, vae.decode(expected[:, :4]), rtol=0.05, atol=0.02)
-
-
-def test_a_vae_without_a_posterior_has_half_the_channels(images, tmp_path):
-    tiny = save_tiny(tmp_path / "vae")
-    manifest = prepare(config(images, tmp_path / "set", vae=str(tiny)))
-    prepare(config(images, tmp_path / "pixels"))
-    x = torch.from_numpy(rows(tmp_path / "pixels")[0]).float() / 127.5 - 1
-    vae = open_vae(str(tiny), CPU, torch.float32)
-    expected = torch.cat([vae.encode(one) for one in x.split(1)]).half()
-    assert np.array_equal(rows(tmp_path / "set")[0], expected.numpy())
-    assert (manifest.posterior, manifest.shape, manifest.channels, manifest.scale) == (False, (4, 4, 4), 4, 1.0)
-
-
-def test_factors_of_each_channel_reach_the_manifest(images, tmp_path):
-    vae = save_kl(tmp_path / "vae", latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[1.0, 2.0, 4.0, 8.0])
-    manifest = prepare(config(images, tmp_path / "set", vae=str(vae)))
-    shift, scale = (per_channel(factor, manifest.channels) for factor in (manifest.shift, manifest.scale))
-    assert shift.tolist() == [1, 2, 3, 4]
-    np.testing.assert_allclose(scale, 0.18215 / np.array([1, 2, 4, 8]), rtol=1e-6)
-
-
-@pytest.mark.parametrize("latents", [False, True])
-def test_flips_are_of_the_mirrored_images(images, kl, tmp_path, latents):
-    manifest = prepare(config(images, tmp_path / "set", flips=True, **({"vae": str(kl)} if latents else {})))
-    assert manifest.flips
-    made, flipped = rows(tmp_path / "set")[0], rows(tmp_path / "set", "flips")[0]
-    seen = made
-    if latents:
-        prepare(config(images, tmp_path / "pixels"))
-        seen = rows(tmp_path / "pixels")[0]
-    mirrored = seen[..., ::-1].copy()
-    if latents:
-        vae = open_vae(str(kl), CPU, torch.float32)
-        x = torch.from_numpy(mirrored).float() / 127.5 - 1
-        mirrored = torch.cat([vae.encode(one) for one in x.split(1)]).half().numpy()
-    assert np.array_equal(flipped, mirrored)
-    assert not np.array_equal(flipped, made)
-    assert not np.array_equal(flipped, made[..., ::-1]) or not latents  # mirrored moments would not do
-
-
-def test_archives_give_the_same_rows_as_folders(images, kl, tmp_path):
-    folder = open_images(str(images))
-    members = {}
-    for row, label in enumerate(folder.labels.tolist()):
-        members |= {f"{row:04d}.jpg": folder.read(row), f"{row:04d}.cls": b"%d" % label}
-    names = list(members)
-    for part, name in enumerate(("a", "b")):
-        write_tar(
-            tmp_path / "tars" / f"{name}.tar", {n: members[n] for n in names[part * 30 : part * 30 + (30, 99)[part]]}
-        )
-    manifest = prepare(config(tmp_path / "tars", tmp_path / "one", vae=str(kl)))
-    prepare(config(images, tmp_path / "two", vae=str(kl)))
-    for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
-        assert np.array_equal(one, two)
-    assert manifest.classes == ("0", "1", "2")
-    assert [file.file for file in manifest.skipped] == [f"b.tar/{row:04d}.jpg" for row in (27, 28, 29, 30)]
-
-
-def test_batches_never_cross_shards(images, kl, tmp_path, monkeypatch):
-    seen, decode, files = [], encoding.ImageEncoder._decode, open_images(str(images)).files
-
-    def noted(self, batch):
-        seen.append(batch)
-        return decode(self, batch)
-
-    monkeypatch.setattr(encoding.ImageEncoder, "_decode", noted)
-    prepare(config(images, tmp_path / "set", batch=6))
-    assert [row for batch in seen for row in batch] == list(range(len(files)))
-    for batch in seen:
-        assert batch.start // 16 == (batch.stop - 1) // 16
-        assert (batch.start % 16) % 6 == 0  # and begin where they would, had this shard been made alone
-    assert max(map(len, seen)) == 6
-
-
-def test_a_shard_of_nothing_but_bad_files_is_left_out(tmp_path):
-    root = write_set(tmp_path / "images", count=4, classes=1)
-    for index in range(5):
-        (root / "c0" / f"002-{index}.jpg").write_bytes(b"")
-    manifest = prepare(config(root, tmp_path / "set", rows_per_shard=2))
-    assert len(manifest.skipped) == 5
-    assert [shard.rows for shard in manifest.shards] == [2, 1, 1]
-    assert sorted(content(tmp_path / "set")) == sorted(
-        ["manifest.json", "prepare.json", *(name for shard in manifest.shards for name in shard.files())]
-    )
-    assert len(rows(tmp_path / "set")[0]) == 4
-
-
-# The command
-
-
-def test_the_command_says_what_it_does_and_what_came_of_it(images, kl, tmp_path, main):
+def test_it_reports_what_it_does_and_the_result(images, kl, tmp_path, main):
     code, output, error = main(words(config(images, tmp_path / "set", vae=str(kl))))
     first, last = output.splitlines()
     assert code == 0
@@ -203,75 +32,177 @@ def test_the_command_says_what_it_does_and_what_came_of_it(images, kl, tmp_path,
     size = sum(len(file) for name, file in content(tmp_path / "set").items() if name.endswith(".npy"))
     assert last.endswith(f" images/s here, {size:,} bytes: {tmp_path / 'set'}")
     assert error.count("undecodable") == 4
+    assert re.search(r"44/44 \[.*img/s\]", error)
 
 
-def test_help_documents_every_field(capsys, monkeypatch):
-    text = help_of(["prepare"], capsys, monkeypatch)
-    for option, owner, name in sections(PrepareCommand):
-        assert option in text
-        assert " ".join(documentation(owner)[name].split()).rstrip(".") in text, option
+def test_a_complete_set_is_left_as_it_is(tmp_path, monkeypatch, capsys):
+    root = write_jpegs(tmp_path / "images")
+    (root / "c0" / "animation.gif").touch()
+    prepare(config(root, tmp_path / "set"))
+    before = content(tmp_path / "set")
+    monkeypatch.setattr(encoding.ImageEncoder, "_decode", kill)
+    capsys.readouterr()
+    assert prepare(config(root, tmp_path / "set")).count == 40
+    assert content(tmp_path / "set") == before
+    output, error = capsys.readouterr()
+    assert "complete before" in output
+    assert error.startswith(f"images: {root}: ignored, because not JPEG or PNG files in a class folder: 1 .gif\n")
 
 
-def test_ranks_of_a_launcher_begin_at_different_shards(images, tmp_path, monkeypatch):
-    seen, parts = [], encoding.ImageEncoder.parts
-    monkeypatch.setattr(encoding.ImageEncoder, "parts", lambda self, *ends: seen.append(ends) or parts(self, *ends))
+def test_ranks_of_a_launcher_start_at_different_shards(images, tmp_path, monkeypatch, capsys):
+    order, parts = [], encoding.ImageEncoder.parts
+    monkeypatch.setattr(encoding.ImageEncoder, "parts", lambda self, shard: order.append(shard) or parts(self, shard))
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "3")
     prepare(config(images, tmp_path / "set"))
-    assert seen == [(32, 44), (0, 16), (16, 32)]
+    assert order == [2, 0, 1]
+    output, error = capsys.readouterr()
+    assert re.fullmatch(r"rank 2: 44 images, [\d,.]+ images/s here\n", output)
+    assert "img/s" not in error
+    assert error.count("undecodable") == 4  # reported by the process that meets them
     monkeypatch.setenv("RANK", "")
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setenv("SLURM_PROCID", "1")
     monkeypatch.setenv("SLURM_NTASKS", "3")
-    seen.clear()
+    order.clear()
     prepare(config(images, tmp_path / "slurm"))
-    assert seen == [(16, 32), (32, 44), (0, 16)]
+    assert order == [1, 2, 0]
     monkeypatch.setenv("RANK", "first")
-    assert "RANK: 'first' given; must be a number" in refusal(config(images, tmp_path / "other"))
+    assert "RANK: 'first' given; must be a number" in refusal(prepare, config(images, tmp_path / "other"))
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "0")
-    assert "WORLD_SIZE: '0' given; must be a number, 1 or more" in refusal(config(images, tmp_path / "other"))
+    assert "WORLD_SIZE: '0' given; must be a number, 1 or more" in refusal(prepare, config(images, tmp_path / "other"))
 
 
-def test_other_ranks_than_the_first_say_little(images, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    prepare(config(images, tmp_path / "set"))
-    said = capsys.readouterr()
-    assert re.fullmatch(r"rank 1: 44 images, [\d,.]+ images/s here\n", said.out)
-    assert "img/s" not in said.err
-    assert said.err.count("undecodable") == 4  # but of bad files, whoever finds them
-
-
-def test_a_log_file_is_told_the_rate_and_what_is_ignored(images, tmp_path, capsys):
-    (images / "c0" / "animation.gif").touch()
-    prepare(config(images, tmp_path / "set"))
-    said = capsys.readouterr().err
-    assert re.search(r"44/44 \[.*img/s\]", said)
-    assert f"images: {images}: not read, being no JPEG or PNG in a class folder: 1 .gif\n" in said
-
-
-def test_a_vae_is_found_from_any_folder_and_by_any_name(images, kl, tmp_path, monkeypatch):
+def test_a_vae_is_known_by_its_absolute_path(images, kl, tmp_path, monkeypatch):
     monkeypatch.chdir(kl.parent)
     assert prepare(config(images, tmp_path / "set", vae=kl.name)).vae == str(kl.resolve())
-    prepare(config(images, tmp_path / "set", vae=f"./{kl.name}"))
     monkeypatch.chdir(tmp_path)
     prepare(config(images, tmp_path / "set", vae=str(kl)))
 
 
-@pytest.mark.parametrize("reader", ["pillow", "dali"])
-def test_memory_stays_flat_over_many_shards(tmp_path, monkeypatch, reader):
-    """1,600 images in 100 shards; the first 40 settle what is kept."""
-    if reader == "dali":
+def test_images_encoded_earlier_do_not_count_for_the_rate(tmp_path, monkeypatch):
+    command, bars, bar = config(write_jpegs(tmp_path / "images"), tmp_path / "set"), [], prepare_module.tqdm
+    prepare_without_manifest(command)
+    (tmp_path / "set" / "shard-00001.json").unlink()
+    monkeypatch.setattr(prepare_module, "tqdm", lambda **fields: bars.append(fields) or bar(**fields))
+    prepare(command)
+    assert [(fields["total"], fields["initial"]) for fields in bars] == [(40, 24)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"resolution": 32}, "resolution: 32 given; the set in .* was begun with 16"),
+        ({"rows_per_shard": 8}, "rows-per-shard: 8 given; .* begun with 16"),
+        ({"flips": True}, "flips: True given; .* begun with False"),
+        ({"exif": True}, "exif: True given"),
+        ({"vae": "KL"}, "no-vae: False given; .* begun with True"),
+        ({"reader": "dali"}, "reader: 'dali cpu' given; .* begun with 'pillow'; continue with that, or choose another"),
+        ({"images": "other"}, "images: not what the set in .* was begun with: 44 images then, 3 now; "),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_other_settings_than_the_sets_are_refused(images, kl, tmp_path, changes, line):
+    if changes.get("reader") == "dali":
         pytest.importorskip("nvidia.dali")
-    resident, write_shard = [], prepare_module.write_shard
+    prepare(config(images, tmp_path / "set"))
+    before = content(tmp_path / "set")
+    changes = {name: str(kl) if value == "KL" else value for name, value in changes.items()}
+    source = write_jpegs(tmp_path / "other", 3) if changes.pop("images", "") else images
+    assert re.match(line, refusal(prepare, config(source, tmp_path / "set", **changes)))
+    assert content(tmp_path / "set") == before
 
-    def watched(*arguments, **named):
-        resident.append(resident_kib())
-        return write_shard(*arguments, **named)
 
-    monkeypatch.setattr(prepare_module, "write_shard", watched)
-    vae = save_kl(tmp_path / "vae")
-    prepare(config(write_set(tmp_path / "images", 1600), tmp_path / "set", reader=reader, vae=str(vae), batch=16))
-    settled = resident[40:]
-    assert len(resident) == 100
-    assert np.mean(settled[-10:]) - np.mean(settled[:10]) < 1024  # KiB; the pixels of these alone are 2,250
+def test_other_weights_in_the_same_folder_are_refused(images, tmp_path):
+    vae, out = save_kl(tmp_path / "vae"), tmp_path / "set"
+    prepare(config(images, out, vae=str(vae)))
+    save_kl(vae, seed=5)
+    assert "vae: not the one that the set in " in refusal(prepare, config(images, out, vae=str(vae)))
+    save_kl(vae)
+    line = refusal(prepare, config(images, out, vae=str(vae), precision="bf16"))
+    assert line.startswith("precision: 'bf16' given; ")
+
+
+def test_strict_stops_at_the_first_bad_file(images, tmp_path):
+    line = "images: c1/0cut.jpg: undecodable (JPEG cut short)"
+    assert line in refusal(prepare, config(images, tmp_path / "set", strict=True))
+    assert not (tmp_path / "set" / "manifest.json").exists()
+    assert not list((tmp_path / "set").glob("*.tmp"))
+    # Nor does it accept a shard, or a set, that was finished without the file.
+    prepare_without_manifest(config(images, tmp_path / "set"))
+    assert line in refusal(prepare, config(images, tmp_path / "set", strict=True))
+    assert prepare(config(images, tmp_path / "set")).count == 40
+    assert f"{line} and left out earlier" in refusal(prepare, config(images, tmp_path / "set", strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ("", "out"),
+        ("--out o", "images: '' given; must be given unless from-public is"),
+        ("--out o --images i --from-public p", "images: 'i' given; must be given unless from-public is"),
+        ("--out o --images i", "vae: '' given; must be given unless no-vae is"),
+        ("--out o --images i --vae v --no-vae", "vae: 'v' given; must be given unless no-vae is"),
+        ("--out o --from-public p --no-vae", "no-vae: True given; must not be given with from-public"),
+        ("--out o --from-public p --flips", "flips: True given; must not be given with from-public"),
+        ("--out o --from-public p", "from-public: p: must be a folder with vae-sd/dataset.json"),
+        ("--out o --images i --no-vae", "images: 'i' given; there is no such folder, and no file"),
+        ("--out o --images . --no-vae", "out: 'o' given; must not be inside the folder of images"),
+        ("--out o --images i --no-vae --batch 0", "batch: 0 given; must be positive"),
+        ("--out o --images i --no-vae --reader cv2", "reader: 'cv2' given; must be one of"),
+    ],
+)
+def test_wrong_options_are_one_line_and_write_nothing(options, line, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert line in refused(["prepare", *options.split()])
+    assert content(tmp_path) == {}
+
+
+def test_wrong_images_and_vaes_are_refused_before_anything_is_written(images, kl, tmp_path):
+    def line(images=images, **changes):
+        return refusal(prepare, config(images, tmp_path / "set", **changes))
+
+    assert "resolution: 18 given; must be a multiple of the VAE's 4" in line(vae=str(kl), resolution=18)
+    assert "there is no such folder" in line(vae=str(tmp_path / "vae"))
+    (tmp_path / "empty" / "c0").mkdir(parents=True)
+    assert line(tmp_path / "empty").startswith(f"images: {tmp_path / 'empty/c0'}: ")
+    if not torch.cuda.is_available():
+        assert "device: 'cuda' given" in line(device="cuda")
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "manifest.json"])
+def test_a_folder_with_something_else_is_refused_and_left_alone(images, tmp_path, name):
+    out = tmp_path / "set"
+    out.mkdir()
+    (out / name).write_text("mine")
+    assert f"must be empty or a set begun by this command: has {name}" in refusal(prepare, config(images, out))
+    assert content(out) == {name: b"mine"}
+    assert "must be a folder" in refusal(prepare, config(images, out / name))
+    line = refusal(prepare, config(images, out / name / "set"))
+    assert line.startswith(f"out: '{out / name}/set' given; cannot be ")
+
+
+def test_a_lost_class_is_refused_and_costs_only_the_shards_that_lack_it(tmp_path):
+    root = write_jpegs(tmp_path / "images", 60)  # shards of 16 files in the order of names
+    broken = sorted((root / "c2").iterdir())
+    whole = [path.read_bytes() for path in broken]
+    (root / "c0" / "000.jpg").write_bytes(b"")
+    for path in broken:
+        path.write_bytes(b"")
+    line = (
+        "no image of class 'c2' can be decoded, the first, c2/002.jpg, because: empty file; repair it and run the same"
+    )
+    assert line in refusal(prepare, config(root, tmp_path / "set"))
+    assert {path.name for path in (tmp_path / "set").glob("shard-*")} == {"shard-00000.json", "shard-00001.json"}
+    for path, file in zip(broken, whole, strict=True):
+        path.write_bytes(file)
+    manifest = prepare(config(root, tmp_path / "set"))
+    assert (manifest.count, len(manifest.skipped)) == (59, 1)
+    assert sorted(set(rows(tmp_path / "set")[1].tolist())) == [0, 1, 2]
+    for path in root.rglob("*.jpg"):
+        path.write_bytes(b"")
+    line = refusal(prepare, config(root, tmp_path / "none"))
+    assert "none of 60 images can be read, the first, c0/000.jpg, because: empty file" in line
+    assert not (tmp_path / "none" / "manifest.json").exists()
