@@ -1,5 +1,5 @@
-"""What only a GPU can show of the data: DALI's pixels there, a VAE's moments and images, rows that a graph copies by
-itself, streams that share a device."""
+"""Data on a GPU: DALI's pixels, a VAE's moments and images, pinned rows that a graph copies, streams that share a
+device."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import os
 import numpy as np
 import pytest
 import torch
+from small_data import CPU, SIDE, Killed, config, content, pack, rows, save_kl, save_tiny, write_jpegs
 from small_run import run, small
-from small_set import SIDE, Killed, config, content, rows, write_set
-from small_sets import pack
-from small_vae import save_kl, save_tiny
 from test_decoders import damaged, encoded, files
 from torch import Tensor
 
@@ -34,7 +32,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
-GPU, CPU = torch.device("cuda"), torch.device("cpu")
+GPU = torch.device("cuda")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 READERS = ["pillow", "dali"]
 
@@ -55,9 +53,9 @@ def gap(one: Tensor, other: Tensor) -> float:
     return float((one.cpu().double() - other.cpu().double()).norm() / other.cpu().double().norm())
 
 
-# Levels in an image's mean: what a decoder may be off to be measured at all (benchmarks/image_decoders.py). CMYK is
-# printed ink: how much light it leaves is each library's own rule.
-MOST_OFF, OF_INK, OF_ALL = 1.0, 3.0, 0.5
+# Levels in an image's mean: the most that benchmarks/bench_data.py accepts of a decoder. CMYK is ink: each library has
+# its own rule for how much light it leaves.
+MAX_OFF, MAX_OFF_CMYK, MAX_MEAN_OFF = 1.0, 3.0, 0.5
 
 
 @pytest.mark.parametrize(("channels", "exif", "resolution"), [(3, False, 128), (1, False, 128), (3, True, 256)])
@@ -68,10 +66,10 @@ def test_dali_on_the_gpu_has_the_pixels_of_pillow(channels, exif, resolution):
     assert (ours.shape, ours.dtype, ours.device.type) == (truth.shape, torch.float32, GPU.type)
     assert -1 <= float(ours.min()) <= float(ours.max()) <= 1
     mean = dict(zip(cases, off(ours, truth).tolist(), strict=True))
-    bound = dict.fromkeys(cases, MOST_OFF) | {"cmyk jpeg": OF_INK}
+    bound = dict.fromkeys(cases, MAX_OFF) | {"cmyk jpeg": MAX_OFF_CMYK}
     assert {case: m for case, m in mean.items() if m > bound[case]} == {}
-    assert sum(mean.values()) / len(mean) < OF_ALL
-    # Left to Pillow, and to the device as integers.
+    assert sum(mean.values()) / len(mean) < MAX_MEAN_OFF
+    # Decoded by Pillow, and moved to the device as integers.
     for case in ("larger still, halved", "16-bit grey png", "16-bit rgb png", "black and white png"):
         assert mean[case] == 0, case
 
@@ -84,21 +82,21 @@ def test_pillow_for_the_gpu_has_its_pixels_in_every_bit(channels):
 
 
 def test_digits_pass_through_dali_on_the_gpu_unchanged():
-    """At the size wanted there is nothing to resize, and nothing to round."""
+    """At the right size there is nothing to resize and nothing to round."""
     cases = [encoded(np.arange(i, i + 64, dtype=np.uint8).reshape(8, 8), "PNG") for i in range(0, 192, 3)]
     ours, truth = (decoder(*how, resolution=8).decode(cases) for how in (("dali", GPU), ("pillow", CPU)))
     assert torch.equal(ours.cpu(), truth)
 
 
 def test_dali_takes_batches_of_changing_sizes():
-    """Which of two engines decodes a JPEG follows from its place in the batch, and they may round differently: equal in
-    every bit are equal batches."""
+    """The place in the batch decides which of two engines decodes a JPEG, and they may round differently; equal batches
+    have equal bits."""
     cases, ours = list(files().values()), decoder("dali", resolution=128)
     whole = ours.decode(cases)
     for part in (slice(0, 3), slice(5, 6), slice(0, 12), slice(9, 18)):
-        assert float(off(ours.decode(cases[part]), whole[part]).max()) <= MOST_OFF, part
+        assert float(off(ours.decode(cases[part]), whole[part]).max()) <= MAX_OFF, part
     many = ours.decode(cases[::-1] + cases)  # a larger pipeline
-    assert float(off(many, torch.cat([whole.flip(0), whole])).max()) <= MOST_OFF
+    assert float(off(many, torch.cat([whole.flip(0), whole])).max()) <= MAX_OFF
     assert ours.decode([]).shape == (0, 3, 128, 128)
     assert torch.equal(ours.decode(cases), decoder("dali", resolution=128).decode(cases))
 
@@ -117,9 +115,9 @@ def test_every_bad_file_is_named_and_the_decoder_goes_on(reader):
     assert torch.equal(ours.decode(good), expected)
 
 
-# Relative, in the norm. With `Vae` alone cuDNN rounds what it multiplies in fp32 to TF32's 11 bits; bf16 has 8:
-# the same networks in bf16 on a CPU are off by 0.009 in moments and 0.022 in images; TF32's share of that is an eighth.
-OF_MOMENTS, OF_IMAGES = {"fp32": 0.005, "bf16": 0.03}, {"fp32": 0.01, "bf16": 0.08}
+# Relative errors in the norm. With `Vae` alone cuDNN rounds fp32 factors to TF32's 11 bits; bf16 has 8. In bf16 on a CPU
+# the same networks are off by 0.009 in moments and 0.022 in images; TF32 by an eighth of that.
+MOMENTS_ERROR, IMAGES_ERROR = {"fp32": 0.005, "bf16": 0.03}, {"fp32": 0.01, "bf16": 0.08}
 both = pytest.mark.parametrize("precision", ["fp32", "bf16"])
 
 
@@ -134,12 +132,12 @@ def test_moments_made_on_the_gpu_are_near_those_made_on_the_cpu(images, tmp_path
     manifest = prepare(on_gpu(images, tmp_path / "gpu", vae, precision=precision))
     truth = prepare(config(images, tmp_path / "cpu", vae=str(vae), flips=True, precision="fp32"))
     assert (manifest.count, manifest.skipped, manifest.shape) == (truth.count, truth.skipped, truth.shape)
-    for which in ("moments", "flips"):
+    for which in ("file", "flip"):
         (ours, labels), (theirs, same) = (rows(tmp_path / name, which) for name in ("gpu", "cpu"))
         assert labels.tolist() == same.tolist()
         parts = (torch.from_numpy(x).split(4, 1) for x in (ours, theirs))
         for one, other in zip(*parts, strict=True):  # means, and deviations where there are some
-            assert gap(one, other) < OF_MOMENTS[precision], which
+            assert gap(one, other) < MOMENTS_ERROR[precision], which
 
 
 @both
@@ -150,11 +148,11 @@ def test_moments_decode_to_what_they_do_on_the_cpu(tmp_path, save, precision):
     ours, theirs = (open_vae(vae, *how) for how in ((GPU, DTYPES[precision]), (CPU, torch.float32)))
     moments, truth = ours.encode(x), theirs.encode(x)
     assert (moments.shape, moments.dtype, moments.device.type) == (truth.shape, torch.float32, GPU.type)
-    assert gap(moments, truth) < OF_MOMENTS[precision]
+    assert gap(moments, truth) < MOMENTS_ERROR[precision]
     z = truth[:, :4]
     images = ours.decode(z)
     assert (images.shape, images.dtype, images.device.type) == ((len(x), 3, 32, 32), torch.float32, GPU.type)
-    assert gap(images, theirs.decode(z)) < OF_IMAGES[precision]
+    assert gap(images, theirs.decode(z)) < IMAGES_ERROR[precision]
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
@@ -167,7 +165,7 @@ def undisturbed(request, images, kl, tmp_path_factory):
 
 @pytest.mark.parametrize(("rank", "then"), [(0, 0), (0, 1), (1, 0)])
 def test_interrupted_it_goes_on_to_the_same_bytes(images, kl, undisturbed, tmp_path, monkeypatch, rank, then):
-    """One process after the other, as one of two of a launcher; they begin at different shards."""
+    """Two processes of a launcher, one after the other; they start at different shards."""
     (precision, expected), made, write_shard = undisturbed, [], prepare_module.write_shard
 
     def killed_at_the_second(out, number, *more, **named):
@@ -261,7 +259,7 @@ def test_previews_of_latents_are_decoded_on_the_gpu(kl, tmp_path, monkeypatch):
     vae = open_vae(str(kl), CPU, torch.float32)
     for device, dtype, z, images in given:
         assert (device, dtype, images.device.type) == (GPU.type, torch.bfloat16, GPU.type)
-        assert gap(images, vae.decode(z)) < OF_IMAGES["bf16"]
+        assert gap(images, vae.decode(z)) < IMAGES_ERROR["bf16"]
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -284,8 +282,8 @@ def test_streams_of_one_seed_give_the_same_batches_whatever_was_read_before(imag
 
 @pytest.mark.parametrize("reader", READERS)
 def test_memory_of_the_device_stays_flat_over_200_batches(tmp_path, reader):
-    """Of PyTorch, and of the whole device, as DALI has memory of its own; the first 100 settle what is kept."""
-    folder, ours = scan(write_set(tmp_path, 96)), decoder(reader, resolution=64)
+    """Memory of PyTorch, and of the whole device, because DALI has its own; the first 100 batches fill what is kept."""
+    folder, ours = scan(write_jpegs(tmp_path, 96)), decoder(reader, resolution=64)
     peaks, free = [], []
     with ImageStream(folder, ours, seed=0, batch=64, first_image=0) as stream:
         for number in range(1, 201):

@@ -52,7 +52,7 @@ def test_arrays_are_written_as_numpy_writes_them(undisturbed):
 
 # Processes are forked from one that has imported everything, which takes seconds.
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["sra_fast.cli", "sra_fast.packing.prepare"])
+FORKED.set_forkserver_preload(["pytest", "sra_fast.cli", "sra_fast.packing.prepare"])
 
 
 def run_slowly(command, output, kill_at, delay, file_limit, environment):
