@@ -48,7 +48,7 @@ def run(tree: Path, command: Sequence[str], out: Path, prefix: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 1 if a run fails."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ab", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ab", description=str(__doc__).splitlines()[0])
     parser.add_argument("base", type=Path, metavar="BASE_TREE")
     parser.add_argument("change", type=Path, metavar="CHANGE_TREE")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each tree; default: %(default)s")

@@ -143,9 +143,9 @@ def write_vae(root: Path, channels: Sequence[int] = (128, 256, 512, 512)) -> Non
 
     blocks = len(channels)
     AutoencoderKL(
-        block_out_channels=tuple(channels),
-        down_block_types=("DownEncoderBlock2D",) * blocks,
-        up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=tuple(channels),  # pyright: ignore[reportArgumentType]
+        down_block_types=("DownEncoderBlock2D",) * blocks,  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * blocks,  # pyright: ignore[reportArgumentType]
         layers_per_block=2,
         latent_channels=4,
     ).save_pretrained(root)
@@ -314,7 +314,7 @@ def without_paths(command: str, arguments: Sequence[Path | str | None]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 1 if a gate failed or a part could not be measured."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_data", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_data", description=str(__doc__).splitlines()[0])
     parser.add_argument("--jpegs", type=Path, help="folder of JPEG files; default: generated ones")
     parser.add_argument("--vae", help="also measure this VAE's encoder: a folder or an id on the hub")
     parser.add_argument("--rows", type=options.positive, default=8192, help="of the generated latents")

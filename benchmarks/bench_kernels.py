@@ -78,7 +78,9 @@ def case_rows(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 1 if an implementation of ours disagrees with the reference."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_kernels", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bench_kernels", description=str(__doc__).splitlines()[0]
+    )
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=", ".join(OPS))
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="default: s and xl on a GPU, s on a CPU")
     parser.add_argument("--batch", type=options.positive, help="images; default: 32 on a GPU, 4 on a CPU")

@@ -21,7 +21,7 @@ from benchmarks.harness.timing import measure, operations
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_roofs", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_roofs", description=str(__doc__).splitlines()[0])
     parser.add_argument("--repeats", type=options.positive, default=30)
     parser.add_argument("--device", type=options.device, default=options.default_device())
     args = parser.parse_args(arguments)

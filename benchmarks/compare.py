@@ -162,7 +162,7 @@ def _load_file(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The fields in which two stamps must match and do not, as text."""
 
-    def value(stamp: dict[str, Any], field: str) -> Any:
+    def value(stamp: Any, field: str) -> Any:
         for part in field.split("."):
             stamp = (stamp or {}).get(part)
         return stamp
@@ -197,7 +197,7 @@ def is_step(name: str) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare, print a Markdown table, and return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=str(__doc__).splitlines()[0])
     parser.add_argument("old", type=Path, metavar="OLD")
     parser.add_argument("new", type=Path, metavar="NEW")
     parser.add_argument("--kernel-threshold", type=float, default=0.03, help="share; default: %(default)s")

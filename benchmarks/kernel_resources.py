@@ -165,7 +165,9 @@ def complaints(usage: Usage, record: dict[str, Any]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 1 if there are complaints."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_resources", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernel_resources", description=str(__doc__).splitlines()[0]
+    )
     parser.add_argument("--write", action="store_true", help="update kernel_resources.json")
     args = parser.parse_args(arguments)
     usage = measure(list(launches()))

@@ -125,7 +125,7 @@ def replaced(text: str, section: str) -> str:
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     """The program. Returns its exit code: 1 if --check finds a stale README."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=str(__doc__).splitlines()[0])
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="write nothing; exit 1 if a README is stale")
     what.add_argument("--print", action="store_true", help="show all tables instead of writing them")

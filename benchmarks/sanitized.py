@@ -131,7 +131,7 @@ def sanitize(tool: str, program: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitized", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitized", description=str(__doc__).splitlines()[0])
     parser.add_argument("tool", choices=(*TOOLS, "plain"))
     tool = parser.parse_args(arguments).tool
     program = "" if tool == "plain" else compute_sanitizer()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from benchmarks.harness.rows import Row, digits, markdown, percent, spread
 from sra_fast.config import SIZES
@@ -13,7 +14,7 @@ UPDATE_HEAD = ("update", "size", "ms", "p20 ... p80", "x defaults", "GB/s", "of 
 ROOF_HEAD = ("roof", "ms", "p20 ... p80", "GB/s", "TFLOP/s")
 DATA_HEAD = ("data", "by", "images/s", "x rival", "images/CPU-s", "x rival", "ms a batch", "p20 ... p80")
 
-Family = tuple[str | int, ...]  # (kind, what was measured): rows that belong into one table
+Family = tuple[Any, ...]  # (kind, what was measured): rows that belong into one table
 
 
 def kind(row: Row) -> str:
@@ -22,7 +23,7 @@ def kind(row: Row) -> str:
         return "data"
     if "implementation" in row["params"]:
         return "op"
-    return {"optimizer": "update"}.get(row["name"], row["name"])
+    return "update" if row["name"] == "optimizer" else row["name"]
 
 
 def family(row: Row) -> Family:

@@ -57,4 +57,5 @@ def torch_way(start: dict[str, Tensor], gradients: list[Tensor], config: OptimCo
         optimizer.step()
         average_and_copy()
 
-    return Way(call, [weight.grad for weight in weights], (weights, ema, student, teacher))
+    held = [weight.grad for weight in weights if weight.grad is not None]
+    return Way(call, held, (weights, ema, student, teacher))
