@@ -88,7 +88,7 @@ PLACES: dict[str, tuple[list[int], float]] = {
     "after it in its sum": ([LANES * k for k in range(4, 20)], 1.0),
     "beside it, in one sum": ([1 + LANES * k for k in range(16)], UP),
     "its neighbours, one by one": ([1, 2, 3], 1.0),
-    "its neighbours, two and two": ([lane + LANES * k for lane in (2, 3) for k in range(2)], UP),
+    "its neighbours, two and two": ([c + LANES * k for c, n in ((2, 2), (3, 2), (4, 4)) for k in range(n)], UP),
     "where the tree meets it one at a time": ([4 * 128, 4 * 64, 4 * 32, 4 * 16, 4 * 8, 4 * 4, 4 * 2, 4], 1.0),
     "where the tree meets them first": ([4 * 129, 4 * 65, 4 * 33, 4 * 17, 4 * 9, 4 * 5, 4 * 3], UP),
     "in the next chunk": ([CHUNK + LANES * k for k in range(16)], UP),
