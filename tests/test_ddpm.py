@@ -105,12 +105,16 @@ def test_step_zero_is_the_likelihood_of_a_pixel(error: float, v: float) -> None:
     np.testing.assert_allclose(bound.numpy(), (-mass.log2()).flatten().numpy(), atol=4e-4 / 0.1 / math.log(2))
 
 
-def test_loss_is_noise_error_plus_bound() -> None:
-    noised, predicted, fraction = batch(0, 1, 500, 999)
-    loss = Diffusion().loss(torch.cat([predicted, fraction], 1), noised)
-    mse = ((predicted - noised.target).numpy() ** 2).mean()
-    bounds = Diffusion().bound(predicted, fraction, noised).numpy()
-    assert float(loss) == pytest.approx(mse + bounds.mean(), rel=1e-12)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_loss_is_noise_error_plus_bound_in_at_least_fp32(dtype: torch.dtype) -> None:
+    noised, predicted, fraction = batch(1, 500, 999)
+    prediction = torch.cat([predicted, fraction], 1).to(dtype)
+    predicted, fraction = prediction.double().chunk(2, 1)
+    bounds = Diffusion().bound(predicted, fraction, noised)
+    loss = Diffusion().loss(prediction, noised if dtype == torch.float64 else in_fp32(noised))
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
+    expected = (predicted - noised.target).square().mean() + bounds.mean()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-12 if dtype == torch.float64 else 1e-3)
 
 
 def test_the_bound_trains_the_variance_alone() -> None:
@@ -134,11 +138,3 @@ def test_gradients_stay_finite_for_wild_predictions() -> None:
     loss.backward()
     assert bool(loss.isfinite())
     assert bool(prediction.grad.isfinite().all())
-
-
-def test_a_bf16_prediction_is_compared_in_fp32() -> None:
-    noised, predicted, fraction = batch(1, 500, 999)
-    prediction = torch.cat([predicted, fraction], 1).bfloat16()
-    loss = Diffusion().loss(prediction, in_fp32(noised))
-    assert loss.dtype == torch.float32
-    assert float(loss) == pytest.approx(float(Diffusion().loss(prediction.double(), noised)), rel=1e-3)

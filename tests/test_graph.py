@@ -3,7 +3,8 @@ test_gpu_step.py has the real one."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,32 +16,20 @@ class FakeCuda:
     """The functions of torch.cuda that Captured calls."""
 
     def __init__(self) -> None:
-        self.recording: list[str] | None = None
+        self.launch = self.run
         self.done: list[str] = []
         self.log: list[str] = []
         self.error = ""  # of the capture
+        self.the_stream = SimpleNamespace(device=torch.device("cuda"), wait_stream=lambda _: self.log.append("wait"))
 
-    def launch(self, kernel: str) -> None:
-        (self.done if self.recording is None else self.recording).append(kernel)
-
-    def Stream(self, device: torch.device | str) -> object:
-        cuda = self
-
-        class Stream:
-            def __init__(self) -> None:
-                self.device = torch.device(device)
-
-            def wait_stream(self, other: object) -> None:
-                cuda.log.append("wait")
-
-        return Stream()
+    def run(self, kernel: str) -> None:
+        self.done.append(kernel)
 
     def current_stream(self, device: torch.device) -> object:
-        return self.Stream(device)
+        return self.the_stream
 
-    @contextmanager
     def stream(self, stream: object):
-        yield
+        return nullcontext()
 
     def set_stream(self, stream: object) -> None:
         self.log.append("set_stream")
@@ -49,22 +38,14 @@ class FakeCuda:
         self.log.append("synchronize")
 
     def CUDAGraph(self) -> object:
-        cuda = self
-
-        class Graph:
-            def __init__(self) -> None:
-                self.kernels: list[str] = []
-
-            def replay(self) -> None:
-                cuda.done += self.kernels
-
-        return Graph()
+        kernels: list[str] = []
+        return SimpleNamespace(kernels=kernels, replay=lambda: self.done.extend(kernels))
 
     @contextmanager
     def graph(self, graph, pool: object, stream: object, capture_error_mode: str):
         assert capture_error_mode == "thread_local"
         self.log.append("capture")
-        self.recording = graph.kernels
+        self.launch = graph.kernels.append
         try:
             yield
             if self.error:
@@ -72,20 +53,20 @@ class FakeCuda:
         except RuntimeError:  # like torch's, the last error hides the first
             raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
         finally:
-            self.recording = None
+            self.launch = self.run
 
 
 @pytest.fixture
 def cuda(monkeypatch) -> FakeCuda:
     fake = FakeCuda()
-    for name in ("Stream", "current_stream", "stream", "set_stream", "synchronize", "CUDAGraph", "graph"):
+    for name in ("current_stream", "stream", "set_stream", "synchronize", "CUDAGraph", "graph"):
         monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
     return fake
 
 
 def test_every_call_works_once(cuda) -> None:
     calls = []
-    captured = Captured(lambda: (calls.append(0), cuda.launch("k")), cuda.Stream("cuda"), (1, 2))
+    captured = Captured(lambda: (calls.append(0), cuda.launch("k")), cuda.the_stream, (1, 2))
     for k in range(1, 8):
         captured()
         assert cuda.done == ["k"] * k
@@ -95,9 +76,9 @@ def test_every_call_works_once(cuda) -> None:
     assert captured.failure is None
 
 
-def test_failed_capture_is_reported_once_and_calls_go_on(cuda) -> None:
+def test_a_failed_capture_is_reported_once_and_calls_go_on(cuda) -> None:
     cuda.error, lines = "operation not permitted when stream is capturing\nmore", []
-    captured = Captured(lambda: cuda.launch("k"), cuda.Stream("cuda"), (1, 2), warm_up=1, report=lines.append)
+    captured = Captured(lambda: cuda.launch("k"), cuda.the_stream, (1, 2), warm_up=1, report=lines.append)
     for k in range(1, 6):
         captured()
         assert cuda.done == ["k"] * k

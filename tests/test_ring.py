@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from sra_fast.step.ring import MetricRing
 from sra_fast.step.step import Metrics
 
 
-@pytest.mark.parametrize("pushed", [1, 4, 5, 11])
-def test_the_newest_rows_come_oldest_first(pushed: int) -> None:
+def test_the_newest_rows_come_oldest_first() -> None:
     ring = MetricRing(4, torch.device("cpu"))
-    for k in range(pushed):
-        ring.push(Metrics(*(torch.tensor(float(10 * k + column)) for column in range(6))))
-    for rows in range(1, min(pushed, 4) + 1):
-        expected = [Metrics(*(10.0 * k + column for column in range(6))) for k in range(pushed - rows, pushed)]
-        assert ring.last(rows) == expected
+    rows = [Metrics(*(10.0 * k + column for column in range(6))) for k in range(11)]
+    for k, row in enumerate(rows, start=1):
+        ring.push(Metrics(*map(torch.tensor, row)))
+        for count in range(1, min(k, 4) + 1):
+            assert ring.last(count) == rows[k - count : k]

@@ -92,17 +92,6 @@ def test_everything_is_compiled_and_a_recompilation_would_be_seen(runs) -> None:
         runs.compiled(batch(0, size=4), 1e-3, 0.5)
 
 
-def test_compiled_draws_are_the_same(runs) -> None:
-    """Uniforms are bitwise equal; normals differ by the ulps of log, cos and fused products (1.5e-6 seen where values
-    reach 5)."""
-    step = runs.compiled.step
-    eager, compiled = step.perturb(batch(3)), step._perturb(batch(3))
-    for field in ("t", "t_teacher", "labels", "teacher_labels"):
-        assert torch.equal(getattr(eager, field), getattr(compiled, field)), field
-    for field in ("x_t", "x_teacher", "target"):
-        torch.testing.assert_close(getattr(eager, field), getattr(compiled, field), atol=4e-6, rtol=0)
-
-
 def test_a_graph_break_in_a_block_is_an_error(tiny, awake, monkeypatch) -> None:
     config = tiny(hidden=16)
     execute = start(config, from_public(awake(config.model)), "compiled")

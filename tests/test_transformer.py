@@ -252,11 +252,3 @@ def test_activation_checkpointing_recomputes_every_kth_block_and_changes_no_bit(
         results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
     assert all(torch.equal(*values) for values in zip(*results, strict=True))
     assert counts == calls
-
-
-def test_from_tensors_shares_them(tiny, awake) -> None:
-    weights = from_public(awake(tiny().model))
-    model = Transformer.from_tensors(tiny().model, weights)
-    assert all(parameter.data_ptr() == weights[name].data_ptr() for name, parameter in model.named_parameters())
-    assert not model.training
-    assert not any(parameter.requires_grad for parameter in model.parameters())
