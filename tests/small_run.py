@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import pkgutil
 import resource
 import signal
 import subprocess
@@ -106,45 +108,32 @@ def run(
         return Trainer(config, report=report).run(), rows
 
 
-def process(words: list[str]) -> subprocess.Popen:
-    """`sra-fast WORDS` as a process of its own."""
-    program = Path(sys.executable).with_name("sra-fast")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [program, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-KILL = """
-import os, pkgutil, signal, sys
-from pathlib import Path
-
-sys.path[:0] = {path}
-from small_run import run, small
-
-owner, name = pkgutil.resolve_name({owner!r}), {name!r}
-original, calls = getattr(owner, name), []
-
-
-def kill(*arguments, **options):
-    calls.append(1)
-    if len(calls) == {call}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*arguments, **options)
-
-
-setattr(owner, name, kill)
-run(small(Path({root!r}), **{changes}))
-"""
-
-
-def killed(root: Path, function: str, call: int, **changes: object) -> None:
-    """A run in a process of its own that SIGKILL ends at the `call`-th call of a function ("os.fsync")."""
+def signal_at(number: int, function: str, call: int) -> None:
+    """Send this process a signal at the `call`-th call of a function ("os.fsync")."""
     owner, name = function.rsplit(".", 1)
-    code = KILL.format(path=sys.path, owner=owner, name=name, call=call, root=str(root), changes=changes)
+    owner = pkgutil.resolve_name(owner)
+    original, count = getattr(owner, name), itertools.count(1)
+
+    def counted(*arguments, **options):
+        if next(count) == call:
+            os.kill(os.getpid(), number)
+        return original(*arguments, **options)
+
+    setattr(owner, name, counted)
+
+
+def process(root: Path, number: int, function: str, call: int, **changes: object) -> subprocess.CompletedProcess:
+    """`sra-fast train` in a process of its own, which `signal_at` ends."""
+    code = f"""
+import sys
+sys.path[:0] = {sys.path}
+from small_run import signal_at
+from sra_fast import cli
+signal_at({int(number)}, {function!r}, {call})
+sys.exit(cli.main({arguments(root, **changes)}))
+"""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert child.returncode == -signal.SIGKILL, child.stderr
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
 
 @contextmanager
