@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import small_data
 
-from sra_fast.data.folder import ImageFolder
 from sra_fast.packing.archives import ImageArchives, open_images
 
 
@@ -70,20 +69,6 @@ def test_numbers_in_braces_stand_for_archives(tmp_path, pattern):
     assert "the numbers in braces must increase" in refusal(tmp_path / "t-{11..08}.tar")
     (tmp_path / "t-09.tar").unlink()
     assert f"'{tmp_path}/t-09.tar' given; there is no such folder" in refusal(tmp_path / pattern)
-
-
-def test_one_archive_and_a_folder_of_classes(tmp_path):
-    assert open_images(str(write_tar(tmp_path / "a.tar", samples([0])))).files == ("a.tar/00000.jpg",)
-    (tmp_path / "classes" / "cat").mkdir(parents=True)
-    (tmp_path / "classes" / "cat" / "1.jpg").touch()
-    assert isinstance(open_images(str(tmp_path / "classes")), ImageFolder)
-
-
-def test_archives_of_one_name_in_two_folders_stay_apart(tmp_path):
-    for folder, label in (("x", 1), ("y", 0)):
-        write_tar(tmp_path / folder / "a.tar", samples([label]))
-    data = open_images(str(tmp_path / "*" / "a.tar"))
-    assert dict(zip(data.files, data.labels.tolist(), strict=True)) == {"x/a.tar/00000.jpg": 1, "y/a.tar/00000.jpg": 0}
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import os
 
-import numpy as np
 import pytest
 import torch
 from small_data import CPU, SIDE, Killed, config, content, pack, rows, save_kl, save_tiny, write_jpegs
 from small_run import run, small
-from test_decoders import damaged, encoded, files
+from test_decoders import damaged, files
 from torch import Tensor
 
 from sra_fast.config import Config, DataConfig
@@ -33,7 +32,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 GPU = torch.device("cuda")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 READERS = ["pillow", "dali"]
 
 
@@ -81,13 +79,6 @@ def test_pillow_for_the_gpu_has_its_pixels_in_every_bit(channels):
     assert torch.equal(ours.cpu(), truth)
 
 
-def test_digits_pass_through_dali_on_the_gpu_unchanged():
-    """At the right size there is nothing to resize and nothing to round."""
-    cases = [encoded(np.arange(i, i + 64, dtype=np.uint8).reshape(8, 8), "PNG") for i in range(0, 192, 3)]
-    ours, truth = (decoder(*how, resolution=8).decode(cases) for how in (("dali", GPU), ("pillow", CPU)))
-    assert torch.equal(ours.cpu(), truth)
-
-
 def test_dali_takes_batches_of_changing_sizes():
     """The place in the batch decides which of two engines decodes a JPEG, and they may round differently; equal batches
     have equal bits."""
@@ -115,8 +106,8 @@ def test_every_bad_file_is_named_and_the_decoder_goes_on(reader):
     assert torch.equal(ours.decode(good), expected)
 
 
-# Relative errors in the norm. With `Vae` alone cuDNN rounds fp32 factors to TF32's 11 bits; bf16 has 8. In bf16 on a CPU
-# the same networks are off by 0.009 in moments and 0.022 in images; TF32 by an eighth of that.
+# Relative errors in the norm. cuDNN rounds fp32 factors to TF32's 11 bits; bf16 has 8. In bf16 on a CPU the same
+# networks are off by 0.009 in moments and 0.022 in images; TF32 by an eighth of that.
 MOMENTS_ERROR, IMAGES_ERROR = {"fp32": 0.005, "bf16": 0.03}, {"fp32": 0.01, "bf16": 0.08}
 both = pytest.mark.parametrize("precision", ["fp32", "bf16"])
 
@@ -138,21 +129,6 @@ def test_moments_made_on_the_gpu_are_near_those_made_on_the_cpu(images, tmp_path
         parts = (torch.from_numpy(x).split(4, 1) for x in (ours, theirs))
         for one, other in zip(*parts, strict=True):  # means, and deviations where there are some
             assert gap(one, other) < MOMENTS_ERROR[precision], which
-
-
-@both
-@pytest.mark.parametrize("save", [save_kl, save_tiny])
-def test_moments_decode_to_what_they_do_on_the_cpu(tmp_path, save, precision):
-    vae = str(save(tmp_path / "vae"))
-    x = decoder("pillow", resolution=32).decode(list(files().values()))
-    ours, theirs = (open_vae(vae, *how) for how in ((GPU, DTYPES[precision]), (CPU, torch.float32)))
-    moments, truth = ours.encode(x), theirs.encode(x)
-    assert (moments.shape, moments.dtype, moments.device.type) == (truth.shape, torch.float32, GPU.type)
-    assert gap(moments, truth) < MOMENTS_ERROR[precision]
-    z = truth[:, :4]
-    images = ours.decode(z)
-    assert (images.shape, images.dtype, images.device.type) == ((len(x), 3, 32, 32), torch.float32, GPU.type)
-    assert gap(images, theirs.decode(z)) < IMAGES_ERROR[precision]
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])

@@ -93,14 +93,6 @@ def test_a_resumed_run_and_another_batch_see_the_same(sets, batch, done, block):
     assert {abs(row) for row in whole[0]} <= set(range(3, 29))
 
 
-def test_half_are_mirrored_where_the_set_has_mirrored_rows_and_none_elsewhere(sets, tmp_path):
-    shown, _, _ = taken(Rows(sets[100], np.arange(1, 100)), 2000, 50)
-    assert 900 < sum(row < 0 for row in shown) < 1100
-    plain = numbered(tmp_path, 100)
-    shown, _, _ = taken(Rows(plain, np.arange(100)), 500, 50)
-    assert min(shown) == 0
-
-
 def test_batches_are_as_the_set_stores_them(tmp_path):
     stored = pack(tmp_path / "p", flips=False)
     published = publish(tmp_path / "q")
@@ -133,11 +125,11 @@ def test_load_gives_rows_in_their_order(sets):
 
 
 def test_memory_stays_flat_over_thousands_of_batches(tmp_path):
-    """Epochs of 80 rows: 2,000 batches read 63 MiB; the first 500 fill what is kept."""
+    """Epochs of 80 rows: 3,000 batches read 94 MiB; the first 500 fill what is kept."""
     pack(tmp_path, shape=(8, 8, 8), flips=True)
     chosen, resident = Rows(open_row_set(tmp_path), np.arange(80)), []
     with LatentStream(chosen, seed=0, batch=32, first_image=0) as stream:
-        for number in range(2000):
+        for number in range(3000):
             next(stream)
             if number >= 500 and number % 100 == 0:
                 resident.append(resident_kib())

@@ -8,7 +8,7 @@ import threading
 
 import numpy as np
 import pytest
-from small_data import ROW, change, flip_bit, pack, publish, refusal
+from small_data import ROW, change, pack, publish, refusal
 
 from sra_fast.data import packed as packed_module
 from sra_fast.data.packed import PackedSet, open_row_set
@@ -107,18 +107,18 @@ def test_any_flipped_bit_of_a_header_is_refused_or_harmless(tmp_path):
     """Those in the padding are harmless."""
     stored = pack(tmp_path, shards=(4,))
     path = tmp_path / "moments-00000.npy"
-    whole, refused = path.read_bytes(), 0
+    whole, messages = path.read_bytes(), []
     for place in range(128):
         for bit in (1, 8, 64):
             path.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
             try:
                 row_set = open_row_set(tmp_path)
             except Refused as error:
-                assert str(path) in str(error)
-                refused += 1
+                messages.append(str(error))
             else:
                 assert np.array_equal(row_set.gather(np.arange(4)).numpy(), stored.rows)
-    assert refused > 200
+    assert all(message.startswith(f"{path}: ") for message in messages)
+    assert len(messages) > 200
 
 
 @pytest.mark.parametrize(
@@ -181,11 +181,3 @@ def test_a_large_set_needs_little_memory(tmp_path):
     assert not x[[0, 2]].any()
     assert x[1].any()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
-
-
-def test_opening_does_not_read_checksums(packed):
-    """`sra-fast inspect` compares them."""
-    flip_bit(packed.root / "moments-00001.npy")
-    before = packed.rows[7:37].view(np.uint16)
-    after = open_row_set(packed.root).gather(np.arange(7, 37)).numpy().view(np.uint16)
-    assert (before != after).sum() == 1

@@ -217,21 +217,6 @@ def test_a_full_disk_in_the_middle_of_a_file(images, tmp_path):
     assert sorted(content(out)) == [".prepare.lock", "prepare.json"]
 
 
-def test_interrupted_it_leaves_no_half_shard(images, tmp_path, monkeypatch, main):
-    encode, calls = ImageEncoder._encode, []
-
-    def interrupted(self, *arguments):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return encode(self, *arguments)
-
-    monkeypatch.setattr(ImageEncoder, "_encode", interrupted)
-    code, _, error = main(words(config(images, tmp_path / "set")))
-    assert (code, error.splitlines()[-1]) == (130, "sra-fast: interrupted")
-    assert sorted(content(tmp_path / "set")) == [".prepare.lock", "prepare.json"]
-
-
 def test_rows_of_another_dtype_and_labels_without_a_class_are_refused(tmp_path):
     def write(label, dtype=np.float16):
         part = Part(np.zeros((2, 1, 2, 2), dtype), None, np.array([0, label]), ())
