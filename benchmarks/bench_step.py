@@ -5,9 +5,9 @@
     python -m benchmarks.bench_step --size xl --batch auto-check --rungs ours public    which batches fit
     python -m benchmarks.bench_step --size s --batch 8 --rungs public ours "ours fp32"  a CPU
 
-Images/s, ms per step and TFLOP/s by the formula of sra_fast/flops.py (2 per multiply-add; student three forwards,
-teacher to its tap, whatever a rung really computes), and the share of the matrix roof measured in the same run. A step
-has no number if its losses disagree with the reference, or if it should be a CUDA graph and is not.
+FLOPs are those of sra_fast/flops.py (2 per multiply-add; student three forwards, teacher to its tap), whatever a step
+really computes. A step has no number if its losses disagree with the reference, or if it should be a CUDA graph and is
+not.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class Gate:
     def __call__(self, steps: dict[str, Step]) -> None:
         """Raise `GateFailed` if a step's losses differ."""
         for name, step in steps.items():
-            losses = step.losses(self.batch if isinstance(step, OurStep) else self.noised)
+            losses = step.losses(self.batch) if isinstance(step, OurStep) else step.losses(self.noised)
             tolerance = TOLERANCE[step.dtype]
             compared = 2 if step.config.align.method != "none" else 1
             for loss, right in list(zip(losses, self.expected, strict=True))[:compared]:
@@ -178,8 +178,10 @@ def build(name: str, config: Config, device: torch.device) -> Step:
 
 def make_call(step: Step, batch: Batch, device: torch.device) -> Callable[[], None]:
     """One step on the batch. Ours copies it from the host every time, as in training; rivals find it on the device."""
-    inputs = (batch,) if isinstance(step, OurStep) else on_device(batch, device)[:2]
-    return lambda: step(*inputs)
+    if isinstance(step, OurStep):
+        return lambda: step(batch)
+    x, labels, _ = on_device(batch, device)
+    return lambda: step(x, labels)
 
 
 def groups(names: Sequence[str], interleave: str) -> list[list[str]]:
@@ -263,7 +265,7 @@ def choose_interleave(args: argparse.Namespace, batch: int) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 1 if the gate fails."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_step", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_step", description=str(__doc__).splitlines()[0])
     parser.add_argument("--size", choices=list(SIZES), default="xl")
     parser.add_argument("--tokens", type=int, choices=(256, 1024), default=256)
     parser.add_argument(

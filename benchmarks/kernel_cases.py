@@ -43,26 +43,17 @@ Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape.
-
-    Attributes:
-        inputs: as they are passed.
-        differentiable: which inputs have a gradient; if none has, there is no backward pass.
-        implementations: name -> function of the inputs that returns one tensor or several.
-        reference: name of the implementation that the others must agree with.
-        forward_flops: 2 per multiply-add; the backward pass has twice as many, without recomputation.
-        in_fp64: whether the truth is the reference in fp64; else it is the reference as it stands.
-    """
+    """One op at one shape."""
 
     op: str
     inputs: tuple[Tensor, ...]
-    differentiable: tuple[bool, ...]
-    implementations: dict[str, Function]
+    differentiable: tuple[bool, ...]  # which inputs have a gradient; if none has, there is no backward pass
+    implementations: dict[str, Function]  # functions of the inputs that return one tensor or several
     forward_bytes: int
     backward_bytes: int = 0
-    forward_flops: int = 0
-    reference: str = "eager"
-    in_fp64: bool = True
+    forward_flops: int = 0  # 2 per multiply-add; the backward pass has twice as many, without recomputation
+    reference: str = "eager"  # the implementation that the others must agree with
+    in_fp64: bool = True  # whether the truth is the reference in fp64; else it is the reference as it stands
 
     @property
     def passes(self) -> tuple[str, ...]:
@@ -81,19 +72,9 @@ class Case:
 def make_case(
     op: str, size: str, batch: int, device: torch.device, dtype: torch.dtype, names: Sequence[str] | None = None
 ) -> Case:
-    """An op at the shape it has in a preset of that size on 256 tokens.
-
-    Args:
-        op: one of `OPS`.
-        size: s, b, l or xl.
-        batch: B.
-        device, dtype: of the inputs; perturb draws in fp32 whatever the dtype.
-        names: implementations to keep besides the reference; None = all.
-
-    Returns:
-        The case with "eager", "compiled" and, on a GPU, "fused" and the rivals that are installed; for attention, with
-        every backend that this device has for the shape.
-    """
+    """One of `OPS` at the shape it has in a preset of that size on 256 tokens: eager, compiled and, on a GPU, fused and
+    installed rivals; for attention, every backend that supports the shape on this device. `names` are the
+    implementations to keep besides the reference. perturb draws in fp32 whatever the dtype."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -114,7 +95,7 @@ def make_case(
 def _implementations(
     op: str, device: torch.device, bind: Callable[[Function], Function] = lambda function: function
 ) -> dict[str, Function]:
-    """eager, compiled (the rival that a kernel has to beat) and fused; `bind` adds arguments that are no tensors."""
+    """`bind` adds the arguments that are no tensors."""
     reference, fused = registry.OPS[op][:2]
     functions = {"eager": bind(reference), "compiled": torch.compile(bind(reference), dynamic=False)}
     is_triton = getattr(fused, "__module__", "").startswith("sra_fast.kernels")
@@ -201,8 +182,8 @@ def _attention(config: Config, batch: int, normal: Callable[..., Tensor]) -> Cas
 
 
 def prepared(case: Case, name: str, which: str, dtype: torch.dtype | None = None) -> Callable[[], list[Tensor]]:
-    """A call of one pass of an implementation over the case's inputs, converted to `dtype` if one is given. It returns
-    the outputs, followed by the gradients of a backward pass. Gradients of the outputs are fixed random numbers."""
+    """A call of one pass of an implementation over the case's inputs, as `dtype` if given. It returns the outputs, and
+    the gradients after a backward pass from fixed random ones."""
     function = case.implementations[name]
     inputs = [x.detach().to(dtype) if dtype else x.detach() for x in case.inputs]
     if which == "forward":
@@ -225,8 +206,7 @@ def prepared(case: Case, name: str, which: str, dtype: torch.dtype | None = None
 
 def output_gradients(case: Case) -> list[Tensor]:
     """Random gradients of the outputs, the same in every call."""
-    with torch.no_grad():
-        outputs = _as_list(case.implementations[case.reference](*case.inputs))
+    outputs = prepared(case, case.reference, "forward")()
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(out.shape, generator=generator).to(out) for out in outputs]
 

@@ -1,4 +1,4 @@
-"""The rival steps compute what ours computes, and no number comes from one that does not."""
+"""The rival steps compute what ours computes, and no number comes from a step that does not."""
 
 from __future__ import annotations
 
@@ -9,38 +9,45 @@ import pytest
 import torch
 
 from benchmarks import bench_step
-from benchmarks.bench_step import Ours
-from benchmarks.harness.timing import GateFailed, read
+from benchmarks.bench_step import Gate, Ours, OurStep, build, make_batch, measure_steps
+from benchmarks.harness.options import sit
+from benchmarks.harness.rows import read
+from benchmarks.harness.timing import GateFailed
 from benchmarks.rivals.recipe import RUNGS, PublicStep
 from sra_fast.config import Config
-from sra_fast.model.layout import apart
+from sra_fast.model.layout import to_public
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def config() -> Config:
-    """A SiT-S/2 of four blocks on 16 tokens."""
-    base = bench_step.make_config("s", 16, batch=3)
-    return replace(base, model=replace(base.model, depth=4))
+    """Four blocks of width 96 on 16 tokens."""
+    return small("s", 16, 3, 4)
 
 
-def gate_of(config: Config) -> bench_step.Gate:
-    return bench_step.Gate(config, bench_step.make_batch(config), CPU)
+def small(*wanted: object) -> Config:
+    config = sit(*wanted)
+    return replace(config, model=replace(config.model, hidden=96, heads=2, classes=10))
 
 
-def test_every_eager_rung_passes_the_gate(config):
-    steps = {name: bench_step.build(name, config, CPU) for name in ("public", "bf16 teacher to its tap", "ours eager")}
-    gate_of(config)(steps)
+def gate_of(config: Config) -> Gate:
+    return Gate(config, make_batch(config), CPU)
 
 
-@pytest.mark.parametrize("fault", ["times swapped", "other weights", "other distance"])
+def test_every_eager_variant_passes_the_gate(config):
+    names = ("public", "bf16 teacher to its tap", "ours eager")
+    gate_of(config)({name: build(name, config, CPU) for name in names})
+
+
+@pytest.mark.parametrize("fault", ["student and teacher swapped", "other weights", "other distance"])
 def test_a_step_that_computes_something_else_gets_no_number(config, fault, monkeypatch):
-    step = PublicStep(config, RUNGS[0], CPU)
-    if fault == "times swapped":
+    step = build("public", config, CPU)
+    if fault == "student and teacher swapped":
         losses = step.losses
+        swap = {"t": "t_teacher", "t_teacher": "t", "x_t": "x_teacher", "x_teacher": "x_t"}
         monkeypatch.setattr(
-            step, "losses", lambda x, noise, t, t_teacher, labels: losses(x, noise, t_teacher, t, labels)
+            step, "losses", lambda b: losses(b._replace(**{to: getattr(b, origin) for to, origin in swap.items()}))
         )
     elif fault == "other weights":
         step.model.ap_head.linear1.bias.data.add_(1.0)
@@ -50,9 +57,27 @@ def test_a_step_that_computes_something_else_gets_no_number(config, fault, monke
         gate_of(config)({"public": step})
 
 
+def test_gradients_of_the_rival_are_ours(config):
+    """The gate compares losses; this shows that a rival's backward pass does the same work."""
+    gate, batch = gate_of(config), make_batch(config)
+    ours = OurStep(config, Ours("ours", execution="eager", dtype=torch.float32), CPU)
+    public = PublicStep(config, RUNGS[0], CPU)
+    for step in (ours, public):
+        bench_step.add_noise(step)
+    velocity, alignment = public.losses(gate.noised)
+    named = {name: parameter for name, parameter in public.model.named_parameters() if parameter.requires_grad}
+    total = velocity + config.align.weight * alignment
+    theirs = dict(zip(named, torch.autograd.grad(total, named.values()), strict=True))
+    gradients, _ = ours.step.gradients(ours.state, batch, torch.tensor(config.align.weight))
+    mine = to_public(dict(zip(ours.state.adam_m, gradients, strict=True)))
+    assert set(mine) == set(theirs)
+    for name, gradient in mine.items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-3, atol=1e-4 * float(theirs[name].abs().max()))
+
+
 def test_a_step_of_the_public_recipe_trains(config):
     step = PublicStep(config, RUNGS[0], CPU)
-    x, labels, _ = bench_step.make_batch(config)
+    x, labels, _ = make_batch(config)
     before = {name: parameter.clone() for name, parameter in step.model.named_parameters()}
     for _ in range(2):
         step(x, labels)
@@ -63,169 +88,110 @@ def test_a_step_of_the_public_recipe_trains(config):
     assert 0 < float(average.detach().abs().sum()) < float(weight.detach().abs().sum())
 
 
-def test_rows_say_images_per_second_and_share_of_the_roof(config):
-    *_, made = bench_step.rows(
-        config, "s", ["public", "ours eager", "+ CUDA graph"], CPU, repeats=2, warmup=1, interleave="all"
-    )
-    assert made.pop()["error"] == "needs a GPU"
-    for row in made:
+def test_rows_hold_images_per_second_and_the_share_of_the_roof(config):
+    names = ["public", "ours eager", "+ CUDA graph"]
+    *_, taken = measure_steps(config, names, CPU, repeats=2, warmup=1, interleave="all")
+    *rows, graph = bench_step.make_rows(config, "s", taken, CPU)
+    assert graph["error"] == "needs a GPU"
+    assert [row["params"]["rung"] for row in rows] == ["public", "ours eager"]
+    for row in rows:
         assert len(row["samples_ms"]) == 2
+        assert row["params"] | {"tokens": 16, "batch": 3, "depth": 4} == row["params"]
         assert row["images_per_s"] == pytest.approx(3e3 / row["median_ms"])
         assert 0 < row["roof_share"] < 1
-    assert [row["params"]["rung"] for row in made] == ["public", "ours eager"]
 
 
 def test_pairs_pool_the_samples_of_ours(config):
     names = ["public", "ours eager", "bf16 teacher to its tap"]
-    so_far = [
+    counts = [
         {name: len(samples.ms) for name, samples in taken.items()}
-        for taken in bench_step.measure(config, names, CPU, repeats=2, warmup=1, interleave="pairs")
+        for taken in measure_steps(config, names, CPU, repeats=2, warmup=1, interleave="pairs")
     ]
-    assert so_far == [
-        {"public": 2, "ours eager": 2},
-        {"public": 2, "ours eager": 4, "bf16 teacher to its tap": 2},
-    ]
+    assert counts == [{"public": 2, "ours eager": 2}, {"public": 2, "ours eager": 4, "bf16 teacher to its tap": 2}]
 
 
-def test_who_takes_turns_with_whom():
+def test_which_steps_take_turns():
     names = ["public", "ours eager", "ours"]
     assert bench_step.groups(names, "all") == [names]
     assert bench_step.groups(names, "none") == [["public"], ["ours eager"], ["ours"]]
     assert bench_step.groups(names, "pairs") == [["ours", "public"], ["ours", "ours eager"]]
-    assert bench_step.groups(["public"], "pairs") == [["public"]]
-
-
-@pytest.mark.parametrize(
-    ("device", "size", "batch", "given", "wanted"),
-    [
-        ("cpu", "xl", 256, "auto", "all"),
-        ("cuda", "xl", 32, "auto", "pairs"),
-        ("cuda", "xl", 256, "auto", "none"),
-        ("cuda", "s", 256, "auto", "pairs"),
-        ("cuda", "xl", 256, "all", "all"),
-    ],
-)
-def test_large_steps_do_not_live_together(device, size, batch, given, wanted):
-    chosen = SimpleNamespace(device=torch.device(device), size=size, tokens=256, batch=batch, interleave=given)
-    assert bench_step.interleave(chosen, batch) == wanted
+    for size, batch, wanted in (("xl", 32, "pairs"), ("xl", 256, "none"), ("s", 256, "pairs")):
+        args = SimpleNamespace(device=torch.device("cuda"), size=size, tokens=256, batch=batch, interleave="auto")
+        assert bench_step.choose_interleave(args, batch) == wanted
 
 
 def test_fused_ops_are_asked_for_and_perturb_is_left_as_it_is(config, monkeypatch):
     asked = []
+    resolve = bench_step.Backends.resolve
 
-    def resolve(config, hardware):
+    def noted(config, hardware):
         asked.append(config.kernels)
-        return {**replace(config.kernels, default="auto").resolve(), "attention": "math"}
+        return resolve(replace(config, kernels=replace(config.kernels, default="auto")), hardware)
 
-    monkeypatch.setattr(bench_step, "resolve", resolve)
-    for kernels in (config.kernels, replace(config.kernels, perturb="reference")):
-        for name in ("ours eager", "ours, fused ops"):
-            bench_step.build(name, replace(config, kernels=kernels), CPU)
-    assert [(kernels.default, kernels.perturb) for kernels in asked] == [
-        ("auto", None),
-        ("fused", "auto"),
-        ("auto", "reference"),
-        ("fused", "reference"),
-    ]
+    monkeypatch.setattr(bench_step.Backends, "resolve", noted)
+    for variant in (Ours("a", execution="eager"), Ours("b", execution="eager", fused=True)):
+        OurStep(config, variant, CPU)
+    assert [(kernels.default, kernels.perturb) for kernels in asked] == [("auto", None), ("fused", "auto")]
+    assert "ours, fused ops" in bench_step.GPU_ONLY
 
 
-def test_fused_ops_need_a_gpu_and_take_turns_with_ours(config):
-    assert not bench_step.possible("ours, fused ops", CPU)
-    assert bench_step.possible("ours, fused ops", torch.device("cuda"))
-    assert bench_step.groups(["public", "ours", "ours, fused ops"], "pairs")[1] == ["ours", "ours, fused ops"]
+def test_a_step_that_should_be_a_graph_and_is_not_has_no_number(config, monkeypatch):
+    monkeypatch.setattr(OurStep, "failure", "operation not permitted")
+    *_, taken = measure_steps(config, ["ours eager"], CPU, repeats=2, warmup=1, interleave="all")
+    assert taken["ours eager"].error == "no CUDA graph: operation not permitted"
+    assert not taken["ours eager"].ms
 
 
-def test_a_step_that_was_to_be_a_graph_and_is_not_has_no_number(config, monkeypatch):
-    monkeypatch.setattr(bench_step.OurStep, "failure", "operation not permitted")
-    *_, made = bench_step.rows(config, "s", ["ours eager"], CPU, repeats=2, warmup=1, interleave="all")
-    assert made[0]["error"] == "no CUDA graph: operation not permitted"
-    assert made[0]["samples_ms"] == []
-
-
-def test_auto_check_tries_batches_until_one_does_not_fit(monkeypatch, tmp_path, capsys):
+def test_auto_check_tries_batches_until_one_does_not_fit(monkeypatch, tmp_path):
     monkeypatch.setenv("SRA_FAST_RESULTS", str(tmp_path))
     monkeypatch.setattr(bench_step, "CHECKED_BATCHES", (1, 2, 3))
-    call = bench_step.OurStep.__call__
+    monkeypatch.setattr(bench_step, "roofs", lambda device: {"copy_gb_per_s": 10.0, "matmul_tflop_per_s": 1.0})
+    monkeypatch.setattr(bench_step.options, "sit", lambda size, tokens, batch, depth: small(size, 16, batch, depth))
+
+    call = OurStep.__call__
 
     def small_memory(step, batch):
         if len(batch.x) > 1:
             raise torch.OutOfMemoryError("out of memory: tried to allocate 1 GiB")
         call(step, batch)
 
-    monkeypatch.setattr(bench_step.OurStep, "__call__", small_memory)
+    monkeypatch.setattr(OurStep, "__call__", small_memory)
     few = ["--repeats", "1", "--warmup", "1", "--device", "cpu", "--depth", "3", "--size", "s"]
     assert bench_step.main(["--batch", "auto-check", "--rungs", "ours eager", *few]) == 0
     rows = read(tmp_path / "step-s-256-auto-check-depth3.json")["rows"]
     assert [row["params"]["batch"] for row in rows] == [1, 2]  # 3 is not tried
     assert rows[0]["median_ms"] > 0
-    assert rows[0]["params"]["depth"] == 3
     assert rows[1]["error"].startswith("out of memory")
-    assert "auto-check" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
-        (["--batch", "many"], "'many' given; must be a whole number of at least 1"),
         (["--batch", "0"], "'0' given; must be a whole number of at least 1"),
         (["--depth", "1"], "'1' given; must be 0 or at least 3"),
-        (["--depth", "-1"], "'-1' given; must be a whole number"),
-        (["--repeats", "0"], "'0' given; must be a whole number"),
-        (["--device", "foo"], "'foo' given; must be cpu or cuda"),
+        (["--repeats", "many"], "'many' given; must be a whole number"),
         (["--device", "meta"], "'meta' given; must be cpu or cuda"),
         (["--rungs", "fastest"], "invalid choice: 'fastest'"),
     ],
 )
-def test_wrong_options_are_refused_in_one_line(capsys, words, said):
+def test_wrong_options_are_refused_in_one_line(capsys, words, message):
     with pytest.raises(SystemExit):
         bench_step.main(words)
-    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_rung_that_fails_does_not_take_the_others_along(config, monkeypatch):
-    call = bench_step.OurStep.__call__
+def test_a_step_that_fails_costs_only_itself(config, monkeypatch):
+    call = OurStep.__call__
 
-    def fail_where_deterministic(step, batch):
-        if step.way.deterministic:
+    def fail_if_deterministic(step, batch):
+        if step.variant.deterministic:
             raise RuntimeError("no deterministic kernel\nmore")
         call(step, batch)
 
-    monkeypatch.setattr(bench_step.OurStep, "__call__", fail_where_deterministic)
-    monkeypatch.setattr(
-        bench_step,
-        "OURS",
-        (Ours("ours eager", execution="eager"), Ours("ours deterministic", execution="eager", deterministic=True)),
-    )
-    names = ["ours eager", "ours deterministic", "public"]
-    *_, taken = bench_step.measure(config, names, CPU, repeats=1, warmup=1, interleave="none")
+    variants = (Ours("ours eager", execution="eager"), Ours("ours deterministic", "eager", deterministic=True))
+    monkeypatch.setattr(OurStep, "__call__", fail_if_deterministic)
+    monkeypatch.setattr(bench_step, "OURS", variants)
+    names = ["ours eager", "ours deterministic"]
+    *_, taken = measure_steps(config, names, CPU, repeats=1, warmup=1, interleave="none")
     assert taken["ours deterministic"].error == "failed (no deterministic kernel)"
     assert taken["ours eager"].ms
-    assert taken["public"].ms
-
-
-def test_gradients_of_the_rival_are_ours(config):
-    """The gate holds losses; that a rival's backward pass is the same work is shown here."""
-    batch = bench_step.make_batch(config)
-    gate = gate_of(config)
-    ours = bench_step.build("ours eager", config, CPU)
-    ours = bench_step.OurStep(config, replace(ours.way, dtype=torch.float32), CPU)
-    public = PublicStep(config, RUNGS[0], CPU)
-    with bench_step.awake(ours), bench_step.awake(public):
-        n = gate.drawn
-        velocity, alignment = public.losses(n.x, n.noise, n.t, n.t_teacher, n.labels)
-        named = {name: p for name, p in public.model.named_parameters() if p.requires_grad}
-        theirs = dict(
-            zip(named, torch.autograd.grad(velocity + config.align.weight * alignment, named.values()), strict=True)
-        )
-        weight = torch.tensor(config.align.weight)
-        gradients, _ = ours.step.gradients(ours.state, *batch, weight)
-        mine = apart(dict(zip(ours.state.adam_m, gradients, strict=True)))
-        assert set(mine) == set(theirs)
-        for name, gradient in mine.items():
-            torch.testing.assert_close(gradient, theirs[name], rtol=1e-3, atol=1e-4 * float(theirs[name].abs().max()))
-
-
-@pytest.mark.parametrize("tokens", [256, 1024])
-def test_tokens_are_those_asked_for(tokens):
-    model = bench_step.make_config("xl", tokens, 32).model
-    assert (model.tokens, model.depth, model.hidden) == (tokens, 28, 1152)

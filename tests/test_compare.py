@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.compare import Change, change, is_step, main, student_quantile
-from benchmarks.harness.rows import write
+from benchmarks.compare import Change, change, main, student_quantile
+from benchmarks.harness.rows import Samples, row, write
 from benchmarks.harness.stamp import stamp
-from benchmarks.harness.timing import Samples, row
 
 NOISE = {k: v for k, v in json.loads(Path(__file__).with_name("timing_noise.json").read_text()).items() if k != "about"}
 KERNEL, STEP = 0.03, 0.015
@@ -29,29 +28,28 @@ def draw(kind, count, rng):
     return series[(starts + np.arange(BLOCK)).ravel()[:count]]
 
 
-def verdicts(kind, count, threshold, slowdown, comparisons):
+def changes(kind, count, slowdown, comparisons):
     rng = np.random.default_rng(0)
     pairs = ((draw(kind, count, rng), (1 + slowdown) * draw(kind, count, rng)) for _ in range(comparisons))
-    return Counter(change([old], [new]).verdict(threshold) for old, new in pairs)
+    return [change([old], [new]) for old, new in pairs]
 
 
-@pytest.mark.parametrize("threshold", [KERNEL, STEP])
-@pytest.mark.parametrize(
-    ("kind", "count"), [("kernel", 20), ("kernel", 50), ("kernel", 200), ("step", 200), ("busy", 200)]
-)
-def test_a_against_a_fails_at_most_once_in_a_hundred(kind, count, threshold):
+def verdicts(kind, count, threshold, slowdown, comparisons):
+    return Counter(one.verdict(threshold) for one in changes(kind, count, slowdown, comparisons))
+
+
+@pytest.mark.parametrize(("kind", "count"), [("kernel", 20), ("kernel", 200), ("step", 200), ("busy", 200)])
+def test_a_against_a_fails_at_most_once_in_a_hundred(kind, count):
     """The recorded step drifts over some 20 samples: only a run several times as long can know that."""
-    assert verdicts(kind, count, threshold, 0.0, 200)["slower"] <= 2
+    found = changes(kind, count, 0.0, 200)
+    for threshold in (KERNEL, STEP):
+        assert sum(one.verdict(threshold) == "slower" for one in found) <= 2
 
 
 @pytest.mark.parametrize(("threshold", "slowdown", "count"), [(KERNEL, 0.05, 50), (STEP, 0.03, 100)])
 def test_a_planted_slow_down_is_caught(threshold, slowdown, count):
     """5 % of a kernel and 3 % of a step, in noise whose 20th and 80th percentile are 2 % apart."""
     assert verdicts("kernel", count, threshold, slowdown, 100)["slower"] >= 95
-
-
-def test_a_planted_speed_up_is_seen():
-    assert verdicts("kernel", 50, KERNEL, -0.06, 50)["faster"] >= 45
 
 
 def test_noise_that_hides_a_slow_down_is_called_noise():
@@ -98,9 +96,6 @@ def test_several_runs_of_a_row_are_pooled():
     assert change(runs[:1], runs[2:3]).high - change(runs[:1], runs[2:3]).low > 0
 
 
-# The command
-
-
 @pytest.fixture(scope="module")
 def here():
     return stamp("cpu")
@@ -125,17 +120,17 @@ def samples(scale=1.0, seed=0):
     return scale * draw("kernel", 60, np.random.default_rng(seed))
 
 
-@pytest.mark.parametrize(("name", "scale", "code"), [("adaln", 1.05, 1), ("adaln", 1.02, 0), ("step", 1.03, 1)])
+@pytest.mark.parametrize(
+    ("name", "scale", "code"), [("adaln", 1.05, 1), ("adaln", 1.02, 0), ("step", 1.03, 1), ("stepwise", 1.02, 0)]
+)
 def test_the_threshold_goes_by_the_name(results, capsys, name, scale, code):
+    """Another commit, date or clock does not matter, nor does a new row."""
     old = results("old", [(name, {}, samples())])
-    assert main([str(old), str(results("new", [(name, {}, samples(scale))]))]) == code
+    new = [(name, {}, samples(scale)), ("new", {}, samples())]
+    circumstances = {"commit": "0" * 40, "date": "2030-01-01", "clocks": {"sm_mhz": 1.0}}
+    assert main([str(old), str(results("new", new, **circumstances))]) == code
     printed = capsys.readouterr().out
     assert ("slower: " + name in printed) == bool(code)
-
-
-def test_names_of_steps():
-    assert all(map(is_step, ("step", "step/graph", "step[32]", "test_step_xl")))
-    assert not any(map(is_step, ("stepwise", "adaln", "adamw_step")))
 
 
 def test_rows_are_matched_by_name_and_params_in_any_order(results, capsys):
@@ -147,13 +142,6 @@ def test_rows_are_matched_by_name_and_params_in_any_order(results, capsys):
     assert "| same" in next(line for line in lines if "rows=9" in line)
     assert "| slower" in next(line for line in lines if "rows=8" in line)
     assert lines[-1] == "slower: adaln (rows=8, width=32)"
-
-
-def test_improvements_and_new_rows_are_shown_and_do_not_fail(results, capsys):
-    old = results("old", [("adaln", {}, samples())])
-    new = results("new", [("adaln", {}, samples(0.9)), ("gated", {}, samples())])
-    assert main([str(old), str(new)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "nothing got slower: 1 faster, 1 new"
 
 
 @pytest.mark.parametrize(
@@ -197,8 +185,8 @@ def test_files_that_are_not_results_are_refused(results, capsys, tmp_path):
     old = results("old", [("adaln", {}, samples())])
     (tmp_path / "empty").mkdir()
     assert "nowhere" in refused(capsys, old, tmp_path / "nowhere.json")
-    assert "without results" in refused(capsys, old, tmp_path / "empty")
-    assert "must be there once" in refused(capsys, old, results("twice", 2 * [("adaln", {}, samples())]))
+    assert "no rows" in refused(capsys, old, tmp_path / "empty")
+    assert "must occur once" in refused(capsys, old, results("twice", 2 * [("adaln", {}, samples())]))
     assert "positive" in refused(capsys, old, old, "--kernel-threshold=0")
 
 
@@ -218,12 +206,6 @@ def test_stamps_that_do_not_match_are_refused_by_field(results, capsys, changed,
     assert named in refused(capsys, old, new)
     assert main([str(old), str(new), "--allow-different-stamp"]) == 0
     assert f"different stamps, compared all the same: {named}" in capsys.readouterr().out
-
-
-def test_another_commit_date_and_clock_do_not_matter(results):
-    old = results("old", [("adaln", {}, samples())])
-    other = results("new", [("adaln", {}, samples())], commit="0" * 40, date="2030-01-01", clocks={"sm_mhz": 1.0})
-    assert main([str(old), str(other)]) == 0
 
 
 def test_folders_hold_several_runs_and_other_files(results, tmp_path, capsys):

@@ -103,7 +103,7 @@ def _is_aligned(value: Any) -> bool:
 
 
 def compiled(launch: Launch, capability: int) -> Any:
-    """The kernel compiled for an architecture, 80, 90 or 100; Triton caches it by its sources."""
+    """The kernel compiled for an architecture, 80, 90 or 100."""
     names = [name for name, _ in launch.signature]
     constants = {(names.index(name),): value for name, value in launch.constants}
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}

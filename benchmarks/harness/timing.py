@@ -11,8 +11,9 @@ benchmark guide of Dao-AILab/quack ("interleave variants at single-launch granul
 from __future__ import annotations
 
 import gc
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ class GateFailed(AssertionError):
 
 
 def measure(
-    candidates: dict[str, Call],
+    candidates: Mapping[str, Call],
     *,
     device: torch.device | str,
     repeats: int,
@@ -201,8 +202,7 @@ class Operation(NamedTuple):
 def operations(
     device: torch.device, copy_bytes: int | None = None, matmul_size: int | None = None
 ) -> dict[str, Operation]:
-    """A large copy (bytes read plus bytes written), and a large square matrix product in each precision of training, of
-    random normal numbers: zeros draw less power and run faster than real data."""
+    """A large copy (bytes read + written) and square matrix product, of random numbers: zeros draw less power."""
     source = torch.randn((copy_bytes or COPY_BYTES[device.type]) // 8, device=device)  # half is read, half written
     target = torch.empty_like(source)
     size = matmul_size or MATMUL_SIZE[device.type]
@@ -223,8 +223,8 @@ def roofs(device: torch.device | str, copy_bytes: int | None = None, matmul_size
     copy, matmul = measured["copy"], measured["matmul bf16"]
     samples = measure({"copy": copy.call, "matmul": matmul.call}, device=device, repeats=20, warmup=3)
     return {
-        "copy_gb_per_s": copy.bytes / samples["copy"].median_ms / 1e6,
-        "matmul_tflop_per_s": matmul.flops / samples["matmul"].median_ms / 1e9,
+        "copy_gb_per_s": (copy.bytes or 0) / (samples["copy"].median_ms or math.inf) / 1e6,
+        "matmul_tflop_per_s": (matmul.flops or 0) / (samples["matmul"].median_ms or math.inf) / 1e9,
         "copy_bytes": copy.bytes,
         "matmul_size": matmul_size or MATMUL_SIZE[device.type],
     }

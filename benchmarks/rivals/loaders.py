@@ -1,5 +1,4 @@
-"""The rivals of our data loaders, written anew: images by Pillow under a torch DataLoader, and the public SRA code's data
-set of latents."""
+"""The rivals of our data loaders, written anew: Pillow under a DataLoader, and the public SRA code's latents."""
 
 from __future__ import annotations
 

@@ -18,7 +18,6 @@ from sra_fast.model.transformer import LabelEmbedder, Mlp, ProjectionHead, Times
 
 
 def modulation(hidden: int, vectors: int) -> nn.Sequential:
-    """SiLU and a linear layer from the condition (B, D) to (B, vectors * D)."""
     return nn.Sequential(nn.SiLU(), nn.Linear(hidden, vectors * hidden))
 
 
