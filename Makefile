@@ -1,6 +1,6 @@
 # make train       set up .venv, train the digits preset and evaluate the result
 # make test        set up .venv and run the tests; make test-full adds the slow ones
-# make lint        check format, imports and types
+# make lint        check style, format and types
 # make bench       measure this machine, into benchmarks/results
 # make gpu-report  everything that needs a GPU, in 8 minutes
 #
@@ -74,7 +74,7 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/*
-	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 $(READY): pyproject.toml setup.py Makefile CMakeLists.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON=...")'
