@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 from collections import OrderedDict
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from sra_fast.config import ModelConfig, ObjectiveConfig
 from sra_fast.errors import Refused
@@ -73,57 +72,15 @@ def test_our_safetensors_describe_their_network_and_objective(tiny, awake, tmp_p
     assert (loaded.config, loaded.objective) == (config, objective)
 
 
-# Files that we write, loaded by others
-
-
-class Parts(nn.Module):
-    """A module of named parts, like the public models."""
-
-    def __init__(self, **parts: nn.Module) -> None:
-        super().__init__()
-        for name, part in parts.items():
-            self.add_module(name, part)
-
-
-def public_module(d: int, depth: int, p: int, tokens: int, channels: int, outputs: int, classes: int) -> nn.Module:
-    """SiT-SRA's module tree as published, strict about names and shapes."""
-
-    def modulation(vectors: int) -> nn.Sequential:
-        return nn.Sequential(nn.SiLU(), nn.Linear(d, vectors * d))
-
-    def block() -> Parts:
-        return Parts(
-            attn=Parts(qkv=nn.Linear(d, 3 * d), proj=nn.Linear(d, d)),
-            mlp=Parts(fc1=nn.Linear(d, 4 * d), fc2=nn.Linear(4 * d, d)),
-            adaLN_modulation=modulation(6),
-            norm1=nn.LayerNorm(d, elementwise_affine=False),
-        )
-
-    network = Parts(
-        x_embedder=Parts(proj=nn.Conv2d(channels, d, p, p)),
-        t_embedder=Parts(mlp=nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))),
-        y_embedder=Parts(embedding_table=nn.Embedding(classes + 1, d)),
-        blocks=nn.ModuleList(block() for _ in range(depth)),
-        final_layer=Parts(linear=nn.Linear(d, p * p * outputs), adaLN_modulation=modulation(2)),
-        ap_head=Parts(linear1=nn.Linear(d, 2 * d), linear2=nn.Linear(2 * d, d)),
-    )
-    network.pos_embed = nn.Parameter(torch.zeros(1, tokens, d), requires_grad=False)
-    return network
-
-
-@pytest.mark.parametrize("family", ["sit", "dit"])
-def test_what_we_write_loads_strictly_into_the_public_module(tiny, awake, tmp_path: Path, family: str) -> None:
-    config = tiny(family=family).model
-    online, ema = awake(config, 1), awake(config, 2)
-    write_public(tmp_path / "ours.pt", online, ema, steps=7, epoch=3, args={"seed": 0})
+def test_what_we_write_has_the_layout_of_public_checkpoints(model, awake, tmp_path: Path) -> None:
+    online, ema = awake(model, 1), awake(model, 2)
+    write_public(tmp_path / "ours.pt", online, ema, 7, 3, args={"seed": 0})
     content = torch.load(tmp_path / "ours.pt", weights_only=False)
     assert set(content) == {"model", "ema", "args", "epoch", "steps"}
-    assert (content["args"].seed, content["epoch"], content["steps"]) == (0, 3, 7)
+    assert (content["args"].seed, content["steps"], content["epoch"]) == (0, 7, 3)
+    assert_same(content["model"], online)
+    assert_same(content["ema"], ema)
     assert [path.name for path in tmp_path.iterdir()] == ["ours.pt"]
-    network = public_module(32, 4, 2, 16, 1, config.output_channels, 4)
-    for key, expected in (("model", online), ("ema", ema)):
-        network.load_state_dict(content[key], strict=True)
-        assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
 
 
 # Files of other projects
@@ -204,8 +161,8 @@ def test_a_width_that_does_not_tell_the_heads_is_refused(tiny, awake, tmp_path: 
     assert "number of heads" in refusal(tmp_path / "narrow.pt")
 
 
-def test_a_missing_key_is_refused_with_those_present(weights, tmp_path: Path) -> None:
-    torch.save({"model": weights, "opt": OPTIMIZER}, tmp_path / "no_ema.pt")
+def test_a_missing_key_is_refused_with_those_present(tmp_path: Path) -> None:
+    torch.save({"model": {}, "opt": OPTIMIZER}, tmp_path / "no_ema.pt")
     assert "no 'ema' weights; it has model, opt" in refusal(tmp_path / "no_ema.pt")
 
 
@@ -219,9 +176,8 @@ class Bomb:
         return self.call
 
 
-@pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("where", ["args", "top", "in the namespace"])
-@pytest.mark.parametrize("function", [os.mkdir, shutil.copytree])  # of a module PyTorch blocks, and of another
+@pytest.mark.parametrize(("function", "zipped"), [(os.mkdir, True), (shutil.copytree, False)])
 def test_a_file_that_would_run_code_is_refused_and_runs_none(
     weights, tmp_path: Path, function: Callable, where: str, zipped: bool
 ) -> None:
@@ -270,10 +226,9 @@ def test_a_missing_file_and_a_text_file_are_refused(tmp_path: Path, name: str) -
     refusal(tmp_path / name)
 
 
-DAMAGED = ["{", "[]", "{}", json.dumps({"model": {"depht": 4}, "objective": {}})]
-
-
-@pytest.mark.parametrize("description", [*DAMAGED, json.dumps({"model": 3, "objective": {}})])
+@pytest.mark.parametrize(
+    "description", ["{", "[]", '{"model": {"depht": 4}, "objective": {}}', '{"model": 3, "objective": {}}']
+)
 def test_damaged_metadata_is_refused(weights, tmp_path: Path, description: str) -> None:
     save_file(weights, tmp_path / "ours.safetensors", {METADATA_KEY: description})
     refusal(tmp_path / "ours.safetensors")

@@ -59,9 +59,7 @@ def changed(config: Config, **sections: dict) -> Config:
     return replace(config, **{name: replace(getattr(config, name), **fields) for name, fields in sections.items()})
 
 
-@pytest.mark.parametrize(
-    ("family", "method", "accumulate"), [("sit", "sra", 1), ("sit", "none", 2), ("dit", "sra", 2), ("dit", "none", 1)]
-)
+@pytest.mark.parametrize(("family", "method", "accumulate"), [("sit", "none", 1), ("dit", "sra", 2)])
 def test_the_host_reads_no_device_value(tiny, family: str, method: str, accumulate: int) -> None:
     config = tiny(method, accumulate=accumulate, family=family, depth=3, hidden=16)
     with FakeTensorMode():  # tensors without values: reading one raises
