@@ -53,7 +53,7 @@ def sample(arguments: Sequence[str]) -> int:
     run = _run_of(arguments)
     defaults: dict[str, Any] = {"sample": run.sample} if run else {}
     command = _parse(SampleCommand, arguments, "sample", SampleCommand(weights=tyro.MISSING, **defaults))
-    from sra_fast.tools.sample import sample
+    from sra_fast.tools.weights import sample
 
     sample(command)
     print(f"{command.sample.count} {'latents' if command.latents else 'images'} in {command.out}")
@@ -67,7 +67,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     command = _parse(EvaluateCommand, arguments, "evaluate", EvaluateCommand(weights=tyro.MISSING, **defaults))
     if run is None:
         raise Refused("weights", command.weights, "must be a run: its images are needed too")
-    from sra_fast.tools.evaluate import evaluate
+    from sra_fast.tools.weights import evaluate
 
     report = evaluate(command, run)
     print(json.dumps(report.as_dict(), indent=2))
