@@ -87,6 +87,10 @@ class Span(NamedTuple):
     def category(self) -> str:
         return category(self.name, self.stage)
 
+    def clip(self, start: float, end: float) -> Span:
+        calls = self.calls if start <= self.start < end else 0
+        return self._replace(start=max(self.start, start), end=min(self.end, end), calls=calls)
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -125,9 +129,9 @@ def breakdown(events: Sequence[Event], skip: int = 1, stages: Stages | None = No
 
     Args:
         events: `traceEvents` of a trace with `ProfilerStep#` ranges.
-        skip: number of steps to leave out at the beginning, when the device's queue is still filling.
-        stages: for the trace of a CUDA graph, whose kernels are launched at once and outside all ranges: `stages_of`
-            the trace of the same step without the graph.
+        skip: steps to leave out at the beginning, while the device's queue fills.
+        stages: for a CUDA graph, whose kernels are launched outside all ranges: `stages_of` the same step's trace
+            without the graph.
 
     Raises:
         ValueError: if no whole step is left. The last traced step ends the window and is not part of it.
@@ -139,7 +143,7 @@ def breakdown(events: Sequence[Event], skip: int = 1, stages: Stages | None = No
     if len(starts) < 2:
         raise ValueError(f"{len(starts)} steps with work in them after the first {skip}; at least 2 are needed")
     start, end, steps = starts[0], starts[-1], len(starts) - 1
-    spans = [_clip(span, start, end) for span in spans if span.end > start and span.start < end]
+    spans = [span.clip(start, end) for span in spans if span.end > start and span.start < end]
     to_ms = 1e-3 / steps  # us of all steps -> ms of one
     attributed = attribute(spans)
     attributed[IDLE] = end - start - sum(attributed.values())
@@ -151,11 +155,6 @@ def breakdown(events: Sequence[Event], skip: int = 1, stages: Stages | None = No
         stages_ms={stage: us * to_ms for stage, us in busy_time(spans, lambda span: span.stage).items()},
         kernels=_kernels(spans, steps, end - start),
     )
-
-
-def _clip(span: Span, start: float, end: float) -> Span:
-    calls = span.calls if start <= span.start < end else 0
-    return span._replace(start=max(span.start, start), end=min(span.end, end), calls=calls)
 
 
 def _kernels(spans: Iterable[Span], steps: int, window: float) -> tuple[Kernel, ...]:
@@ -184,13 +183,8 @@ def stages_of(events: Sequence[Event], step: int = 1) -> Stages:
 
 @cache
 def category(name: str, stage: str = "") -> str:
-    """The category of a kernel or CPU op.
-
-    Args:
-        name: its name in the trace.
-        stage: range of the step that it was launched in. All kernels of the update except communication count as the
-            optimizer's.
-    """
+    """The category of a kernel or CPU op, by its name and the range of the step that launched it. Everything in the
+    update except communication counts as the optimizer's."""
     matched = next((category for category, pattern in RULES if pattern.search(name)), OTHER)
     return OPTIMIZER if stage == UPDATE and matched != COMMUNICATION else matched
 
