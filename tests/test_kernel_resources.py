@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import os
-import time
-
 import pytest
 import torch
 
@@ -13,7 +9,6 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
 import triton.language as tl
-from triton.runtime.jit import JITFunction
 
 from benchmarks import kernel_resources
 from benchmarks.harness import machine_code
@@ -71,14 +66,7 @@ def test_a_launch_is_noted_and_not_made() -> None:
 RECORD = {
     "triton": triton.__version__,
     "kernels": {
-        "k, sm_90": {
-            "registers": 40,
-            "spills": 0,
-            "stack": 0,
-            "shared": 1024,
-            "load_bits": 128,
-            "narrow_loads": 2,
-        }
+        "k, sm_90": {"registers": 40, "spills": 0, "stack": 0, "shared": 1024, "load_bits": 128, "narrow_loads": 2}
     },
 }
 
@@ -102,17 +90,13 @@ def test_what_is_worse_is_complained_about(change: dict[str, int], said: str | N
     assert [line.removeprefix("k, sm_90: ") for line in lines] == ([said] if said else [])
 
 
-def test_a_kernel_without_a_record_is_complained_about() -> None:
-    found = {"other, sm_90": RECORD["kernels"]["k, sm_90"]}
-    assert kernel_resources.complaints(found, RECORD) == ["other, sm_90: not on record (--write)"]
-
-
-def test_another_compiler_is_held_to_spills_and_loads_alone() -> None:
-    found = copy.deepcopy(RECORD["kernels"])
-    found["k, sm_90"] |= {"registers": 99, "spills": 1}
-    assert kernel_resources.complaints(found, RECORD | {"triton": "2.0"}) == [
-        "k, sm_90: 1 instructions spill registers"
-    ]
+def test_a_kernel_without_a_record_and_another_compiler() -> None:
+    """Another compiler is held to spills and loads alone."""
+    usage = {"other, sm_90": RECORD["kernels"]["k, sm_90"]}
+    assert kernel_resources.complaints(usage, RECORD) == ["other, sm_90: not on record (--write)"]
+    usage = {"k, sm_90": RECORD["kernels"]["k, sm_90"] | {"registers": 99, "spills": 1}}
+    lines = ["k, sm_90: 1 instructions spill registers"]
+    assert kernel_resources.complaints(usage, RECORD | {"triton": "2.0"}) == lines
 
 
 def of_xl(every):
@@ -132,21 +116,3 @@ def test_kernels_are_as_on_record(which) -> None:
     usage = kernel_resources.measure(every) if which == "all" else kernel_resources.measure(of_xl(every), (90,))
     assert len(usage) == (len(names) if which == "all" else 4)
     assert kernel_resources.complaints(usage, record) == []
-
-
-def test_kernels_are_parsed_one_at_a_time(monkeypatch):
-    """CPython's parser is not safe in threads."""
-    inside, most = [], []
-
-    def parse(kernel):
-        inside.append(kernel)
-        most.append(len(inside))
-        time.sleep(0.005)
-        inside.remove(kernel)
-
-    monkeypatch.setattr(JITFunction, "parse", parse)
-    monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    monkeypatch.setattr(kernel_resources, "compiled", lambda launch, capability: JITFunction.parse(launch))
-    monkeypatch.setattr(kernel_resources, "resources", lambda _: machine_code.Resources(*range(7)))
-    found = kernel_resources.measure([(str(number), number) for number in range(8)])
-    assert (len(found), len(most), max(most)) == (24, 24, 1)

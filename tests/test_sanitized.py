@@ -68,9 +68,9 @@ def test_what_is_missing_is_said_in_one_line(monkeypatch, capsys, name: str) -> 
     assert capsys.readouterr().err == f"{wanted}\n"
 
 
-def test_results_that_are_not_finite_are_found(monkeypatch) -> None:
-    ours = [torch.ones(2), torch.tensor([1.0, float("inf")])]
-    monkeypatch.setattr(sanitized, "FAMILIES", (lambda device: iter([ours]),))
+def test_a_result_that_is_not_finite_is_found(monkeypatch) -> None:
+    results = [torch.ones(2), torch.tensor([1.0, float("inf")])]
+    monkeypatch.setattr(sanitized, "FAMILIES", (lambda device: iter([results]),))
     with pytest.raises(ValueError, match=r"call 0: result 1 is not finite"):
         sanitized.launch_all(torch.device("cpu"))
 

@@ -16,7 +16,6 @@ from sra_fast.errors import Refused
 
 ROW = "name params samples_ms median_ms p20_ms p80_ms bytes flops roof_share peak_memory_gib device versions clocks"
 ROW_FIELDS = {*ROW.split(), "commit", "command", "host_ms"}  # the contract's, and the host's time
-VERSIONS = {"python", "torch", "triton", "cudnn", "cuda"}
 ROOFS = {"copy_gb_per_s": 100.0, "matmul_tflop_per_s": 2.0}
 
 
@@ -71,9 +70,9 @@ def python_runs_out():
 
 
 @pytest.mark.parametrize("fail", [too_large, python_runs_out])
-@pytest.mark.parametrize("after", [0, 2, 5])
+@pytest.mark.parametrize("after", [0, 5])
 def test_out_of_memory_is_a_row_and_the_others_go_on(here, fail, after):
-    """At once, while warming up, and in the middle of the samples."""
+    """While warming up, and in the middle of the samples."""
     calls = []
 
     def grows():
@@ -83,10 +82,10 @@ def test_out_of_memory_is_a_row_and_the_others_go_on(here, fail, after):
 
     taken = measure({"grows": grows, "fits": lambda: None}, device="cpu", repeats=6, warmup=2)
     assert len(taken["fits"].ms) == 6
-    made = row("step", {"rung": "grows"}, taken["grows"], stamp=here, flops=10, roofs=ROOFS)
-    assert made["error"].startswith("out of memory")
+    params = {"rung": "grows", "size": "s", "tokens": 256, "batch": 1}
+    made = row("step", params, taken["grows"], stamp=here, flops=10, roofs=ROOFS)
     assert (made["samples_ms"], made["median_ms"], made["roof_share"], made["host_ms"]) == ([], None, None, None)
-    made["params"] |= {"size": "s", "tokens": 256, "batch": 1}
+    assert made["error"].startswith("out of memory")
     assert "out of memory" in show([made])
     assert len(calls) == after + 1
 
@@ -99,10 +98,7 @@ def test_other_errors_are_not_swallowed():
         measure({"a": broken}, device="cpu", repeats=1, warmup=1)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{"repeats": 0}, {"warmup": 0}, {"graph": True}],
-)
+@pytest.mark.parametrize("wrong", [{"repeats": 0}, {"warmup": 0}, {"graph": True}])
 def test_wrong_arguments_are_refused(wrong):
     with pytest.raises(ValueError, match=r"at least 1|needs a CUDA device"):
         measure({"a": lambda: None}, **({"device": "cpu", "repeats": 1, "warmup": 1} | wrong))
@@ -148,29 +144,20 @@ def test_roofs_are_measured_and_count_what_they_say():
 
 
 def test_the_stamp_of_a_cpu_is_whole(here):
-    told = {"kind", "device", "cores", "threads", "versions", "commit", "dirty", "command", "date"}
     gpu_only = {"clocks", "power_limit_w", "throttle_reasons", "driver"}
-    assert set(here) == told | gpu_only
+    others = {"kind", "device", "cores", "threads", "versions", "commit", "dirty", "command", "date"}
+    assert set(here) == others | gpu_only
     assert all(here[field] is None for field in gpu_only)
-    assert here["kind"] == "cpu"
-    assert here["device"]
-    assert here["cores"] >= 1
-    assert here["threads"] == torch.get_num_threads()
-    assert set(here["versions"]) == VERSIONS
-    assert here["versions"]["torch"] == torch.__version__
+    assert set(here["versions"]) == {"python", "torch", "triton", "cudnn", "cuda"}
     assert "pytest" in here["command"]
     json.dumps(here)
 
 
-@pytest.mark.parametrize(("named", "expected"), [("abc123", ("abc123", False)), ("abc123-dirty", ("abc123", True))])
-def test_the_commit_can_come_from_the_environment(monkeypatch, named, expected):
-    monkeypatch.setenv("SRA_FAST_COMMIT", named)
+def test_the_commit_is_that_of_the_environment_or_of_git_or_unknown(monkeypatch, tmp_path):
+    monkeypatch.setenv("SRA_FAST_COMMIT", "abc123-dirty")
     told = stamp("cpu")
-    assert (told["commit"], told["dirty"]) == expected
-
-
-def test_without_git_and_environment_the_commit_is_unknown(monkeypatch, tmp_path):
-    monkeypatch.delenv("SRA_FAST_COMMIT", raising=False)
+    assert (told["commit"], told["dirty"]) == ("abc123", True)
+    monkeypatch.delenv("SRA_FAST_COMMIT")
     monkeypatch.setattr("benchmarks.harness.stamp.ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     told = stamp("cpu")
@@ -192,7 +179,6 @@ def test_an_answer_of_nvidia_smi_is_read():
 def test_files_come_back_as_they_were_written(tmp_path, here):
     rows = [row("adaln", {"rows": 8}, Samples(ms=(1.25, 2.5)), stamp=here)]
     path = write(tmp_path / "new" / "folder", "kernels", rows, here)
-    assert path.name == "kernels.json"
     assert read(path) == {"format_version": FORMAT_VERSION, "name": "kernels", "stamp": here, "rows": rows}
 
 
