@@ -26,20 +26,13 @@ from sra_fast.training.trainer import Trainer
 TENSORS = ("weights", "ema", "adam_m", "adam_v")
 COUNTERS = ("images_seen", "step", "adam_step", "skipped_steps", "skipped_in_a_row", "data_fingerprint")
 
-SMALL = {
-    "model.family": "sit",
+SMALL = {  # what differs from the digits preset
     "model.depth": 3,
     "model.hidden": 32,
     "model.heads": 2,
-    "model.patch": 2,
     "objective.times": "uniform",
     "optim.lr": 1e-3,
-    "optim.schedule": "cosine",
     "optim.warmup_images": 24,
-    "optim.ema_decay": 0.99,
-    "data.resolution": 8,
-    "data.channels": 1,
-    "data.held_out": 0.2,
     "data.reader": "pillow",
     "data.threads": 1,
     "train.images": 80,
@@ -67,15 +60,16 @@ def write_images(root: Path, count: int = 80, classes: int = 4) -> Path:
     return root
 
 
-def changed(root: Path, changes: dict[str, object]) -> dict[str, object]:
+def _options(root: Path, changes: dict[str, object]) -> dict[str, object]:
     """SMALL below `root` (images in root/data, run root/runs/a), with some fields changed."""
-    return {**SMALL, "run.dir": str(root / "runs"), "run.name": "a", "data.images": str(root / "data"), **changes}
+    places = {"run.dir": str(root / "runs"), "run.name": "a", "data.images": str(root / "data")}
+    return {**SMALL, **places, **{name.replace("__", "."): value for name, value in changes.items()}}
 
 
 def small(root: Path, **changes: object) -> Config:
     """The digits preset, made small. `train__batch=4` sets train.batch."""
     values = to_dict(preset("digits"))
-    for name, value in changed(root, {key.replace("__", "."): value for key, value in changes.items()}).items():
+    for name, value in _options(root, changes).items():
         *section, last = name.split(".")
         (values[section[0]] if section else values)[last] = value
     return from_dict(Config, values, "small")
@@ -84,7 +78,7 @@ def small(root: Path, **changes: object) -> Config:
 def arguments(root: Path, *extra: str, **changes: object) -> list[str]:
     """The same on the command line: train digits --model.depth 3 ..., then `extra`."""
     words = ["train", "digits"]
-    for name, value in changed(root, {key.replace("__", "."): value for key, value in changes.items()}).items():
+    for name, value in _options(root, changes).items():
         section, _, last = name.replace("_", "-").rpartition(".")
         prefix = f"--{section}." if section else "--"
         words += [f"{prefix}{'' if value else 'no-'}{last}"] if isinstance(value, bool) else [prefix + last, str(value)]
@@ -92,16 +86,16 @@ def arguments(root: Path, *extra: str, **changes: object) -> list[str]:
 
 
 def run(
-    config: Config, stop_after: int = 0, number: int = signal.SIGTERM, report: Callable[[str], None] = lambda line: None
+    config: Config, stop_after: int = 0, report: Callable[[str], None] = lambda line: None
 ) -> tuple[int, list[dict[str, float]]]:
-    """(exit code, metrics of each step) of a training, stopped by a signal during step `stop_after` of this process."""
+    """(exit code, metrics of each step) of a training; SIGTERM arrives during step `stop_after` of this process."""
     rows, original = [], StepRunner.__call__
 
     def step(self, *inputs):
         original(self, *inputs)
         rows.append(self.ring.last(1)[0]._asdict())
         if len(rows) == stop_after:
-            signal.raise_signal(number)
+            signal.raise_signal(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StepRunner, "__call__", step)

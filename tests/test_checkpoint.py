@@ -100,18 +100,6 @@ def test_everything_is_on_the_disk_before_the_name_appears(full_state, tmp_path,
     assert ("checkpoints", True) in flushed  # the new name itself
 
 
-@pytest.mark.parametrize(
-    ("keep", "every", "left"),
-    [(1, 0, [10]), (99, 0, range(1, 11)), (2, 4, [4, 8, 9, 10]), (1, 3, [3, 6, 9, 10])],
-)
-def test_the_newest_and_the_multiples_are_kept(tmp_path, keep, every, left):
-    for name in (*(f"{number:012d}" for number in range(1, 11)), f"{11:012d}.tmp"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "state.json").write_text("{}")
-    checkpoint.prune(tmp_path, keep, every)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{number:012d}" for number in left]
-
-
 def test_a_run_prunes_as_it_goes(root):
     run(small(root, train__save_every_images=8, train__keep_checkpoints=2, train__keep_every_images=32))
     assert [int(name) for name in checkpoints(root / "runs/a")] == [32, 64, 72, 80]
@@ -152,61 +140,33 @@ def test_a_tensor_file_that_cannot_be_written_spares_the_checkpoint_before(stopp
     assert content(saved) == before
 
 
-def test_a_disk_that_is_full_from_the_start_is_one_line(root, main):
-    with full_disk(1500):
-        code, *output = main(arguments(root))
-    assert code == 1
-    assert "config.json: could not be written" in complaint(output)
-    assert not (root / "runs/a/config.json").exists()
-
-
-def test_a_disk_that_fills_with_metrics_is_one_line(stopped, saved, main, monkeypatch):
-    before, original = content(saved), Path.open
-
-    def open_full(path, mode="r", **options):
-        return original(Path("/dev/full") if (path.name, mode) == ("metrics.jsonl", "a") else path, mode, **options)
-
-    monkeypatch.setattr(Path, "open", open_full)
-    code, *output = main(arguments(stopped))
-    assert code == 1
-    assert "No space left" in complaint(output)
-    assert content(saved) == before
-
-
 # Damage
 
 
-def rewrite(path, edit):
-    """Edit the tensors of a file."""
-    tensors = load_file(path)
-    save_file(edit(tensors), path)
+def edit(path, change):
+    """Rewrite state.json or a file of tensors."""
+    if path.suffix == ".json":
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    else:
+        save_file(change(load_file(path)), path)
 
 
-def edit_state(saved, edit):
-    path = saved / "state.json"
-    path.write_text(json.dumps(edit(json.loads(path.read_text()))))
-
-
-WEIGHT = "blocks.1.mlp.fc1.weight"
+MATRIX = "blocks.1.mlp.fc1.weight"
 DAMAGES = {
-    **{f"no {name}": lambda saved, name=name: (saved / name).unlink() for name in FILES},
-    **{f"half of {name}": lambda saved, name=name: os.truncate(saved / name, 200) for name in FILES},
-    **{
-        f"state.json is {text!r}": lambda saved, text=text: (saved / "state.json").write_text(text)
-        for text in ("", "[]", "null", '{"format_version": 1, "config": 3}')
-    },
-    "other shape": lambda saved: rewrite(saved / "adam_m.safetensors", lambda t: t | {WEIGHT: torch.zeros(5, 7)}),
-    "other names": lambda saved: rewrite(saved / "ema.safetensors", lambda t: t | {"other": t.pop(WEIGHT)}),
-    "half precision": lambda saved: rewrite(
-        saved / "weights.safetensors", lambda t: {name: value.half() for name, value in t.items()}
-    ),
-    "later format": lambda saved: edit_state(saved, lambda state: state | {"format_version": 2}),
+    "other shape": ("adam_m.safetensors", lambda path: edit(path, lambda t: t | {MATRIX: torch.zeros(5, 7)})),
+    "other names": ("ema.safetensors", lambda path: edit(path, lambda t: t | {"other": t.pop(MATRIX)})),
+    "half precision": ("weights.safetensors", lambda path: edit(path, lambda t: {k: v.half() for k, v in t.items()})),
+    "later format": ("state.json", lambda path: edit(path, lambda state: state | {"format_version": 2})),
+    "no object": ("state.json", lambda path: path.write_text("[]")),
+    **{f"no {name}": (name, Path.unlink) for name in FILES},
+    **{f"half of {name}": (name, lambda path: os.truncate(path, 200)) for name in FILES},
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_refused_by_name(saved, stopped, refused, damage):
-    DAMAGES[damage](saved)
+    name, spoil = DAMAGES[damage]
+    spoil(saved / name)
     assert str(saved) in refused(arguments(stopped))
     assert checkpoints(stopped / "runs/a") == [FIRST]
 

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import sys
-from types import SimpleNamespace
 
 import pytest
-import torch
 from small_run import full_disk, metrics, run, small
 
 from sra_fast.errors import Refused
-from sra_fast.step.step import Metrics
-from sra_fast.training.checkpoint import RunProgress
-from sra_fast.training.metrics import MetricsFile, StepLog
-from sra_fast.training.rhythm import Clock
+from sra_fast.training.metrics import MetricsFile
 
 
 @pytest.fixture
@@ -83,21 +78,3 @@ def test_tensorboard_forgets_what_a_crash_made_void(tmp_path):
     written(tmp_path, 0, ROWS)
     written(tmp_path, 24, [{**row, "loss": 7.0} for row in ROWS[3:]])
     assert scalars(tmp_path, "loss") == [(8, 1.0), (16, 0.5), (24, 1 / 3), (32, 7.0), (40, 7.0)]
-
-
-@pytest.mark.parametrize("in_a_row", [63, 64])
-def test_sixty_four_steps_in_a_row_that_are_not_finite_are_refused(tmp_path, plain, in_a_row):
-    file = MetricsFile(tmp_path, 0)
-    counters = {name: torch.tensor(in_a_row) for name in ("skipped_steps", "skipped_in_a_row")}
-    log = StepLog(file, small(tmp_path), SimpleNamespace(**counters), Clock(0.0))
-    log.write(RunProgress(step=1))  # there is nothing to write about
-    log.ring.push(Metrics(*torch.full((6,), torch.nan)))
-    log.add_step()
-    if in_a_row == 63:
-        log.write(RunProgress(step=1))
-    else:
-        with pytest.raises(Refused, match="64 steps in a row"):
-            log.write(RunProgress(step=1))
-    file.close()
-    (row,) = metrics(tmp_path)
-    assert (row["loss"], row["skipped_steps"]) == (None, in_a_row)

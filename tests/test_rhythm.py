@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from sra_fast.training.rhythm import Clock, Every
+from sra_fast.training.rhythm import Clock
 
 
 def test_pauses_count_for_the_total_and_not_for_the_lap(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,11 +20,3 @@ def test_pauses_count_for_the_total_and_not_for_the_lap(monkeypatch: pytest.Monk
     assert (clock.lap_s(), clock.total_s()) == (7, 67)
     now += 2
     assert (clock.lap_s(), clock.total_s()) == (2, 69)
-
-
-@pytest.mark.parametrize(
-    ("images", "due"), [(0, []), (8, [8, 16, 24, 32, 40]), (20, [24, 40]), (3, [8, 16, 24, 32, 40])]
-)
-def test_due_when_a_step_crosses_a_multiple(images: int, due: list[int]) -> None:
-    every = Every(images, batch=8)
-    assert [images_seen for images_seen in range(8, 48, 8) if every.due(images_seen)] == due

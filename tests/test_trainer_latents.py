@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_data import change, pack, publish, stand_in
+from small_data import pack, stand_in
 from small_run import arguments, checkpoints, complaint, content, metrics, run, small, summary
 
 from sra_fast.data.latent_stream import LatentStream
 from sra_fast.errors import Refused
-from sra_fast.kernels.perturb import clean_ref
 from sra_fast.sampling.images import to_uint8
-from sra_fast.training.trainer import Trainer
 
 END = "000000000080"
 FACTORS = {"scale": [0.8, 1.0, 1.2, 1.1], "shift": [0.1, 0.0, -0.1, 0.2]}
@@ -53,19 +51,6 @@ def test_ten_steps_equal_five_and_five_in_every_bit(tmp_path, packed, family, ac
     assert summary(tmp_path / "runs/unbroken")["frechet_distance"] is None
     model = json.loads((tmp_path / "runs/unbroken/config.json").read_text())["model"]
     assert (model["input_size"], model["channels"], model["classes"]) == (4, 4, 4)
-
-
-def test_steps_see_posteriors_sampled_and_scaled_per_channel(tmp_path, packed):
-    trainer = Trainer(small(tmp_path, **options(tmp_path)), report=lambda line: None)
-    with LatentStream(trainer.source.train, seed=0, batch=8, first_image=0) as stream:
-        batch = next(stream)
-    noised = trainer.step.perturb(batch)
-    x = clean_ref(batch.x, batch.number, 0, trainer.source.stored)
-    t = noised.t.view(-1, 1, 1, 1)
-    noise = (noised.x_t - (1 - t) * x) / t
-    assert torch.allclose(noised.target, noise - x, atol=2e-3)
-    means = batch.x.float().chunk(2, 1)[0]
-    assert not torch.allclose(x, (means - trainer.source.stored.shift.view(-1, 1, 1)), atol=0.1)
 
 
 def test_previews_and_samples_are_decoded_by_the_vae_of_the_run(tmp_path, packed, monkeypatch, main):
@@ -126,13 +111,6 @@ def test_packed_pixels_train_and_are_judged_like_images(tmp_path, main):
     assert '"class_accuracy"' in main(words)[1]
 
 
-def test_the_public_layout_trains_as_it_is(tmp_path):
-    publish(tmp_path / "set")
-    code, rows = train(tmp_path, train__batch=4, train__images=12)
-    assert (code, len(rows)) == (0, 3)
-    assert json.loads((tmp_path / "runs/a/latents.json").read_text())["scale"] == 0.18215
-
-
 def test_a_shard_cut_short_ends_the_run_with_what_was_learned(tmp_path, packed, main, refused, monkeypatch):
     original = LatentStream.read_batch
     path = packed.root / "moments-00003.npy"
@@ -154,22 +132,6 @@ def test_a_shard_cut_short_ends_the_run_with_what_was_learned(tmp_path, packed, 
     assert str(packed.root) in message
     assert "bytes long; must be" in message
     assert checkpoints(tmp_path / "runs/a") == [saved]
-
-
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [
-        (lambda root: (root / "manifest.json").unlink(), "unfinished"),
-        (lambda root: os.truncate(root / "moments-00001.npy", 500), "moments-00001.npy: cannot be read (500"),
-        (lambda root: change(root, lambda m: m.update(format_version=9)), "format_version: 9 given"),
-    ],
-)
-def test_a_damaged_set_is_refused_before_anything_is_written(tmp_path, packed, refused, damage, reason):
-    damage(packed.root)
-    message = refused(arguments(tmp_path, **options(tmp_path)))
-    assert str(packed.root) in message
-    assert reason in message
-    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
