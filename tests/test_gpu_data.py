@@ -16,9 +16,7 @@ from sra_fast.config import Config, DataConfig
 from sra_fast.data.decoders import Decoder, Undecodable, open_decoder
 from sra_fast.data.folder import scan
 from sra_fast.data.image_stream import ImageStream
-from sra_fast.data.latent_stream import LatentStream
-from sra_fast.data.packed import open_row_set
-from sra_fast.data.rows import RowSet, split
+from sra_fast.data.rows import RowSet
 from sra_fast.data.stream import Batch
 from sra_fast.packing import prepare as prepare_module
 from sra_fast.packing.prepare import prepare
@@ -161,20 +159,6 @@ def test_interrupted_it_goes_on_to_the_same_bytes(images, kl, undisturbed, tmp_p
     monkeypatch.setenv("RANK", str(then))
     prepare(given)
     assert content(tmp_path / "set") == expected
-
-
-def test_pinned_rows_are_the_rows_also_when_they_arrive(tmp_path):
-    chosen = split(open_row_set(pack(tmp_path, flips=True).root), 0.2)[0]
-    settings = {"seed": 3, "batch": 9, "first_image": 0}
-    with LatentStream(chosen, **settings, pinned=True) as pinned, LatentStream(chosen, **settings) as plain:
-        there, here = [], []
-        for _ in range(50):
-            one, other = next(pinned), next(plain)
-            assert (one.x.is_pinned(), other.x.is_pinned()) == (True, False)
-            assert all(map(torch.equal, one, other))
-            there.append(one.x.to(GPU, non_blocking=True))  # the stream reads on meanwhile
-            here.append(other.x)
-    assert torch.equal(torch.cat(there).cpu(), torch.cat(here))
 
 
 def on_rows(root, **changes: object) -> Config:

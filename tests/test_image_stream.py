@@ -152,17 +152,6 @@ def test_load_gives_the_whole_folder_in_order(damaged, decoder, capsys):
     assert torch.equal(load(damaged, decoder)[0], x)
 
 
-def test_an_exception_of_the_thread_reaches_the_caller(folder, decoder, monkeypatch):
-    def broken(files):
-        raise MemoryError("out of memory")
-
-    monkeypatch.setattr(decoder, "decode", broken)
-    with ImageStream(folder, decoder, seed=0, batch=4, first_image=0) as stream:
-        for _ in range(DEPTH + 2):
-            with pytest.raises(MemoryError, match="out of memory"):
-                next(stream)
-
-
 def test_reading_ahead_is_bounded_ordered_and_stops_when_closed():
     started, gate = [], threading.Semaphore(0)
 

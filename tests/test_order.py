@@ -84,35 +84,6 @@ def test_once_per_epoch_however_batches_are_cut(size, seed, epoch, cuts):
         assert sorted(half.tolist()) == list(range(size))
 
 
-def test_epochs_and_seeds_are_unrelated():
-    size = 5000
-    orders = [rows(seed, epoch * size, size, size) for seed in (0, 1, 2**32) for epoch in (0, 1, 2)]
-    positions = [np.argsort(order) for order in orders] + [np.arange(size)]
-    for i, one in enumerate(positions):
-        for other in positions[:i]:
-            # Independent orders: a correlation of standard deviation 1 / sqrt(N) and one fixed point on average.
-            assert abs(np.corrcoef(one, other)[0, 1]) < 5 / math.sqrt(size)
-            assert (one == other).sum() < 10
-
-
-def assert_uniform(drawn: np.ndarray, possible: int) -> None:
-    """Chi-square, whose mean is possible - 1 and whose variance is twice that, within five standard deviations."""
-    counts, expected = np.bincount(drawn, minlength=possible), len(drawn) / possible
-    chi_square = ((counts - expected) ** 2 / expected).sum()
-    assert abs(chi_square - (possible - 1)) < 5 * math.sqrt(2 * (possible - 1))
-
-
-@pytest.mark.parametrize("size", [7, 30, 36])
-def test_every_position_is_uniform_over_epochs(size):
-    # In parts, because PyTorch spreads larger tensors over threads, which takes longer than the work.
-    parts = [rows(99, part * 200 * size, 200 * size, size) for part in range(20)]
-    orders = np.concatenate(parts).reshape(4000, size)
-    for position in (0, size // 2, size - 1):
-        assert_uniform(orders[:, position], size)
-    # A weak network keeps the step between neighbours.
-    assert_uniform((orders[:, 1] - orders[:, 0]) % size - 1, size - 1)
-
-
 def test_refuses_what_it_cannot_number():
     for arguments in ((0, 0, 1, 0), (0, 0, 1, LARGEST_SIZE + 1), (0, -1, 1, 5), (0, 0, -1, 5)):
         with pytest.raises(ValueError, match=r"given; must"):

@@ -19,7 +19,6 @@ from small_data import (
 )
 
 from sra_fast.packing import encoding
-from sra_fast.packing import prepare as prepare_module
 from sra_fast.packing.prepare import prepare
 
 
@@ -79,15 +78,6 @@ def test_a_vae_is_known_by_its_absolute_path(images, kl, tmp_path, monkeypatch):
     assert prepare(config(images, tmp_path / "set", vae=kl.name)).vae == str(kl.resolve())
     monkeypatch.chdir(tmp_path)
     prepare(config(images, tmp_path / "set", vae=str(kl)))
-
-
-def test_images_encoded_earlier_do_not_count_for_the_rate(tmp_path, monkeypatch):
-    command, bars, bar = config(write_jpegs(tmp_path / "images"), tmp_path / "set"), [], prepare_module.tqdm
-    prepare_without_manifest(command)
-    (tmp_path / "set" / "shard-00001.json").unlink()
-    monkeypatch.setattr(prepare_module, "tqdm", lambda **fields: bars.append(fields) or bar(**fields))
-    prepare(command)
-    assert [(fields["total"], fields["initial"]) for fields in bars] == [(40, 24)]
 
 
 @pytest.mark.parametrize(

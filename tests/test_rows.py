@@ -7,7 +7,7 @@ import torch
 from small_data import pack, refusal
 
 from sra_fast.data.packed import open_row_set
-from sra_fast.data.rows import Rows, split
+from sra_fast.data.rows import split
 from sra_fast.kernels.perturb import clean_ref
 from sra_fast.kernels.philox import Draw, normals, uniforms
 
@@ -30,13 +30,6 @@ def test_a_split_leaves_rows_on_both_sides(tmp_path):
     pack(tmp_path, shards=(2,), classes=1)
     for share in (1e-9, 1 - 1e-9):
         assert f"data.held-out: {share} given" in refusal(split, open_row_set(tmp_path), share)
-
-
-def test_rows_are_gathered_in_their_order(tmp_path):
-    stored = pack(tmp_path)
-    rows = Rows(open_row_set(tmp_path), np.array([40, 3, 79]))
-    assert np.array_equal(rows.row_set.gather(rows.index).numpy(), stored.rows[[40, 3, 79]])
-    assert len(rows) == 3
 
 
 def test_x_is_scaled_per_channel(tmp_path):

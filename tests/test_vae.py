@@ -97,21 +97,6 @@ def test_scale_and_shift_are_those_of_the_configuration(kl, tmp_path, config, sc
     assert (vae.scale, vae.shift) == (scale, shift)
 
 
-def test_old_names_of_the_attention_are_understood(kl, tmp_path):
-    # As in stabilityai/sd-vae-ft-mse; that a tensor is missing must not be concluded from its old name.
-    copy = shutil.copytree(kl, tmp_path / "vae")
-    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    tensors = load_file(copy / WEIGHTS)
-    renamed = {}
-    for name, tensor in tensors.items():
-        for new, before in old.items():
-            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{before}.")
-        renamed[name] = tensor
-    assert len(renamed.keys() - tensors.keys()) == 16
-    save_file(renamed, copy / WEIGHTS, {"format": "pt"})
-    assert torch.equal(opened(copy).encode(images()), opened(kl).encode(images()))
-
-
 def test_fingerprint_is_of_weights_and_configuration_not_of_the_place(kl, tmp_path):
     prints = {opened(kl).fingerprint}
     shutil.copytree(kl, tmp_path / "sd" / "vae")  # as in the folder of a pipeline
