@@ -20,7 +20,7 @@ from sra_fast.config import Config, ProfileConfig, preset
 from sra_fast.errors import Refused
 from sra_fast.hardware import Hardware
 from sra_fast.model.backends import Backends
-from sra_fast.tools import profile as steps
+from sra_fast.tools import profile as module
 from sra_fast.tools.breakdown import CATEGORIES, breakdown
 from sra_fast.tools.profile import LARGEST_TRACE, profile, with_sizes
 
@@ -142,15 +142,15 @@ def test_the_plugin_reads_gpu_traces_as_we_do(opened, tmp_path):
 def test_several_executions_are_traced_each_in_its_own_process(monkeypatch, tmp_path):
     """As for a CUDA graph, which is traced after the step without it."""
     graph, eager = Backends(execution="graph"), Backends(execution="eager")
-    assert [steps._executions(backends) for backends in (graph, eager)] == [("compiled", "graph"), ("eager",)]
-    monkeypatch.setattr(steps, "_executions", lambda backends: ("eager", "eager"))
+    assert [module._executions(backends) for backends in (graph, eager)] == [("compiled", "graph"), ("eager",)]
+    monkeypatch.setattr(module, "_executions", lambda backends: ("eager", "eager"))
     calls = []
 
     def run_in_process(function, *arguments):
         calls.append(function)
         return function(*pickle.loads(pickle.dumps(arguments)))
 
-    monkeypatch.setattr(steps, "_run_in_process", run_in_process)
+    monkeypatch.setattr(module, "_run_in_process", run_in_process)
     out, lines = tmp_path / "out", []
     base = preset("digits")
     config = replace(
@@ -171,7 +171,7 @@ def _dies():
 
 def test_a_process_that_dies_is_reported_in_one_line():
     with pytest.raises(Refused, match="the process that traced the steps died"):
-        steps._run_in_process(_dies)
+        module._run_in_process(_dies)
 
 
 def test_steps_for_nsight_systems_run_between_start_and_stop(monkeypatch):
@@ -187,7 +187,7 @@ def test_steps_for_nsight_systems_run_between_start_and_stop(monkeypatch):
     monkeypatch.setattr(torch.cuda.profiler, "profile", lambda: range_of("profiler"))
     monkeypatch.setattr(torch.autograd.profiler, "emit_nvtx", lambda record_shapes: range_of("nvtx"))
     monkeypatch.setattr(torch.cuda.nvtx, "range", range_of)
-    steps._with_nvtx(lambda: calls.append("work"), ProfileConfig(steps=2))
+    module._with_nvtx(lambda: calls.append("work"), ProfileConfig(steps=2))
     each = [word for number in range(2) for word in (f"begin step {number}", "work", f"end step {number}")]
     expected = ["synchronize", "begin profiler", "begin nvtx", *each, "synchronize", "end nvtx", "end profiler"]
     assert calls == expected
@@ -211,7 +211,6 @@ def test_sizes_that_training_reads_from_its_data_have_defaults(name, model, data
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["digits", "--profile.steps", "-1"], "profile.steps: -1 given; must be positive"),
         (["digits", "--profile.out", ""], "profile.out: '' given; must be a folder"),
         (["digits", "--profile.out", "file"], "profile.out: 'file' given; must be a folder, but file is a file"),
         (["digits", "--profile.out", "file/below"], "profile.out: 'file/below' given; must be a folder"),
@@ -232,16 +231,9 @@ def test_wrong_input_is_refused_and_nothing_is_written(words, expected, tmp_path
 
 def test_a_gpu_trace_without_kernels_is_refused(monkeypatch, tmp_path):
     """As CUPTI leaves it when it cannot record: to take it for a CPU's would be a false report."""
-    monkeypatch.setattr(steps, "_trace", lambda *_: [e for e in gpu_trace() if e.get("cat") != "kernel"])
-    monkeypatch.setattr(steps, "_ms_per_step", lambda *_: 1.0)
-    monkeypatch.setattr(steps, "_step", lambda *_: contextmanager(lambda: iter([lambda: None]))())
+    monkeypatch.setattr(module, "_trace", lambda *_: [e for e in gpu_trace() if e.get("cat") != "kernel"])
+    monkeypatch.setattr(module, "_ms_per_step", lambda *_: 1.0)
+    monkeypatch.setattr(module, "_step", lambda *_: contextmanager(lambda: iter([lambda: None]))())
     hardware = Hardware(torch.device("cuda"), torch.bfloat16)
     with pytest.raises(Refused, match="no GPU kernel was recorded"):
-        steps._trace_execution(Config(), hardware, ProfileConfig(), "graph", tmp_path / "t", None)
-
-
-def test_a_dry_run_profiles_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["profile", "sit-xl-2", "--run.dry-run", "--train.device", "cpu"]) == 0
-    assert strict_json(capsys.readouterr().out)["resolved"]["execution"] == "eager"
-    assert list(tmp_path.iterdir()) == []
+        module._trace_execution(Config(), hardware, ProfileConfig(), "graph", tmp_path / "t", None)

@@ -15,10 +15,10 @@ from sra_fast.config import Config
 from sra_fast.data.source import Source
 from sra_fast.data.stream import Batch
 from sra_fast.errors import Refused
-from sra_fast.evaluation.evaluate import prediction_only
 from sra_fast.model.transformer import Transformer
 from sra_fast.sampling.decoding import LatentSpace, image_decoder
 from sra_fast.sampling.generate import balanced_labels, generate
+from sra_fast.sampling.guidance import prediction_only
 from sra_fast.sampling.images import grid_columns, save_grid, to_uint8
 from sra_fast.step.step import TrainingStep
 from sra_fast.training.rhythm import Every
