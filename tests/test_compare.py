@@ -88,6 +88,12 @@ def test_the_quantile_of_students_t():
         assert student_quantile(0.995, freedom) == pytest.approx(tabled, rel=0.015)
 
 
+def test_several_runs_of_a_row_are_pooled():
+    rng = np.random.default_rng(0)
+    runs = [draw("kernel", 40, rng) for _ in range(4)]
+    assert change(runs[:2], runs[2:]).old_ms == np.median(np.concatenate(runs[:2]))
+
+
 @pytest.fixture(scope="module")
 def here():
     return stamp("cpu")
