@@ -1,12 +1,6 @@
-"""The manifest of a packed data set, manifest.json. docs/packed-sets.md describes the format.
+"""The manifest of a packed data set, manifest.json. It is written last: a folder without it is an unfinished set.
 
-    manifest.json            what the rows are, the shards with their checksums, and the images that were left out
-    moments-00000.npy        (n, 2C, h, w) float16: means and standard deviations of a VAE's posterior; or (n, C, h, w)
-                             float16: latents without a posterior; or (n, C, H, W) uint8: pixels
-    moments_flip-00000.npy   the same of the mirrored images, optional
-    labels-00000.npy         (n,) int64
-
-It is written last: a folder without it is an unfinished set.
+docs/packed-sets.md describes the format of a set.
 """
 
 from __future__ import annotations

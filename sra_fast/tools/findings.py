@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,21 +25,14 @@ TITLES = {
 }
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """Statistics of some rows.
-
-    Attributes:
-        rows: number of rows.
-        channels: {name: number} for each channel, with the names and order of `TITLES`.
-    """
+class Statistics(NamedTuple):
+    """Statistics of some rows: {name: number} for each channel, with the names and order of `TITLES`."""
 
     rows: int
     channels: list[dict[str, float]]
 
 
-@dataclass(frozen=True)
-class Sheet:
+class Sheet(NamedTuple):
     """A PNG of some images: its file, what it shows, and why it does not show more."""
 
     file: Path
@@ -102,8 +95,8 @@ class Findings:
         values = vars(self) | {
             "classes": [{"name": n, "images": count} for n, count in zip(self.classes, counts, strict=True)],
             "skipped": [asdict(file) for file in self.skipped],
-            "statistics": self.statistics and asdict(self.statistics),
-            "sheet": self.sheet and asdict(self.sheet),
+            "statistics": self.statistics and self.statistics._asdict(),
+            "sheet": self.sheet and self.sheet._asdict(),
             "wrong": [{"file": file, "reason": reason} for file, reason in sorted(self.wrong.items())],
             "exit_code": self.exit_code,
         }

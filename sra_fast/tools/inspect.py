@@ -6,7 +6,7 @@ A packed set (data/manifest.py), the public layout (data/public.py), or a folder
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,7 +30,7 @@ from sra_fast.sampling.decoding import LatentSpace, image_decoder
 from sra_fast.sampling.images import save_grid, to_uint8
 from sra_fast.tools.findings import FEW, ChannelSums, Findings, Sheet, Statistics, printable
 
-USUAL_STD = {"latents": (0.4, 2.5), "pixels": (0.1, 2.5)}
+USUAL_STD = {False: (0.4, 2.5), True: (0.1, 2.5)}  # latents, pixels
 """Standard deviations of x outside of these suggest a wrong scale. Stable Diffusion's channels have 0.6 to 0.84, and
 3.3 to 4.6 without its scale (Karras et al., EDM2, 2024); pixels about 0.5, and 60 without theirs."""
 SIDE, MAX_IMAGES = 64, 128  # images of a folder: resolution and number of those decoded
@@ -206,21 +206,21 @@ def _inspect_rows(findings: Findings, row_set: RowSet, options: InspectCommand, 
     if not valid:
         return
     findings.statistics = sums.statistics(row_set.scale, row_set.shift)
-    low, high = USUAL_STD["pixels" if findings.dtype == "uint8" else "latents"]
-    for channel, numbers in enumerate(findings.statistics.channels):
-        if not low <= numbers["x_std"] <= high:
-            std = f"{numbers['x_std']:.4g}"
-            findings.warnings.append(
-                f"x of channel {channel} has a standard deviation of {std}, far from 1: is the scale right?"
-            )
-            break
-    for channel, numbers in enumerate(findings.statistics.channels):
-        if abs(numbers["x_mean"]) > high:
-            mean = f"{numbers['x_mean']:.4g}"
-            findings.warnings.append(f"x of channel {channel} has a mean of {mean}, far from 0: is the shift right?")
-            break
+    findings.warnings += _check_scale(findings.statistics.channels, *USUAL_STD[findings.dtype == "uint8"])
     if options.images:
         findings.sheet = _draw_rows(row_set, valid, options, png)
+
+
+def _check_scale(channels: list[dict[str, float]], low: float, high: float) -> Iterator[str]:
+    """Warnings about the first channel of x with an unusual standard deviation, and with an unusual mean."""
+    for channel, std in enumerate(numbers["x_std"] for numbers in channels):
+        if not low <= std <= high:
+            yield f"x of channel {channel} has a standard deviation of {std:.4g}, far from 1: is the scale right?"
+            break
+    for channel, mean in enumerate(numbers["x_mean"] for numbers in channels):
+        if abs(mean) > high:
+            yield f"x of channel {channel} has a mean of {mean:.4g}, far from 0: is the shift right?"
+            break
 
 
 def _draw_rows(row_set: RowSet, rows: list[int], options: InspectCommand, png: Path) -> Sheet:
@@ -258,15 +258,11 @@ def _inspect_images(findings: Findings, images: ImageFolder, options: InspectCom
                 findings.wrong[images.root / images.files[row]] = reason
         return pixels
 
-    sums = ChannelSums(posterior=False)
-    for pixels in decoded(_progress(rows, "statistics", "img")):
-        sums.add(pixels.double())
-    if not sums.count:
+    if not (pixels := decoded(_progress(rows, "statistics", "img"))):
         return
-    statistics = sums.statistics(1.0, 0.0)
-    names = ("x_mean", "x_std")
-    channels = [{name: numbers[name] for name in names} for numbers in statistics.channels]
-    findings.statistics = Statistics(statistics.rows, channels)
+    x = torch.stack(pixels).double().transpose(0, 1).flatten(1)
+    figures = zip(x.mean(1).tolist(), x.std(1).tolist(), strict=True)
+    findings.statistics = Statistics(len(pixels), [{"x_mean": mean, "x_std": std} for mean, std in figures])
     if options.images and (shown := decoded(_spread_over_classes(rows, images.labels, options.images).tolist())):
         findings.sheet = _save(png, to_uint8(torch.stack(shown)), f"{SIDE} x {SIDE}")
 
