@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_run import content, write_images
+from small_step import CPU, GROUPS, STEPS, advance, assert_close, assert_same_state, batch, changed, start
 from torch import Tensor
 
 from sra_fast.config import Config, KernelsConfig
@@ -23,13 +24,9 @@ from sra_fast.data.stream import Batch
 from sra_fast.hardware import Hardware, set_deterministic
 from sra_fast.kernels.registry import OPS, why_unavailable
 from sra_fast.model.attention import attention, available
-from sra_fast.model.backends import Backends
-from sra_fast.model.layout import from_public
 from sra_fast.step.inputs import Prefetch
-from sra_fast.step.ring import MetricRing
 from sra_fast.step.runner import StepRunner
 from sra_fast.step.state import TrainState
-from sra_fast.step.step import TrainingStep
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts: some tests are deterministic
 
@@ -37,41 +34,14 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
-GPU, CPU = torch.device("cuda"), torch.device("cpu")
+GPU = torch.device("cuda")
 FP32, BF16 = torch.float32, torch.bfloat16
-STEPS = 20
-GROUPS = ("weights", "ema", "adam_m", "adam_v")
-
-
-def batch(number: int, size: int = 8) -> Batch:
-    generator = torch.Generator().manual_seed(number)
-    x = torch.randn(size, 4, 8, 8, generator=generator)
-    return Batch(x, torch.randint(4, (size,), generator=generator), torch.arange(size) + number * size)
-
-
-def start(
-    config: Config,
-    weights: dict[str, Tensor],
-    execution: str,
-    dtype: torch.dtype,
-    device: torch.device = GPU,
-    **options: object,
-) -> StepRunner:
-    """A runner whose weights and EMA are `weights` (public names)."""
-    backends = Backends.resolve(config, Hardware(device, dtype))
-    state = TrainState.create(config, backends, device, dtype)
-    tensors = {name: value.to(device) for name, value in from_public(weights).items()}
-    state.load({"weights": tensors, "ema": tensors})
-    step = TrainingStep(config, backends, device)
-    return StepRunner(step, state, MetricRing(STEPS, device), execution, **options)
 
 
 def twenty_steps(*arguments: object) -> StepRunner:
     """A runner after twenty steps; arguments as `start`."""
     torch.compiler.reset()
-    runner = start(*arguments)
-    for k in range(STEPS):
-        runner(batch(k, runner.step.config.train.batch), 1e-3 * (1 + k % 3), 0.5 + 0.01 * k)
+    runner = advance(start(*arguments))
     assert runner.failure is None
     return runner
 
@@ -86,48 +56,26 @@ def config(tiny) -> Config:
     return tiny(hidden=288, heads=4, channels=4)
 
 
-def changed(config: Config, section: str, **fields: object) -> Config:
-    return replace(config, **{section: replace(getattr(config, section), **fields)})
-
-
-def compare(a: StepRunner, b: StepRunner, weights: dict[str, Tensor], losses: float, distance: float) -> None:
-    """Losses of all steps to a relative error, parameters to a share of the distance from their start."""
-    for k, rows in enumerate(zip(a.ring.last(STEPS), b.ring.last(STEPS), strict=True)):
-        for name in ("loss", "velocity_loss", "alignment_loss"):
-            values = [getattr(row, name) for row in rows]
-            assert values[0] == pytest.approx(values[1], rel=losses, abs=losses), (k, name)
-    first = from_public(weights)
-    for group in ("weights", "ema"):
-        for name, value in getattr(a.state, group).items():
-            tensors = [tensor.cpu() for tensor in (value, getattr(b.state, group)[name], first[name])]
-            if name.endswith("qkv.bias"):  # the gradient of the keys' part is nothing but rounding
-                tensors = [torch.cat([t.chunk(3)[0], t.chunk(3)[2]]) for t in tensors]
-            gap, moved = float((tensors[0] - tensors[1]).norm()), float((tensors[0] - tensors[2]).norm())
-            assert gap <= distance * moved, (group, name, gap, moved)
-
-
 @pytest.mark.parametrize("family", ["sit", "dit"])
 def test_graph_and_compiled_step_are_bitwise_equal(config, awake, family: str) -> None:
     """The same kernels in the same order, none of which adds in varying order (deterministic attention)."""
-    config = replace(changed(config, "model", family=family), deterministic=True)
+    config = replace(changed(config, model={"family": family}), deterministic=True)
     weights = awake(config.model, std=STD)
     set_deterministic(True)
     try:
-        compiled, graph = (twenty_steps(config, weights, execution, BF16) for execution in ("compiled", "graph"))
+        compiled, graph = (twenty_steps(config, weights, execution, BF16, GPU) for execution in ("compiled", "graph"))
     finally:
         set_deterministic(False)
     assert graph._graphs[0].captured
     assert compiled.ring.last(STEPS) == graph.ring.last(STEPS)
-    for group in GROUPS:
-        for name, value in getattr(compiled.state, group).items():
-            assert torch.equal(value, getattr(graph.state, group)[name]), (group, name)
+    assert_same_state(compiled.state, graph.state)
 
 
 def test_graph_in_fp32_agrees_with_the_cpu(config, awake) -> None:
     weights = awake(config.model, std=STD)
     torch.set_float32_matmul_precision("highest")
-    cpu, graph = twenty_steps(config, weights, "eager", FP32, CPU), twenty_steps(config, weights, "graph", FP32)
-    compare(cpu, graph, weights, losses=1e-3, distance=1e-2)
+    cpu, graph = twenty_steps(config, weights, "eager", FP32, CPU), twenty_steps(config, weights, "graph", FP32, GPU)
+    assert_close(cpu, graph, weights, losses=1e-3, distance=1e-2)
 
 
 EAGER, GRAPH, FUSED = ("eager", "reference"), ("graph", "reference"), ("graph", "fused")
@@ -144,42 +92,42 @@ EAGER, GRAPH, FUSED = ("eager", "reference"), ("graph", "reference"), ("graph", 
 def test_executions_and_kernels_train_alike(config, awake, family: str, pair, dtype, losses: float, distance: float):
     """The optimizer's kernels take part where the library is compiled with GPU code."""
     torch.set_float32_matmul_precision("highest")
-    config = changed(config, "model", family=family)
+    config = changed(config, model={"family": family})
     weights = awake(config.model, std=STD)
     architecture = Hardware(GPU, dtype).architecture
     ops = [op for op in OPS if not why_unavailable(op, architecture) and not (op == "perturb" and family == "dit")]
     runners = []
     for execution, default in pair:
         kernels = KernelsConfig(default="reference", **(dict.fromkeys(ops, "fused") if default == "fused" else {}))
-        runners.append(twenty_steps(replace(config, kernels=kernels), weights, execution, dtype))
+        runners.append(twenty_steps(replace(config, kernels=kernels), weights, execution, dtype, GPU))
         fused = [op for op in OPS if runners[-1].step.backends.names[op] == "fused"]
         assert fused == (ops if default == "fused" else [])
-    compare(*runners, weights, losses=losses, distance=distance)
+    assert_close(*runners, weights, losses=losses, distance=distance)
 
 
 @pytest.mark.parametrize(("parts", "graphs"), [(8, 1), (12, 2)])
 def test_micro_batches_add_up_to_the_batch(config, awake, parts: int, graphs: int) -> None:
     """Eight are unrolled in one graph, twelve are twelve replays of one graph and one of another."""
-    config = changed(config, "train", batch=24)
+    config = changed(config, train={"batch": 24})
     weights = awake(config.model, std=STD)
-    single = twenty_steps(config, weights, "graph", FP32)
-    split = twenty_steps(changed(config, "train", accumulate=parts), weights, "graph", FP32)
+    single = twenty_steps(config, weights, "graph", FP32, GPU)
+    split = twenty_steps(changed(config, train={"accumulate": parts}), weights, "graph", FP32, GPU)
     assert [graph.captured for graph in split._graphs] == [True] * graphs
-    compare(single, split, weights, losses=1e-3, distance=1e-2)
+    assert_close(single, split, weights, losses=1e-3, distance=1e-2)
 
 
 def test_a_captured_graph_reads_what_is_loaded(config, awake) -> None:
     """After another state is copied into its own, a graph continues from there."""
     torch.set_float32_matmul_precision("highest")
-    graph = start(config, awake(config.model, std=STD), "graph", FP32)
+    graph = start(config, awake(config.model, std=STD), "graph", FP32, GPU)
     for k in range(6):
-        graph(batch(k), 1e-3, 0.5)
-    eager = start(config, awake(config.model, seed=1, std=STD), "eager", FP32)
+        graph(batch(k, channels=4), 1e-3, 0.5)
+    eager = start(config, awake(config.model, seed=1, std=STD), "eager", FP32, GPU)
     fields = (*GROUPS, "adam_step", "skipped_steps", "skipped_in_a_row")
     graph.state.load({field: getattr(eager.state, field) for field in fields})
     for k in range(6, 9):
         for runner in (graph, eager):
-            runner(batch(k), 1e-3, 0.5)
+            runner(batch(k, channels=4), 1e-3, 0.5)
         assert graph.ring.last(1)[0]._asdict() == pytest.approx(eager.ring.last(1)[0]._asdict(), rel=1e-3), k
     assert graph._graphs[0].captured
 
@@ -196,11 +144,11 @@ def waiting_is_an_error() -> Iterator[None]:
 
 @pytest.mark.parametrize("execution", ["eager", "compiled", "graph"])
 def test_the_host_never_waits_for_the_device(config, awake, execution: str) -> None:
-    runner = start(config, awake(config.model), execution, BF16)
+    runner = start(config, awake(config.model), execution, BF16, GPU)
     for k in range(5):
-        runner(batch(k), 1e-3, 0.5)
+        runner(batch(k, channels=4), 1e-3, 0.5)
     with waiting_is_an_error():
-        runner(batch(5), 1e-3, 0.5)
+        runner(batch(5, channels=4), 1e-3, 0.5)
         with pytest.raises(RuntimeError):  # the mode does catch a wait
             runner.ring.buffer.cpu()
 
@@ -217,19 +165,19 @@ def test_batches_arrive_intact_however_far_ahead_the_host_is(source: str) -> Non
     prefetch = Prefetch((8, 4, 8, 8), GPU)
     arrived, busy = [], torch.randn(4096, 4096, device=GPU)
     for k in range(50):
-        prefetch(Batch(*map(SOURCES[source], batch(k))), 1e-3 * k, 0.5)
+        prefetch(Batch(*map(SOURCES[source], batch(k, channels=4))), 1e-3 * k, 0.5)
         for _ in range(3):  # the device falls behind
             busy = (busy @ busy).clamp(-1, 1)
         arrived.append([tensor.clone() for tensor in (*prefetch.fixed.batch, prefetch.fixed.lr)])
     for k, tensors in enumerate(arrived):
-        for tensor, expected in zip(tensors, (*batch(k), torch.tensor(1e-3 * k)), strict=True):
+        for tensor, expected in zip(tensors, (*batch(k, channels=4), torch.tensor(1e-3 * k)), strict=True):
             assert torch.equal(tensor.cpu(), expected), k
 
 
 def test_a_step_that_cannot_be_captured_goes_on_and_reports_why(config, awake, monkeypatch) -> None:
     lines: list[str] = []
     before = torch.cuda.current_stream()
-    runner = start(config, awake(config.model), "graph", BF16, report_failure=lines.append)
+    runner = start(config, awake(config.model), "graph", BF16, GPU, report_failure=lines.append)
     apply = runner.step.apply
 
     def apply_with_a_host_read(state: TrainState, gradients: list[Tensor], losses: Tensor, lr: Tensor):
@@ -237,7 +185,7 @@ def test_a_step_that_cannot_be_captured_goes_on_and_reports_why(config, awake, m
 
     monkeypatch.setattr(runner.step, "apply", apply_with_a_host_read)
     for k in range(6):
-        runner(batch(k), 1e-3, 0.5)
+        runner(batch(k, channels=4), 1e-3, 0.5)
     assert int(runner.state.adam_step) == 6
     assert len(lines) == 1
     assert lines[0].startswith("no CUDA graph: ")

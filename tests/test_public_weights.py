@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_run import checkpoints, content, run, small, write_images
 from torch import Tensor
 
 from sra_fast.config import ModelConfig, ObjectiveConfig
@@ -109,21 +110,16 @@ def test_a_file_without_ap_head_is_read_with_a_note(weights, tmp_path: Path) -> 
     assert "ap_head" in loaded.notes[-1]
 
 
-def test_training_from_a_file_without_ap_head_has_a_head_that_learns(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-    from small_run import checkpoints, content, run, small, write_images
-
+def test_training_from_a_file_without_ap_head_has_a_head_that_learns(tiny, awake, tmp_path: Path) -> None:
+    weights = awake(tiny(depth=3, qk_norm=True).model, std=0.05)
+    path = tmp_path / "plain.pt"
+    torch.save({name: value for name, value in weights.items() if not name.startswith("ap_head")}, path)
     write_images(tmp_path / "data")
-    config = small(tmp_path, model__qk_norm=True, train__images=24)
-    assert run(config)[0] == 0
-    folder = config.path / "checkpoints" / checkpoints(config.path)[-1]
-    rest = {name: v for name, v in load_file(folder / "ema.safetensors").items() if not name.startswith("ap_head")}
-    torch.save(rest, tmp_path / "plain.pt")
-    second = small(tmp_path, model__qk_norm=True, train__images=24, run__name="b", init_from=str(tmp_path / "plain.pt"))
-    code, rows = run(second)
+    config = small(tmp_path, model__qk_norm=True, train__images=24, init_from=str(path))
+    code, rows = run(config)
     assert code == 0
     assert rows[0]["grad_norm"] < 100  # features of exactly zero have no direction, and a cosine a gradient of 10^7
-    last = content(second.path / "checkpoints" / checkpoints(second.path)[-1])["weights"]
+    last = content(config.path / "checkpoints" / checkpoints(config.path)[-1])["weights"]
     assert any(last["ap_head.linear1.weight"]), "a head of zeros stays one: every product of its layers' gradients is 0"
 
 

@@ -6,57 +6,28 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_step import CPU, batch, changed, start
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from sra_fast.config import Config, OptimConfig
+from sra_fast.config import OptimConfig
 from sra_fast.data.stream import Batch
-from sra_fast.hardware import Hardware
 from sra_fast.kernels.perturb import Settings, Stored, clean_ref, perturb_ref
-from sra_fast.model.backends import Backends
-from sra_fast.model.layout import from_public
 from sra_fast.step.ring import MetricRing
 from sra_fast.step.state import TrainState
 from sra_fast.step.step import TrainingStep
 
-CPU = torch.device("cpu")
 LR, WEIGHT = torch.tensor(1e-3), torch.tensor(0.5)
 
 
-def begin(
-    config: Config,
-    weights: dict[str, Tensor] | None = None,
-    dtype: torch.dtype = torch.float32,
-    stored: Stored | None = None,
-) -> tuple[TrainingStep, TrainState]:
-    """A step and its state, at `weights` (public names) if given."""
-    backends = Backends.resolve(config, Hardware(CPU, dtype))
-    state = TrainState.create(config, backends, CPU, dtype)
-    if weights:
-        weights = from_public(weights)
-        ema = {name: 1.1 * value for name, value in weights.items()}  # a different teacher
-        state.load({"weights": weights, "ema": ema})
-    return TrainingStep(config, backends, CPU, stored), state
-
-
-def batch(size: int = 8, first: int = 0) -> Batch:
-    """Images of one grey each."""
-    x = torch.randn(size, 1, 1, 1, generator=torch.Generator().manual_seed(first)).expand(-1, 1, 8, 8).contiguous()
-    return Batch(x, torch.arange(size) % 4, torch.arange(first, first + size))
+def begin(*arguments: object, **options: object) -> tuple[TrainingStep, TrainState]:
+    """A step and its state, whose teacher differs from the student; arguments as `start`."""
+    runner = start(*arguments, ema=1.1, **options)
+    return runner.step, runner.state
 
 
 def rows(batch: Batch, index: Tensor) -> Batch:
     return Batch(*(tensor[index] for tensor in batch))
-
-
-def all_tensors(state: TrainState) -> dict[str, Tensor]:
-    groups = ("weights", "ema", "adam_m", "adam_v")
-    return {f"{group}.{name}": value for group in groups for name, value in getattr(state, group).items()}
-
-
-def changed(config: Config, **sections: dict) -> Config:
-    """A configuration with some fields of some sections changed."""
-    return replace(config, **{name: replace(getattr(config, name), **fields) for name, fields in sections.items()})
 
 
 @pytest.mark.parametrize(("family", "method", "accumulate"), [("sit", "none", 1), ("dit", "sra", 2)])
@@ -83,7 +54,7 @@ def test_micro_batches_add_up_to_the_batch(tiny, awake, family: str, distance: s
             tiny(accumulate=parts, family=family), align={"distance": distance}, optim={"beta1": 0, "clip": 0}
         )
         step, state = begin(config, awake(config.model))
-        metrics.append(step(state, batch(), LR, WEIGHT))
+        metrics.append(step(state, batch(0), LR, WEIGHT))
         moments.append(state.adam_m)
     # Only the order of fp32 additions differs. Sums over 128 tokens through 4 blocks and back cost some hundred
     # roundings of 2^-24 where they cancel; a forgotten division or micro-batch costs a quarter or more.
@@ -97,7 +68,7 @@ def test_micro_batches_add_up_to_the_batch(tiny, awake, family: str, distance: s
 def test_draws_belong_to_the_image_number_not_to_the_place_in_the_batch(tiny, awake, family: str) -> None:
     config = tiny(family=family)
     step, state = begin(config, awake(config.model))
-    images, order = batch(), torch.tensor([3, 7, 0, 1, 6, 2, 5, 4])
+    images, order = batch(0), torch.tensor([3, 7, 0, 1, 6, 2, 5, 4])
     noised, shuffled = step.perturb(images), step.perturb(rows(images, order))
     for name, value, other in zip(noised._fields, noised, shuffled, strict=True):
         assert value is other is None or torch.equal(value[order], other), name
@@ -110,17 +81,17 @@ def test_draws_belong_to_the_image_number_not_to_the_place_in_the_batch(tiny, aw
 def test_both_networks_get_what_perturb_drew(tiny, awake) -> None:
     config = tiny()
     step, state = begin(config, awake(config.model))
-    noised = step.perturb(batch())
+    noised = step.perturb(batch(0))
     prediction, features = state.student(noised.x_t, noised.t, noised.labels, tap=1)
     with torch.no_grad():
         target = state.teacher.features(noised.x_teacher, noised.t_teacher, noised.teacher_labels, tap=3)
-    losses = step.losses(state, batch(), WEIGHT)
+    losses = step.losses(state, batch(0), WEIGHT)
     generative = (prediction - noised.target).square().mean()
     alignment = 1 - torch.nn.functional.cosine_similarity(features, target, dim=-1).mean()
     assert losses.generative.item() == pytest.approx(generative.item(), rel=1e-5)
     assert losses.alignment.item() == pytest.approx(alignment.item(), rel=1e-5)
     assert losses.total.item() == pytest.approx((generative + 0.5 * alignment).item(), rel=1e-5)
-    metrics = step(state, batch(), LR, WEIGHT)
+    metrics = step(state, batch(0), LR, WEIGHT)
     assert torch.equal(torch.stack(metrics[:3]), torch.stack(losses))
     assert (float(metrics.lr), float(metrics.ema_decay)) == (float(LR), pytest.approx(0.1))
 
@@ -132,8 +103,8 @@ def test_draws_follow_the_configuration(tiny) -> None:
         objective={"path": "cosine", "times": "lognormal", "label_dropout": 0.5},
         align={"t_max": 0.7, "shared_label_dropout": False},
     )
-    noised = begin(config)[0].perturb(batch(64))
-    expected = perturb_ref(*batch(64), Settings(2**64 - 5, "cosine", "lognormal", 0.7, 4, 0.5, False))
+    noised = begin(config)[0].perturb(batch(0, 64))
+    expected = perturb_ref(*batch(0, 64), Settings(2**64 - 5, "cosine", "lognormal", 0.7, 4, 0.5, False))
     for name, value, other in zip(noised._fields, noised, expected, strict=True):
         assert value is other is None or torch.equal(value, other), name
     assert set(noised.labels.tolist()) == {0, 1, 2, 3, 4}
@@ -148,7 +119,7 @@ PIXELS = Stored(False, torch.tensor([127.5]), torch.tensor([1 / 127.5]))
 def test_stored_data_train_like_the_images_they_stand_for(tiny, awake, family: str, dtype, stored: Stored) -> None:
     config = tiny(family=family)
     data = 100 * torch.rand(8, 2 if stored.posterior else 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    packed = batch()._replace(x=data.to(dtype))
+    packed = batch(0)._replace(x=data.to(dtype))
     images = packed._replace(x=clean_ref(packed.x, packed.number, config.run.seed, stored))
     step, state = begin(config, awake(config.model), stored=stored)
     plain, _ = begin(config)
@@ -159,7 +130,8 @@ def test_stored_data_train_like_the_images_they_stand_for(tiny, awake, family: s
 @pytest.mark.parametrize("family", ["sit", "dit"])
 def test_the_losses_go_down(tiny, family: str) -> None:
     step, state = begin(tiny(batch=32, family=family, depth=3))
-    images = batch(32)
+    images = batch(0, 32)
+    images = images._replace(x=images.x[..., :1, :1].expand(-1, -1, 8, 8).contiguous())  # one grey each
     numbers = [torch.arange(32 * k, 32 * k + 32) for k in range(40)]
     metrics = [step(state, images._replace(number=number), torch.tensor(3e-3), WEIGHT) for number in numbers]
     for name in ("velocity_loss", "alignment_loss"):
@@ -175,7 +147,7 @@ def test_the_plain_model_uses_neither_head_nor_teacher(tiny) -> None:
     for module in (state.student.ap_head, state.teacher.x_embedder):
         module.register_forward_hook(lambda *_: pytest.fail("was run"))
     for k in range(2):
-        metrics = step(state, batch(first=8 * k), LR, WEIGHT)
+        metrics = step(state, batch(k), LR, WEIGHT)
     assert float(metrics.alignment_loss) == 0
     assert float(metrics.loss) == float(metrics.velocity_loss)
     assert len(head) == 4
@@ -190,8 +162,8 @@ def test_bf16_losses_are_near_those_in_fp32(tiny, awake, family: str) -> None:
     config = tiny(family=family)
     results = []
     for dtype in (torch.float32, torch.bfloat16):
-        step, state = begin(config, awake(config.model, std=0.05), dtype)
-        metrics = step(state, batch(), LR, WEIGHT)
+        step, state = begin(config, awake(config.model, std=0.05), dtype=dtype)
+        metrics = step(state, batch(0), LR, WEIGHT)
         assert all(value.dtype == torch.float32 for value in (*metrics, *state.weights.values()))
         results.append(metrics)
     for name in ("loss", "velocity_loss", "alignment_loss", "grad_norm"):

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from sra_fast.config import ModelConfig, preset
 from sra_fast.errors import Refused
 from sra_fast.model.backends import REFERENCE, Backends
-from sra_fast.model.initial import initial_weights
 from sra_fast.model.layout import from_public, to_public
-from sra_fast.model.transformer import TimestepEmbedder, Transformer
+from sra_fast.model.transformer import Transformer
 
 
 def at_256_px(size: str, family: str = "sit", **changes: object) -> ModelConfig:
@@ -69,12 +68,6 @@ def test_names_shapes_and_counts_are_the_published_ones(size: str, family: str, 
     variance_head = 4 * (outputs - 4) * (d + 1)
     assert sum(parameter.numel() for parameter in model.parameters()) == count + variance_head
     assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == ["pos_embed"]
-
-
-def test_qk_norm_adds_its_public_names() -> None:
-    names = [f"blocks.{i}.attn.{q}_norm.{kind}" for i in range(12) for q in "qk" for kind in ("weight", "bias")]
-    expected = public_shapes(12, 768, 4) | dict.fromkeys(names, (64,))
-    assert shapes_of(on_meta(at_256_px("b", qk_norm=True))) == expected
 
 
 def test_sizes_that_the_data_have_not_filled_in_are_refused() -> None:
@@ -188,23 +181,6 @@ def test_forward_agrees_with_numpy(tiny, awake, variant: str) -> None:
     np.testing.assert_allclose(model(x, t, labels)[0].numpy(), prediction, atol=tolerance, rtol=0)
     for tap, output in enumerate(outputs, start=1):
         np.testing.assert_allclose(model.features(x, t, labels, tap).numpy(), output, atol=tolerance, rtol=0)
-
-
-def test_sinusoids_are_cosines_then_sines_of_128_frequencies() -> None:
-    t = torch.tensor([0.0, 0.37, 1.0, 999.0])
-    angle = t.double()[:, None] * torch.tensor([10_000 ** (-i / 128) for i in range(128)], dtype=torch.float64)
-    expected = torch.cat([angle.cos(), angle.sin()], dim=1)
-    sinusoids = TimestepEmbedder.sinusoids(t)
-    assert sinusoids.dtype == torch.float32
-    assert bool(((sinusoids - expected).abs() <= 2**-22 * (1 + t[:, None])).all())  # two roundings of an angle up to t
-
-
-def test_a_new_network_predicts_zero_and_its_blocks_are_the_identity(tiny) -> None:
-    config = tiny().model
-    model = Transformer.from_tensors(config, from_public(initial_weights(config, 0, torch.device("cpu"))))
-    x, t, labels = inputs(config)
-    assert not model(x, t, labels)[0].any()
-    assert torch.equal(model.features(x, t, labels, 4), model.x_embedder(x) + model.pos_embed)
 
 
 def test_blocks_compute_with_the_given_backends(network) -> None:
