@@ -16,6 +16,7 @@ def run(*command: object) -> str:
     return subprocess.run([str(word) for word in command], check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
+@pytest.mark.slow  # compiles with sanitizers
 @pytest.mark.skipif(not all(map(shutil.which, ("cmake", "g++", "nm"))), reason="needs cmake, g++ and nm")
 def test_the_cpp_tests_pass_under_sanitizers(tmp_path: Path) -> None:
     run("cmake", "-S", ROOT, "-B", tmp_path, "-DSRA_TORCH=OFF", "-DSRA_SANITIZE=ON", "-DCMAKE_CXX_COMPILER=g++")
