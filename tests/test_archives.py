@@ -71,6 +71,13 @@ def test_numbers_in_braces_stand_for_archives(tmp_path, pattern):
     assert f"'{tmp_path}/t-09.tar' given; there is no such folder" in refusal(tmp_path / pattern)
 
 
+def test_archives_of_one_name_in_two_folders_stay_apart(tmp_path):
+    for folder, label in (("x", 1), ("y", 0)):
+        write_tar(tmp_path / folder / "a.tar", samples([label]))
+    data = open_images(str(tmp_path / "*" / "a.tar"))
+    assert dict(zip(data.files, data.labels.tolist(), strict=True)) == {"x/a.tar/00000.jpg": 1, "y/a.tar/00000.jpg": 0}
+
+
 @pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
 def test_members_of_all_sorts(tmp_path, kind):
     long = "train/" + "n" * 90 + "/" + ("p" * 60 if kind == tarfile.USTAR_FORMAT else "p" * 200)
