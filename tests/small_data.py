@@ -1,4 +1,4 @@
-"""Small data sets and VAEs for tests: image files, packed sets, the public layout, and ways to prepare and read them."""
+"""Small data sets and VAEs for tests: image files, packed sets, the public layout, ways to prepare and read them."""
 
 from __future__ import annotations
 
