@@ -79,6 +79,12 @@ def test_decoding_takes_latents_before_scaling(kl):
     assert loud.abs().max() > 1.01  # not clamped
 
 
+def test_half_precision_returns_float32(kl):
+    exact, rough = (opened(kl, dtype).encode(images()) for dtype in (torch.float32, torch.bfloat16))
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough, exact, rtol=0.1, atol=0.1)
+
+
 @pytest.mark.parametrize(
     ("config", "scale", "shift"),
     [
