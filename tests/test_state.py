@@ -16,7 +16,7 @@ from sra_fast.config import OptimConfig
 from sra_fast.kernels import library
 from sra_fast.kernels.registry import OPS
 from sra_fast.model.backends import REFERENCE
-from sra_fast.step.state import TrainState, ema_decay, learning_rate
+from sra_fast.step.state import MAX_SKIPPED_IN_A_ROW, TrainState, ema_decay, learning_rate
 from sra_fast.step.state import update as update_state
 
 CPU = torch.device("cpu")
@@ -115,6 +115,8 @@ def test_an_update_moves_everything_trained_and_the_ema_follows(start, update) -
 
 def test_two_updates_are_torchs_adamw_with_clipping(start, update) -> None:
     state, optim = start(weight_decay=0.1, clip=1.0)
+    for value in state.weights.values():
+        value.add_(1.0)  # so that a bias, too, would have something to decay
     masters = {name: value.clone().requires_grad_() for name, value in state.weights.items() if name in state.adam_m}
     matrices = [parameter for parameter in masters.values() if parameter.ndim > 1]
     vectors = [parameter for parameter in masters.values() if parameter.ndim < 2]
@@ -147,6 +149,19 @@ def test_a_non_finite_gradient_changes_no_bit(start, update, bad: float, dtype: 
     assert not norm.isfinite()
     assert differing(before, snapshot(state)) == set()
     assert (int(state.skipped_steps), int(state.skipped_in_a_row)) == (1, 1)
+
+
+def test_skipped_in_a_row_is_reset_by_a_finite_step_but_stays_at_the_limit(start) -> None:
+    state, optim = start()
+    good = gradients_for(state, 0)
+    bad = [gradient * math.nan for gradient in good]
+    for gradients, in_a_row in [(bad, 1), (bad, 2), (good, 0)]:
+        update_state(state, gradients, LR, optim)
+        assert int(state.skipped_in_a_row) == in_a_row
+    state.skipped_in_a_row.fill_(MAX_SKIPPED_IN_A_ROW - 1)
+    for gradients in (bad, good, bad, good):
+        update_state(state, gradients, LR, optim)
+        assert int(state.skipped_in_a_row) == MAX_SKIPPED_IN_A_ROW == 64
 
 
 @pytest.mark.parametrize("method", ["sra", "none"])
