@@ -138,26 +138,26 @@ def undisturbed(request, images, kl, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("rank", "then"), [(0, 0), (0, 1), (1, 0)])
-def test_interrupted_it_goes_on_to_the_same_bytes(images, kl, undisturbed, tmp_path, monkeypatch, rank, then):
+def test_interrupted_it_continues_to_the_same_bytes(images, kl, undisturbed, tmp_path, monkeypatch, rank, then):
     """Two processes of a launcher, one after the other; they start at different shards."""
-    (precision, expected), made, write_shard = undisturbed, [], prepare_module.write_shard
+    (precision, expected), written, write_shard = undisturbed, [], prepare_module.write_shard
 
     def killed_at_the_second(out, number, *more, **named):
-        if made:
+        if written:
             raise Killed
-        made.append(number)
+        written.append(number)
         return write_shard(out, number, *more, **named)
 
-    given = on_gpu(images, tmp_path / "set", kl, precision=precision)
+    command = on_gpu(images, tmp_path / "set", kl, precision=precision)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with monkeypatch.context() as patch:
         patch.setenv("RANK", str(rank))
         patch.setattr(prepare_module, "write_shard", killed_at_the_second)
         with pytest.raises(Killed):
-            prepare(given)
-    assert made == [rank]  # of three, the second begins at 3 // 2
+            prepare(command)
+    assert written == [rank]  # of three, the second begins at 3 // 2
     monkeypatch.setenv("RANK", str(then))
-    prepare(given)
+    prepare(command)
     assert content(tmp_path / "set") == expected
 
 
@@ -171,14 +171,14 @@ def watched(config: Config, **stop: int) -> tuple[int, list[dict], list[Batch], 
     """(exit code, metrics of each step, its batch, whether batches are pinned) of a training."""
     batches, pinned, step = [], set(), StepRunner.__call__
 
-    def noted(self, batch: Batch, *more: float) -> None:
+    def record(self, batch: Batch, *more: float) -> None:
         batches.append(Batch(*(tensor.clone() for tensor in batch)))
         pinned.add(batch.x.is_pinned())
         step(self, batch, *more)
 
     torch.compiler.reset()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StepRunner, "__call__", noted)
+        patch.setattr(StepRunner, "__call__", record)
         return *run(config, **stop), batches, pinned
 
 
@@ -204,20 +204,20 @@ def test_a_graph_on_pinned_rows_learns_as_eager_steps_on_others_and_resumes(imag
 
 def test_previews_of_latents_are_decoded_on_the_gpu(kl, tmp_path, monkeypatch):
     pack(tmp_path / "set", vae=str(kl))
-    decode, given = Vae.decode, []
+    decode, decoded = Vae.decode, []
 
-    def noted(self, z: Tensor) -> Tensor:
-        given.append((self.device.type, self.dtype, z, decode(self, z)))
-        return given[-1][-1]
+    def record(self, z: Tensor) -> Tensor:
+        decoded.append((self.device.type, self.dtype, z, decode(self, z)))
+        return decoded[-1][-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(Vae, "decode", noted)
+        patch.setattr(Vae, "decode", record)
         settings = {"train__execution": "eager", "train__images": 16, "train__preview_every_images": 8}
         assert run(on_rows(tmp_path, **settings))[0] == 0
     shown = sorted((tmp_path / "runs/a/samples").iterdir())
     assert [path.name for path in shown] == ["000000000008.png", "000000000016.png"]
     vae = open_vae(str(kl), CPU, torch.float32)
-    for device, dtype, z, images in given:
+    for device, dtype, z, images in decoded:
         assert (device, dtype, images.device.type) == (GPU.type, torch.bfloat16, GPU.type)
         assert gap(images, vae.decode(z)) < IMAGES_ERROR["bf16"]
 

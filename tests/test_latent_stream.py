@@ -102,9 +102,9 @@ def test_batches_are_as_the_set_stores_them(tmp_path):
             x, labels, number = next(stream)
         assert (x.dtype, x.device.type, x.shape[0]) == (dtype, "cpu", 9)
         assert number.tolist() == list(range(2**40, 2**40 + 9))
-        found = split(moments, 0.2)[0].index[rows(1, 2**40, 9, len(split(moments, 0.2)[0]))]
-        assert np.array_equal(x.numpy(), one.rows[found])
-        assert labels.tolist() == one.labels[found].tolist()
+        expected = split(moments, 0.2)[0].index[rows(1, 2**40, 9, len(split(moments, 0.2)[0]))]
+        assert np.array_equal(x.numpy(), one.rows[expected])
+        assert labels.tolist() == one.labels[expected].tolist()
 
 
 def test_a_shard_cut_short_in_the_middle_of_a_run_is_named(tmp_path):

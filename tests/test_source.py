@@ -100,15 +100,15 @@ def test_latents_have_no_pixels(tmp_path):
 
 def test_the_stream_is_that_of_the_run(tmp_path):
     stored = pack(tmp_path / "set")
-    given = config(tmp_path, train__batch=6)
-    source, _ = open_source(given, CPU)
-    with source.stream(given, 12, {}) as stream:
+    run = config(tmp_path, train__batch=6)
+    source, _ = open_source(run, CPU)
+    with source.stream(run, 12, {}) as stream:
         batch = next(stream)
     assert batch.number.tolist() == list(range(12, 18))
     for row, label in zip(batch.x.numpy(), batch.labels.tolist(), strict=True):
-        (found,) = np.flatnonzero((stored.rows == row).all((1, 2, 3)))
-        assert stored.labels[found] == label
-        assert found in source.train.index
+        (index,) = np.flatnonzero((stored.rows == row).all((1, 2, 3)))
+        assert stored.labels[index] == label
+        assert index in source.train.index
 
 
 def test_ignored_files_are_reported(tmp_path, capsys):

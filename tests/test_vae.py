@@ -69,12 +69,12 @@ def test_latents_of_the_tiny_one_are_what_its_pipelines_use(tiny_vae):
 def test_decoding_takes_latents_before_scaling(kl):
     vae = opened(kl)
     z = vae.encode(images())[:, :4]
-    made = vae.decode(z)
-    assert (made.shape, made.dtype) == ((3, 3, 16, 16), torch.float32)
+    decoded = vae.decode(z)
+    assert (decoded.shape, decoded.dtype) == ((3, 3, 16, 16), torch.float32)
     # As a pipeline has it: its latents are scaled, and it undoes that before it decodes.
     scaled = (z - vae.shift) * vae.scale
     expected = diffusers.AutoencoderKL.from_pretrained(kl).eval().decode(scaled / 0.13025).sample
-    torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(decoded, expected, rtol=1e-5, atol=1e-5)
     loud = vae.decode(1000 * z)
     assert loud.abs().max() > 1.01  # not clamped
 
