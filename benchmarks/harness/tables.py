@@ -44,14 +44,14 @@ def sections(rows: Sequence[Row]) -> dict[str, str]:
     """title -> table of all rows: steps of the largest model first, then ops, updates, data and roofs."""
     sizes = list(SIZES)
     steps = {family(row) for row in rows if kind(row) == "step"}
-    found = {}
+    shown = {}
     for step in sorted(steps, key=lambda step: (-sizes.index(step[1]), *step[2:])):
-        found[model(step)] = step_table([row for row in rows if family(row) == step])
+        shown[model(step)] = step_table([row for row in rows if family(row) == step])
     for title, (wanted, make_table) in OTHERS.items():
         some = [row for row in rows if kind(row) == wanted]
         if some:
-            found[title] = make_table(some)
-    return found
+            shown[title] = make_table(some)
+    return shown
 
 
 def show(rows: Sequence[Row]) -> str:

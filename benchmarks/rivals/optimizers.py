@@ -57,5 +57,5 @@ def torch_way(start: dict[str, Tensor], gradients: list[Tensor], config: OptimCo
         optimizer.step()
         average_and_copy()
 
-    held = [weight.grad for weight in weights if weight.grad is not None]
-    return Way(call, held, (weights, ema, student, teacher))
+    own_gradients = [weight.grad for weight in weights if weight.grad is not None]
+    return Way(call, own_gradients, (weights, ema, student, teacher))
