@@ -45,8 +45,8 @@ def run_interpreted(file: str) -> None:
     pytest.importorskip("triton")
     tests = vars(sys.modules[Path(file).stem]).items()
     names = [f"{file}::{name}" for name, test in tests if getattr(test, "runs_kernels", False)]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *names]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", *names]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
     assert re.search(r"\d\d passed", result.stdout), result.stdout[-1000:]

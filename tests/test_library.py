@@ -131,6 +131,7 @@ print(torch.ops.sra_fast.cuda_is_ready())
 """
 
 
+@pytest.mark.slow
 def test_torchs_stream_function_is_found_in_a_library_loaded_with_rtld_local(tmp_path: Path) -> None:
     if not BUILT.exists() or not library.has_gpu_code() or torch.version.cuda:
         pytest.skip("needs a library with GPU code, and a torch without")

@@ -193,9 +193,9 @@ def test_below_gives_every_value_the_same_number_of_words_within_one(bound: int,
     assert int(below(numbers(2**32 - 1), bound)) == bound - 1
 
 
-def test_compiled_words_are_the_same() -> None:
+# Of 64 words, the first are an arange, whose product must not be folded into its step.
+@pytest.mark.parametrize("count", [64, pytest.param(1, marks=pytest.mark.slow)])
+def test_compiled_words_are_the_same(count: int) -> None:
     """Integer overflow is undefined in compiled C++, and once gave an image wrong times."""
-    number = torch.tensor([1 << 33])
-    compiled = torch.compile(words, dynamic=False)
-    for count in (1, 64):  # of 64 the first words are an arange, whose product must not be folded into its step
-        assert torch.equal(compiled(2**63 + 5, number, Draw.TIME, count), words(2**63 + 5, number, Draw.TIME, count))
+    arguments = 2**63 + 5, torch.tensor([1 << 33]), Draw.TIME, count
+    assert torch.equal(torch.compile(words, dynamic=False)(*arguments), words(*arguments))
