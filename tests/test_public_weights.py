@@ -35,7 +35,9 @@ def weights(model, awake) -> dict[str, Tensor]:
 
 def assert_same(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert list(tensors) == list(expected)
-    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    for name, value in expected.items():
+        assert tensors[name].dtype == value.dtype
+        assert torch.equal(tensors[name], value), name
 
 
 def test_reads_the_checkpoints_of_sit_sra_and_dit_sra(model, awake, tmp_path: Path) -> None:
