@@ -85,14 +85,14 @@ def test_with_dali(root):
 
 
 def test_replaced_images_are_counted_across_a_resume(root):
-    name = split(scan(root / "data"), 0.2)[0].files[7]
+    name = split(scan(root / "data"), 0.2)[0].files[30]
     (root / "data" / name).write_bytes(b"no image")
-    # Twenty steps: the damaged file comes up in each of almost three epochs, and the weight changes with the epoch.
+    # The damaged file comes up in each of three epochs, but not after the stop. The weight changes with the epoch.
     changes = {"train__images": 160, "align__weight_decade_epochs": 1}
     folders = equal_to_unbroken(root, [18], data__max_bad_share=0.1, **changes)
     unbroken, pieces = map(summary, folders)
     assert list(unbroken["undecodable_files"]) == list(pieces["undecodable_files"]) == [name]
-    assert unbroken["replaced_images"] == pieces["replaced_images"] >= 2
+    assert unbroken["replaced_images"] == pieces["replaced_images"] == 3
 
 
 @pytest.mark.parametrize("is_finished", [False, True])
@@ -155,7 +155,7 @@ def goes_on_like(unbroken, root):
     folder = root / "runs/a"
     saved = max(int(name) for name in checkpoints(folder) if not name.endswith(".tmp"))
     assert saved >= metrics(folder)[-1]["images_seen"] - 16
-    code, rows = run(small(root, **SAVING))
+    code, rows = run(small(root, train__keep_checkpoints=1))
     assert (code, len(rows)) == (0, 10 - saved // 8)
     assert checkpoints(folder) == [END]
     assert content(folder / "checkpoints" / END) == content(unbroken / "checkpoints" / END)
