@@ -28,7 +28,7 @@ from sra_fast.kernels.adaln import adaln, adaln_ref, gated_adaln, gated_adaln_re
 from sra_fast.kernels.language import why_unavailable
 
 EPS = 1e-6
-FULL, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 OPS = pytest.mark.parametrize("name", ["adaln", "gated_adaln"])
 REFERENCES = {"adaln": adaln_ref, "gated_adaln": gated_adaln_ref}
 
@@ -87,7 +87,7 @@ def test_bf16_is_normalised_with_fp32_statistics_of_the_rounded_residual() -> No
     x, branch = (x + 16).bfloat16(), branch.bfloat16()  # far from zero: statistics in bf16 would be worthless
     gate, shift, scale = gate.float(), shift.float(), scale.float()
     residual, h = gated_adaln_ref(x, branch, gate, shift, scale)
-    assert residual.dtype == h.dtype == BRAIN
+    assert residual.dtype == h.dtype == BF16
     exact = x.double() + gate.double()[:, None] * branch.double()
     assert bool(((residual.double() - exact).abs() <= 1.001 * 2**-8 * exact.abs()).all())  # half a bf16 ulp
     assert within_bf16(h, formula(residual, shift, scale))
@@ -101,9 +101,9 @@ class Case(NamedTuple):
     """Sizes, and dtypes of x, the branch and the modulation."""
 
     shape: tuple[int, int, int]  # B, T, D
-    x: torch.dtype = FULL
-    branch: torch.dtype = FULL
-    modulation: torch.dtype = FULL
+    x: torch.dtype = FP32
+    branch: torch.dtype = FP32
+    modulation: torch.dtype = FP32
 
 
 # One of everything, primes, D a power of two and one more, both tiles full (72 = 64 + 8, 384), one token, more tokens
@@ -111,12 +111,12 @@ class Case(NamedTuple):
 CASES = (
     Case((1, 1, 1)),
     Case((3, 7, 13)),
-    Case((2, 19, 11), BRAIN, BRAIN, BRAIN),
-    Case((2, 3, 64), HALF, HALF, HALF),
-    Case((2, 3, 65), FULL, BRAIN, HALF),
-    Case((4, 1, 72), BRAIN, BRAIN, FULL),
-    Case((1, 2, 384), HALF, HALF, HALF),
-    Case((1, 2, 1153), FULL, FULL, BRAIN),
+    Case((2, 19, 11), BF16, BF16, BF16),
+    Case((2, 3, 64), FP16, FP16, FP16),
+    Case((2, 3, 65), FP32, BF16, FP16),
+    Case((4, 1, 72), BF16, BF16, FP32),
+    Case((1, 2, 384), FP16, FP16, FP16),
+    Case((1, 2, 1153), FP32, FP32, BF16),
 )
 SMALL = CASES[1]
 
@@ -165,8 +165,8 @@ def test_kernel_is_as_exact_as_pytorch(name: str, case: Case) -> None:
 @kernel
 def test_kernel_normalises_the_residual_as_it_stored_it() -> None:
     """x' is a large number; its rounding to bf16 exceeds what remains after the mean is subtracted."""
-    x = torch.full((1, 1, 8), 256.0, dtype=BRAIN, device=DEVICE)
-    branch = torch.tensor([0.9, 1.1, 2.9, 3.1, -0.4, -0.6, 1.4, 0.1], device=DEVICE).to(BRAIN).view(1, 1, 8)
+    x = torch.full((1, 1, 8), 256.0, dtype=BF16, device=DEVICE)
+    branch = torch.tensor([0.9, 1.1, 2.9, 3.1, -0.4, -0.6, 1.4, 0.1], device=DEVICE).to(BF16).view(1, 1, 8)
     gate, shift, scale = torch.ones(1, 8, device=DEVICE), *torch.zeros(2, 1, 8, device=DEVICE)
     residual, h = gated_adaln(x, branch, gate, shift, scale)
     assert torch.equal(residual, gated_residual_ref(x, branch, gate))
@@ -258,7 +258,7 @@ def test_kernel_of_empty_tensors(name: str, shape: tuple[int, int, int]) -> None
 @pytest.mark.usefixtures("poisoned")
 def test_kernel_adds_up_more_chunks_than_it_takes_at_a_time() -> None:
     partials = torch.randn(3, 2, 2 * rows.TOTAL_ROWS + 3, rows.TOTAL_COLUMNS + 5, device=DEVICE)
-    dtypes = (FULL, BRAIN, HALF)
+    dtypes = (FP32, BF16, FP16)
     for value, sums, dtype in zip(rows.total(partials, *dtypes), partials.double().sum(2), dtypes, strict=True):
         assert value.dtype == dtype
         torch.testing.assert_close(value.double(), sums, rtol=torch.finfo(dtype).eps / 2, atol=1e-5)
@@ -267,7 +267,7 @@ def test_kernel_adds_up_more_chunks_than_it_takes_at_a_time() -> None:
 @kernel
 @OPS
 def test_kernel_is_an_op_that_torch_can_check_and_compile(name: str) -> None:
-    case = Case((2, 3, 8), FULL, BRAIN, BRAIN)
+    case = Case((2, 3, 8), FP32, BF16, BF16)
     arguments, grads = inputs(name, case)
     op, backward = getattr(torch.ops.sra_fast, name), getattr(torch.ops.sra_fast, f"{name}_backward")
     torch.library.opcheck(op, (*(value.detach().requires_grad_() for value in arguments), EPS))

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from update_lists import (
     BETAS,
-    BRAIN,
+    BF16,
     DECAYS,
     EMA,
     EPS,
-    FULL,
+    FP16,
+    FP32,
     GROUP,
-    HALF,
     ONE,
     OPTIONS,
     RATES,
@@ -85,13 +85,13 @@ def torchs(mix: Mix, dtype: torch.dtype, steps: int) -> dict[str, list[Tensor]]:
 
 
 def assert_as_exact(got: Lists, mix: Mix, steps: int) -> None:
-    truth, theirs = torchs(mix, torch.float64, steps), torchs(mix, FULL, steps)
-    for name, wanted in truth.items():
+    truth, theirs = torchs(mix, torch.float64, steps), torchs(mix, FP32, steps)
+    for name, expected in truth.items():
         error, allowed = (
-            max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True) if b.numel())
-            for found in (getattr(got, name), theirs[name])
+            max(float((a - b).abs().max()) for a, b in zip(results, expected, strict=True) if b.numel())
+            for results in (getattr(got, name), theirs[name])
         )
-        largest = max(float(b.abs().max()) for b in wanted if b.numel())
+        largest = max(float(b.abs().max()) for b in expected if b.numel())
         assert 0 < allowed < 1e-4 * largest, "the comparison shows nothing"
         # Floor: our worst element may fall where theirs got lucky; one rounding of the largest value.
         assert error <= 2 * allowed + 2**-24 * largest, name
@@ -101,10 +101,10 @@ def assert_as_exact(got: Lists, mix: Mix, steps: int) -> None:
 @pytest.mark.parametrize(
     ("mix", "copies"),
     [
-        (Mix(FULL, 0.0, 1.0), None),
-        (Mix(FULL, 1.0, 1.0), HALF),
-        (Mix(BRAIN, 1.0, 3.0), BRAIN),
-        (Mix(HALF, 1.0, 96.0), HALF),
+        (Mix(FP32, 0.0, 1.0), None),
+        (Mix(FP32, 1.0, 1.0), FP16),
+        (Mix(BF16, 1.0, 3.0), BF16),
+        (Mix(FP16, 1.0, 96.0), FP16),
     ],
     ids=str,
 )
@@ -128,9 +128,9 @@ def test_a_hundred_updates_err_at_most_twice_as_much_as_torchs(call, mix: Mix, c
 
 
 def test_the_compiled_reference_is_as_exact() -> None:
-    mix = Mix(BRAIN, 1.0, 3.0)
+    mix = Mix(BF16, 1.0, 3.0)
     call = partial(adamw_ema_ref, parameter=torch.compile(parameter_ref, fullgraph=True, dynamic=True))
-    lists, state = fresh(BRAIN), scalars(clip=mix.clip, loss_scale=mix.loss_scale)
+    lists, state = fresh(BF16), scalars(clip=mix.clip, loss_scale=mix.loss_scale)
     for k in range(20):
         lists = lists._replace(gradients=gradients_of(mix, k))
         call(lists, state._replace(norm=gradient_norm_ref(lists.gradients)), **OPTIONS)
@@ -161,7 +161,7 @@ def test_a_norm_that_is_not_finite_changes_no_bit(call, norm: float, zero_gradie
 
 @either
 def test_gradients_and_rates_do_not_change_unless_gradients_are_to_be_zeroed(call) -> None:
-    lists, state = used(gradients=BRAIN), scalars(2.0, clip=1.0, loss_scale=4.0)
+    lists, state = used(gradients=BF16), scalars(2.0, clip=1.0, loss_scale=4.0)
     before, rates = words(lists.gradients), words([*state[:1], *state[3:]])
     call(lists, state, **OPTIONS)
     assert words(lists.gradients) == before
@@ -171,33 +171,35 @@ def test_gradients_and_rates_do_not_change_unless_gradients_are_to_be_zeroed(cal
 
 
 @either
-@pytest.mark.parametrize("copies", [BRAIN, HALF], ids=str)
+@pytest.mark.parametrize("copies", [BF16, FP16], ids=str)
 def test_parts_alone_give_the_same_bits_as_all_together(call, copies: torch.dtype) -> None:
-    whole = used(copies=copies)
-    alone = copied(whole)
-    call(whole, scalars(), **OPTIONS)
+    complete = used(copies=copies)
+    alone = copied(complete)
+    call(complete, scalars(), **OPTIONS)
     adam = copied(alone)._replace(ema=[], student=[], teacher=[])
     call(adam, scalars(), **OPTIONS)
-    assert [*map(words, adam[1:4])] == [*map(words, whole[1:4])]
+    assert [*map(words, adam[1:4])] == [*map(words, complete[1:4])]
     # EMA and copies alone, from the updated weights.
-    follow = copied(alone)._replace(gradients=[], weights=[w.clone() for w in whole.weights], m=[], v=[], student=[])
+    follow = copied(alone)._replace(gradients=[], weights=[w.clone() for w in complete.weights], m=[], v=[], student=[])
     call(follow, state := scalars(step=5), **OPTIONS)
-    assert [words(part) for part in follow[1:]] == [*map(words, (whole.weights, [], [], whole.ema, [], whole.teacher))]
+    assert [words(part) for part in follow[1:]] == [
+        *map(words, (complete.weights, [], [], complete.ema, [], complete.teacher))
+    ]
     assert int(state.step) == 6
-    only = Lists([], [w.clone() for w in whole.weights], [], [], [], student=copied(alone).student)
+    only = Lists([], [w.clone() for w in complete.weights], [], [], [], student=copied(alone).student)
     call(only, scalars(), **OPTIONS)
-    assert [*map(words, (only.weights, only.student))] == [*map(words, (whole.weights, whole.student))]
+    assert [*map(words, (only.weights, only.student))] == [*map(words, (complete.weights, complete.student))]
 
 
 @either
 def test_a_copy_without_elements_stands_for_no_copy(call) -> None:
-    whole = used()
-    some, none = copied(whole), torch.empty(0, dtype=BRAIN)
+    complete = used()
+    some, none = copied(complete), torch.empty(0, dtype=BF16)
     some = some._replace(teacher=[none if i % 2 else copy for i, copy in enumerate(some.teacher)])
-    call(whole, scalars(), **OPTIONS)
+    call(complete, scalars(), **OPTIONS)
     call(some, scalars(), **OPTIONS)
-    assert [*map(words, some[:6])] == [*map(words, whole[:6])]
-    assert words(some.teacher) == [b"" if i % 2 else word for i, word in enumerate(words(whole.teacher))]
+    assert [*map(words, some[:6])] == [*map(words, complete[:6])]
+    assert words(some.teacher) == [b"" if i % 2 else word for i, word in enumerate(words(complete.teacher))]
 
 
 @either
@@ -227,7 +229,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(call) -> None:
 
 
 @either
-@pytest.mark.parametrize(("gradients", "copies"), [(FULL, BRAIN), (BRAIN, HALF), (HALF, BRAIN)], ids=str)
+@pytest.mark.parametrize(("gradients", "copies"), [(FP32, BF16), (BF16, FP16), (FP16, BF16)], ids=str)
 def test_many_unaligned_views_give_the_same_bits_as_tensors(call, gradients, copies) -> None:
     """Cut from one buffer without padding, at odd offsets; the elements before and after them do not change."""
     count = 1000 if call is adamw_ema else 50
@@ -249,13 +251,13 @@ def test_streaming_stores_give_the_same_bits() -> None:
     """64 MiB of copies in one call bypass the caches; in two calls of half the size they do not."""
     size = (1 << 24) + 77
     part = torch.randn(size, generator=torch.Generator().manual_seed(0))
-    whole = Lists(*([part.clone()] for _ in range(5)), *([part.bfloat16()] for _ in range(2)))
-    whole.v[0].abs_()
-    halves = Lists(*(list(tensors[0].clone().split(size // 2 + 1)) for tensors in whole))
-    adamw_ema(whole, scalars(lr=ONE), betas=BETAS, eps=EPS)
+    complete = Lists(*([part.clone()] for _ in range(5)), *([part.bfloat16()] for _ in range(2)))
+    complete.v[0].abs_()
+    halves = Lists(*(list(tensors[0].clone().split(size // 2 + 1)) for tensors in complete))
+    adamw_ema(complete, scalars(lr=ONE), betas=BETAS, eps=EPS)
     for i in range(2):
         adamw_ema(Lists(*([tensors[i]] for tensors in halves)), scalars(lr=ONE), betas=BETAS, eps=EPS)
-    for one, two in zip(whole, halves, strict=True):
+    for one, two in zip(complete, halves, strict=True):
         assert torch.equal(one[0], torch.cat(two))
 
 
@@ -285,12 +287,12 @@ def test_a_compiled_graph_gives_the_same_bits() -> None:
         adamw_ema(lists, state._replace(norm=norm), **OPTIONS)
         return norm + lists.student[0].float().sum()  # must see the new copy
 
-    found = []
+    results = []
     for function in (step, torch.compile(step, fullgraph=True)):
         lists, state = used(), scalars(clip=1.0)
-        results = [function(lists, state) for _ in range(2)]
-        found.append([*all_words(lists, state), words(results)])
-    assert found[0] == found[1]
+        outputs = [function(lists, state) for _ in range(2)]
+        results.append([*all_words(lists, state), words(outputs)])
+    assert results[0] == results[1]
 
 
 @compiled
@@ -300,7 +302,7 @@ def test_fake_tensors_pass_through() -> None:
         fakes = Lists(*([mode.from_tensor(t) for t in part] for part in lists))
         rest = [mode.from_tensor(t) for t in state[1:]]
         norm = gradient_norm(fakes.gradients)
-        assert (norm.shape, norm.dtype, norm.device.type) == ((), FULL, "cpu")
+        assert (norm.shape, norm.dtype, norm.device.type) == ((), FP32, "cpu")
         assert adamw_ema(fakes, Scalars(norm, *rest), **OPTIONS) is None
 
 
@@ -346,7 +348,7 @@ REFUSED: list[tuple[str, Change]] = [  # the beginning of the message, as a regu
     (r"gradients has 3 tensors, weights has none", with_lists(weights=[])),
     (
         r"teacher\[0\]: dtype Half given.*student\[0\], BFloat16",
-        with_lists(teacher=[torch.zeros(shape, dtype=HALF) for shape in ((3,), (6, 4), (5,))]),
+        with_lists(teacher=[torch.zeros(shape, dtype=FP16) for shape in ((3,), (6, 4), (5,))]),
     ),
     (r"group has 2 numbers; must have one for each of the 3", with_groups([0, 1])),
     (r"group\[2\]: 2 given; must be in \[0, 2\)", with_groups([0, 1, 2])),

@@ -30,13 +30,13 @@ from sra_fast.kernels import alignment as ours
 from sra_fast.kernels.alignment import DISTANCES, alignment, alignment_ref
 
 EPS = torch.finfo(torch.float32).eps
-HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 
 
 class Case(NamedTuple):
     shape: tuple[int, int, int]  # (B, T, D)
-    student: torch.dtype = FULL
-    teacher: torch.dtype = FULL
+    student: torch.dtype = FP32
+    teacher: torch.dtype = FP32
     layout: str = "contiguous"
     partials: int = 4096  # partial sums added at a time
 
@@ -48,11 +48,11 @@ CASES = (
     Case((7, 1, 13), layout="padded"),
     Case((1, 67, 1), layout="padded"),
     Case((2, 37, 29), layout="padded"),
-    Case((3, 11, 72), BRAIN, BRAIN, "transposed", partials=2),
-    Case((2, 35, 384), HALF, HALF, "padded", partials=4),
-    Case((2, 5, 1152), BRAIN, FULL, "padded"),
-    Case((1, 5, 1153), FULL, BRAIN, "padded"),
-    Case((1, 3, 8192), HALF, BRAIN),
+    Case((3, 11, 72), BF16, BF16, "transposed", partials=2),
+    Case((2, 35, 384), FP16, FP16, "padded", partials=4),
+    Case((2, 5, 1152), BF16, FP32, "padded"),
+    Case((1, 5, 1153), FP32, BF16, "padded"),
+    Case((1, 3, 8192), FP16, BF16),
 )
 
 
@@ -246,7 +246,7 @@ def test_compiles_ahead_of_time_without_atomics(capability: int) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     from benchmarks.harness.machine_code import compiled, recorded
 
-    features = torch.empty(32, 256, 1152, dtype=BRAIN)
+    features = torch.empty(32, 256, 1152, dtype=BF16)
     with recorded() as launches, patch.object(ours, "_check"):
         for distance in ("cosine", "smooth_l1", "cosine_channel"):
             _, coefficients = ours._alignment._init_fn(features, features, distance)

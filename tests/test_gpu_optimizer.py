@@ -17,7 +17,7 @@ pytestmark = [
         reason="needs an NVIDIA GPU and a library with GPU code",
     ),
 ]
-FULL, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 # Aligned and not, shorter than a vector, around a block's 8,192 elements and a chunk's 65,536, empty; more parameters
 # than one launch takes.
 SIZES = [1, 3, 5, 8191, 8192, 8193, 65_535, 65_537, 200_003, 0, *[129] * 90]
@@ -25,12 +25,12 @@ OPTIONS = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": (0.1, 0.0), "group
 
 
 def make_lists(
-    device: str, gradients: torch.dtype = FULL, copies: torch.dtype | None = BRAIN, misaligned: bool = False
+    device: str, gradients: torch.dtype = FP32, copies: torch.dtype | None = BF16, misaligned: bool = False
 ) -> Lists:
     """The same numbers on any device. Every third teacher copy is missing."""
     generator = torch.Generator().manual_seed(0)
 
-    def tensors(dtype: torch.dtype = FULL) -> list[Tensor]:
+    def tensors(dtype: torch.dtype = FP32) -> list[Tensor]:
         offsets = [i % 4 if misaligned else 0 for i in range(len(SIZES))]
         return [
             torch.randn(size + offset, generator=generator).to(dtype).to(device)[offset:]
@@ -62,8 +62,8 @@ def assert_same_bits(a: Lists, b: Lists) -> None:
 
 
 @pytest.mark.parametrize("misaligned", [False, True])
-@pytest.mark.parametrize("copies", [None, BRAIN, HALF])
-@pytest.mark.parametrize("gradients", [FULL, BRAIN, HALF])
+@pytest.mark.parametrize("copies", [None, BF16, FP16])
+@pytest.mark.parametrize("gradients", [FP32, BF16, FP16])
 def test_a_gpu_computes_the_bits_of_a_cpu(gradients: torch.dtype, copies: torch.dtype | None, misaligned: bool) -> None:
     results = []
     for device in ("cpu", "cuda"):
@@ -95,7 +95,7 @@ def test_absent_parts_and_many_groups_give_the_bits_of_a_cpu(absent: tuple[str, 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_changes_no_bit_but_is_zeroed(bad: float) -> None:
-    lists, before = make_lists("cuda", BRAIN), make_lists("cuda", BRAIN)
+    lists, before = make_lists("cuda", BF16), make_lists("cuda", BF16)
     lists.gradients[6][3] = bad
     norm = gradient_norm(lists.gradients)
     scalars = make_scalars(norm)
@@ -123,7 +123,7 @@ def test_it_runs_on_the_current_stream() -> None:
 
 
 def test_a_graph_captured_on_a_side_stream_replays_the_same_bits() -> None:
-    warm_up, lists, expected = (make_lists("cuda", BRAIN, misaligned=True) for _ in range(3))
+    warm_up, lists, expected = (make_lists("cuda", BF16, misaligned=True) for _ in range(3))
     adamw_ema(warm_up, make_scalars(gradient_norm(warm_up.gradients)), **OPTIONS)  # loads the kernels
     scalars, expected_scalars = (make_scalars(torch.zeros((), device="cuda")) for _ in range(2))
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -145,7 +145,7 @@ def test_norm_of_more_than_two_to_the_31_gradients() -> None:
     count = 2**31 + 7
     if torch.cuda.mem_get_info()[0] < 2.2 * count * 2:
         pytest.skip("needs 10 GB of GPU memory")
-    gradients = torch.full((count,), 0.5, dtype=BRAIN, device="cuda")
+    gradients = torch.full((count,), 0.5, dtype=BF16, device="cuda")
     gradients[-1] = 2.0**15
     expected = (0.25 * (count - 1) + 2.0**30) ** 0.5
     assert float(gradient_norm([gradients])) == pytest.approx(expected, rel=1e-7)
@@ -155,9 +155,9 @@ def test_an_update_of_more_than_two_to_the_31_weights() -> None:
     count = 2**31 + 8191
     if torch.cuda.mem_get_info()[0] < 26 * count:
         pytest.skip("needs 56 GB of GPU memory")
-    g = torch.full((count,), 0.5, dtype=BRAIN, device="cuda")
+    g = torch.full((count,), 0.5, dtype=BF16, device="cuda")
     w, m, v, ema = (torch.zeros(count, device="cuda") for _ in range(4))
-    copy = torch.zeros(count, dtype=BRAIN, device="cuda")
+    copy = torch.zeros(count, dtype=BF16, device="cuda")
     scalars = make_scalars(torch.ones((), device="cuda"), groups=1)
     adamw_ema(Lists([g], [w], [m], [v], [ema], [copy]), scalars, betas=(0.9, 0.95), eps=1e-8)
     for tensor in (w, m, v, ema, copy):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from torch import Tensor
-from update_lists import BRAIN, FULL, HALF, compiled, threads, words
+from update_lists import BF16, FP16, FP32, compiled, threads, words
 
 from sra_fast.kernels.gradient_norm import gradient_norm, gradient_norm_ref
 
@@ -18,13 +18,13 @@ either = pytest.mark.parametrize(
     "norm_of",
     [pytest.param(gradient_norm, marks=compiled, id="fused"), pytest.param(gradient_norm_ref, id="reference")],
 )
-DTYPES = pytest.mark.parametrize("dtype", [FULL, BRAIN, HALF], ids=str)
+DTYPES = pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 CHUNK, LANES = 65536, 1024
 # Odd, empty, one element, no dimension, and on both sides of a chunk's end.
 SHAPES = [(17, 9), (), (0,), (1,), (1023,), (1025,), (5, 7, 3), (CHUNK,), (CHUNK + 1,), (3, 99_991)]
 
 
-def draw(dtype: torch.dtype = FULL, shapes: Sequence[tuple[int, ...]] = SHAPES, scale: float = 1.0) -> list[Tensor]:
+def draw(dtype: torch.dtype = FP32, shapes: Sequence[tuple[int, ...]] = SHAPES, scale: float = 1.0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(len(shapes))
     return [(scale * torch.randn(shape, generator=generator)).to(dtype) for shape in shapes]
 
@@ -43,7 +43,7 @@ def last_bits(norm: Tensor, exact: float) -> float:
 def test_the_norm_is_correctly_rounded(dtype: torch.dtype) -> None:
     gradients = draw(dtype)
     norm, reference = gradient_norm(gradients), gradient_norm_ref(gradients)
-    assert (norm.shape, norm.dtype) == (reference.shape, reference.dtype) == ((), FULL)
+    assert (norm.shape, norm.dtype) == (reference.shape, reference.dtype) == ((), FP32)
     for some in (gradients, *([gradient] for gradient in gradients)):
         assert (
             last_bits(gradient_norm(some), truth(some)) < 0.501
@@ -98,49 +98,49 @@ PLACES: dict[str, tuple[list[int], float]] = {
 @compiled
 @pytest.mark.parametrize("place", PLACES)
 def test_the_order_of_additions_is_the_documented_one(place: str) -> None:
-    small, wanted = PLACES[place]
+    small, expected = PLACES[place]
     gradient = on_a_tie(small)
-    assert float(in_order([gradient])) == wanted
-    assert float(gradient_norm([gradient])) == wanted
+    assert float(in_order([gradient])) == expected
+    assert float(gradient_norm([gradient])) == expected
 
 
 @compiled
 def test_chunks_are_added_in_256_sums_and_these_by_the_tree() -> None:
     one_by_one = [128, 64, 32, 16, 8, 4, 2, 1]
-    for places, wanted in ((range(256, 4096, 256), 1.0), (range(1, 4096, 256), UP), (one_by_one, 1.0)):
+    for places, expected in ((range(256, 4096, 256), 1.0), (range(1, 4096, 256), UP), (one_by_one, 1.0)):
         gradients = [on_a_tie([], CHUNK), *[torch.zeros(1)] * 4095]
         for place in places:
             gradients[place] = torch.tensor([2.0**-27])
-        assert float(in_order(gradients)) == wanted
-        assert float(gradient_norm(gradients)) == wanted
+        assert float(in_order(gradients)) == expected
+        assert float(gradient_norm(gradients)) == expected
 
 
 @compiled
 def test_random_places_are_added_in_the_documented_order() -> None:
     generator = torch.Generator().manual_seed(0)
-    found = []
+    norms = []
     for count in range(1, 21):
         gradients = [on_a_tie(torch.randint(4 * LANES, CHUNK, (count % 20,), generator=generator).tolist())]
         gradients.append(torch.full((count // 8,), 2.0**-27))
         with threads(1 + count % 4):
-            found.append(float(gradient_norm(gradients)))
-        assert found[-1] == float(in_order(gradients))
-    assert set(found) == {1.0, UP}
+            norms.append(float(gradient_norm(gradients)))
+        assert norms[-1] == float(in_order(gradients))
+    assert set(norms) == {1.0, UP}
 
 
 @compiled
 @DTYPES
 def test_bits_depend_neither_on_threads_nor_on_addresses(dtype: torch.dtype) -> None:
     gradients = draw(dtype)
-    found = []
+    norms = []
     for count, offset in ((1, 0), (1, 1), (2, 2), (4, 3), (4, 4)):
         moved = []
         for gradient in gradients:
             buffer = torch.full((gradient.numel() + offset + 3,), math.nan, dtype=dtype)  # NaN where nobody may read
             moved.append(buffer[offset : offset + gradient.numel()].view(gradient.shape).copy_(gradient))
         with threads(count):
-            found += words([gradient_norm(moved), gradient_norm(moved)])
-    assert set(found) == set(words([gradient_norm(gradients)]))
+            norms += words([gradient_norm(moved), gradient_norm(moved)])
+    assert set(norms) == set(words([gradient_norm(gradients)]))
 
 
 @compiled
@@ -219,7 +219,7 @@ def test_sizes_beyond_32_bits() -> None:
     size = 2**31 + 7
     if os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 6 * 2**30:
         pytest.skip("needs 6 GiB of free memory")
-    gradient = torch.ones(size, dtype=BRAIN)
+    gradient = torch.ones(size, dtype=BF16)
     assert last_bits(gradient_norm([gradient]), math.sqrt(size)) < 0.501
     gradient[-1] = 2.0**20
     assert last_bits(gradient_norm([gradient]), math.sqrt(size - 1 + 2.0**40)) < 0.501

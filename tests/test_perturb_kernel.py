@@ -30,7 +30,7 @@ from sra_fast.kernels.perturb import NoisedBatch, Settings, Stored, path_coeffic
 from sra_fast.kernels.philox import Draw, uniforms
 
 EPS = torch.finfo(torch.float32).eps
-FULL, HALF, PIXELS = torch.float32, torch.float16, torch.uint8
+FP32, FP16, PIXELS = torch.float32, torch.float16, torch.uint8
 NUMBERS = (0, 2**40 + 3, 2**32 - 1, 2**32, 2**63 - 1, 7, 8)  # of images: both words of the counter, to their limits
 LIMIT = 2**64 - 1
 Batch = tuple[Tensor, Tensor, Tensor, Settings, Stored | None]
@@ -45,7 +45,7 @@ class Case(NamedTuple):
     dropout: float = 0.3
     t_max: float = 0.2
     stored: str = ""  # "moments" or "values"; without it the data are x
-    dtype: torch.dtype = FULL
+    dtype: torch.dtype = FP32
 
     @property
     def settings(self) -> Settings:
@@ -61,11 +61,11 @@ CASES = (
     Case((2, 4, 16, 32), "cosine", seed=0x9E3779B97F4A7C15, t_max=1.0),
     Case((2, 1025), shared=False, dropout=0.0),
     Case((2, 1024), "linear", "lognormal", dropout=1.0),
-    Case((3, 3, 5, 7), stored="moments", dtype=HALF, shared=False, seed=LIMIT),
-    Case((2, 4, 16, 16), "cosine", "lognormal", stored="moments", dtype=HALF),
+    Case((3, 3, 5, 7), stored="moments", dtype=FP16, shared=False, seed=LIMIT),
+    Case((2, 4, 16, 16), "cosine", "lognormal", stored="moments", dtype=FP16),
     Case((2, 16, 11, 11), "cosine", stored="moments", seed=1),
     Case((7, 3, 7, 11), stored="values", dtype=PIXELS),
-    Case((2, 4, 19, 23), "cosine", stored="values", dtype=HALF),
+    Case((2, 4, 19, 23), "cosine", stored="values", dtype=FP16),
     Case((2, 3), stored="values"),
 )
 
@@ -202,7 +202,7 @@ def test_kernel_samples_the_posterior_and_the_noise_from_separate_streams() -> N
 @kernel
 @pytest.mark.parametrize(("stored", "shared"), [("", True), ("", False), ("values", True), ("moments", True)])
 def test_kernel_is_an_op_that_torch_can_check_and_compile(stored: str, shared: bool) -> None:
-    case = Case((2, 1, 3, 3), shared=shared, seed=LIMIT, stored=stored, dtype=HALF if stored else FULL)
+    case = Case((2, 1, 3, 3), shared=shared, seed=LIMIT, stored=stored, dtype=FP16 if stored else FP32)
     *batch, settings, data_format = inputs(case)
     shift, scale = (None, None) if data_format is None else data_format[1:]
     arguments = (*batch, shift, scale, stored == "moments", -1, *settings[1:])  # -1: the seed as a signed integer
@@ -308,7 +308,7 @@ def test_compiles_ahead_of_time(capability: int) -> None:
 
     labels, vector, seed = torch.empty(2, dtype=torch.int64), torch.empty(4), 2**40
     with recorded() as launches:
-        pixels, latents = torch.empty(2, 4, 32, 32), torch.empty(2, 8, 32, 32, dtype=HALF)
+        pixels, latents = torch.empty(2, 4, 32, 32), torch.empty(2, 8, 32, 32, dtype=FP16)
         ours._launch(pixels, labels, labels, None, None, False, seed, "linear", "uniform", 0.2, 10, 0.1, False)
         ours._launch(latents, labels, labels, vector, vector, True, seed, "cosine", "lognormal", 0.2, 10, 0.1, False)
     for launch in launches:

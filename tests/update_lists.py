@@ -1,4 +1,4 @@
-"""Lists of parameters for the tests of the update in one pass, and every bit of them."""
+"""Lists of parameters for the tests of the optimizer, and their bits."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 from sra_fast.kernels import library
 from sra_fast.kernels.adamw_ema import Lists, Scalars, adamw_ema, adamw_ema_ref
 
-FULL, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 compiled = pytest.mark.skipif(bool(library.why_unavailable()), reason=library.why_unavailable() or "built")
 either = pytest.mark.parametrize(
     "call", [pytest.param(adamw_ema, marks=compiled, id="fused"), pytest.param(adamw_ema_ref, id="reference")]
 )
 
-# Odd, empty, one element, no dimension, and more than a thread takes at a time. Matrices are the second group.
+# Odd, empty, one element, no dimension, and more than one chunk. Matrices are the second group.
 SHAPES = [(17, 9), (257,), (), (1,), (0,), (3, 0), (5, 7, 3), (16385,), (3, 12345)]
 GROUP = [int(len(shape) > 1) for shape in SHAPES]
 RATES, DECAYS = torch.tensor([3e-3, 1e-2]), (0.0, 0.1)
-ONE = torch.tensor(1e-2)  # rate for all
+ONE = torch.tensor(1e-2)  # one learning rate for all groups
 BETAS, EPS, EMA = (0.9, 0.999), 1e-8, 0.99
 OPTIONS = {"betas": BETAS, "eps": EPS, "weight_decay": DECAYS, "group": GROUP}
 
@@ -42,8 +42,8 @@ def draw(seed: int, scale: float = 1.0, shapes: Sequence[tuple[int, ...]] = SHAP
     return [scale * torch.randn(shape, generator=generator) for shape in shapes]
 
 
-def used(seed: int = 0, gradients: torch.dtype = FULL, copies: torch.dtype | None = BRAIN, shapes=SHAPES) -> Lists:
-    """In the middle of a training: moments and copies of any values."""
+def used(seed: int = 0, gradients: torch.dtype = FP32, copies: torch.dtype | None = BF16, shapes=SHAPES) -> Lists:
+    """In the middle of training: moments and copies have arbitrary values."""
     parts = [draw(7 * seed + part, shapes=shapes) for part in range(7)]
     parts[0] = [g.to(gradients) for g in parts[0]]
     parts[3] = [v.square() for v in parts[3]]
@@ -66,5 +66,5 @@ def words(tensors: Sequence[Tensor]) -> list[bytes]:
     return [tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors]
 
 
-def all_words(lists: Lists, given: Scalars) -> list[list[bytes]]:
-    return [*map(words, lists), words(given)]
+def all_words(lists: Lists, state: Scalars) -> list[list[bytes]]:
+    return [*map(words, lists), words(state)]
