@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from small_data import flip_bit, pack, publish, stand_in
+from small_data import change, flip_bit, pack, publish, stand_in
 from small_run import strict_json, write_images
 
 from sra_fast import cli
@@ -237,6 +237,11 @@ def test_invalid_moments_are_found(inspect, tmp_path, value, channel):
     _, output, wrong, _ = inspect(stored.root, "--no-checksums")
     assert wrong == [f"wrong: {path}: row 40 of the set has a number that is not finite, or a deviation below 0"]
     assert "of 79 rows" in output
+
+
+def test_a_class_without_rows_is_found(inspect, packed):
+    path = change(packed.root, lambda m: m["classes"].append("zebra"))
+    assert inspect(packed.root)[2] == [f"wrong: {path}: class 4 (zebra) has no images"]
 
 
 def test_the_sheet_is_beside_the_set_unless_told_otherwise(main, packed, tmp_path):
