@@ -6,8 +6,7 @@
 
 Bytes and FLOPs are spelled out in kernel_cases.py. On a GPU a sample is one replay of a CUDA graph, as in a training
 step, from a cold L2 cache, because the ops in between have evicted its inputs. On a CPU caches are warm, and small
-inputs may exceed the roof. An implementation whose results disagree with the reference gets no number. cuDNN's
-adaLN (rivals/norms.py) has rows if it is installed.
+inputs may exceed the roof. An implementation whose results disagree with the reference gets no number.
 
 pytest-benchmark records the same samples; the row is beside them under extra_info.
 """
@@ -26,7 +25,6 @@ from benchmarks.harness.stamp import stamp
 from benchmarks.harness.tables import show
 from benchmarks.harness.timing import GateFailed, measure, roofs
 from benchmarks.kernel_cases import OPS, Case, check, make_case, prepared, truth
-from benchmarks.rivals.norms import CUDNN
 from sra_fast.config import SIZES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -42,22 +40,15 @@ def defaults(device: torch.device) -> dict[str, Any]:
 def measure_case(case: Case, which: str, device: torch.device, repeats: int, warmup: int) -> dict[str, Samples]:
     """Interleaved samples of the implementations that agree with the reference; those of the others hold an error."""
     right = truth(case, which)
-    failed = {}
-    how = {"device": device, "graph": device.type == "cuda"}
+    calls, failed = {}, {}
     for name in case.implementations:
         try:
             check(case, name, which, right)
-            if name == CUDNN:  # alone first: an error must not end the other candidates' measurement
-                measure({name: prepared(case, name, which)}, repeats=1, warmup=1, **how)
+            calls[name] = prepared(case, name, which)
         except GateFailed as error:
             failed[name] = Samples(error=f"disagrees with the reference: {error}")
-        except Exception as error:  # other people's code may raise anything; ours may not
-            if name != CUDNN:
-                raise
-            failed[name] = Samples(error=f"failed ({(str(error) or type(error).__name__).splitlines()[0]})")
     del right
-    calls = {name: prepared(case, name, which) for name in case.implementations if name not in failed}
-    taken = measure(calls, repeats=repeats, warmup=warmup, **how)
+    taken = measure(calls, device=device, graph=device.type == "cuda", repeats=repeats, warmup=warmup)
     return {name: taken.get(name) or failed[name] for name in case.implementations}
 
 
@@ -77,7 +68,7 @@ def case_rows(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program. Returns its exit code: 1 if an implementation of ours disagrees with the reference."""
+    """The program. Returns its exit code: 1 if an implementation disagrees with the reference."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.bench_kernels", description=str(__doc__).splitlines()[0]
     )
@@ -109,10 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--implementations: {', '.join(sorted(unknown))} given; there were {', '.join(sorted(known))}")
     print(show(rows))
     print(f"raw samples in {path}")
-    wrong = {row["error"]: row["params"] for row in rows if row.get("error", "").startswith("disagrees")}
+    wrong = [row["error"] for row in rows if row.get("error", "").startswith("disagrees")]
     for error in wrong:
         print(f"no number: {error}")
-    return int(any(params["implementation"] != CUDNN for params in wrong.values()))
+    return int(bool(wrong))
 
 
 class Replay:

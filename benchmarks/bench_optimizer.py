@@ -30,8 +30,9 @@ from benchmarks.harness.rows import Row, Samples, folder, row, write
 from benchmarks.harness.stamp import stamp
 from benchmarks.harness.tables import show
 from benchmarks.harness.timing import GateFailed, measure, roofs
-from benchmarks.rivals.optimizers import Way, torch_way
+from benchmarks.rivals.optimizers import Way, apex_way, torch_way
 from sra_fast.config import SIZES, Config, OptimConfig
+from sra_fast.errors import Refused
 from sra_fast.hardware import Hardware
 from sra_fast.kernels.adamw_ema import Lists, Scalars, adamw_ema, adamw_ema_ref, parameter_ref
 from sra_fast.kernels.gradient_norm import gradient_norm, gradient_norm_ref
@@ -101,6 +102,7 @@ WAYS: dict[str, Callable[[SharedState, Gradients], Way]] = {
     "ours, bf16 gradients": lambda state, g: our_way(state, g[torch.bfloat16], gradient_norm, adamw_ema),
     "reference, compiled": lambda state, g: our_way(state, g[torch.float32], gradient_norm_ref, _compiled()),
     "torch, fused and foreach": lambda state, g: torch_way(state.start, g[torch.float32], SETTINGS, fused=True),
+    "apex": lambda state, g: apex_way(state.start, g[torch.float32], SETTINGS),
     "reference, compiled, bf16 gradients": lambda state, g: our_way(
         state, g[torch.bfloat16], gradient_norm_ref, _compiled()
     ),
@@ -197,13 +199,16 @@ def measure_rows(
     calls: dict[str, Callable[[], object]] = {}
     failed: dict[str, Samples] = {}
     for name in names:
-        if name.startswith("ours") and (reason := why_unavailable("adamw_ema", architecture)):
-            failed[name] = Samples(error=reason)
-            continue
         try:
+            if name.startswith("ours") and (reason := why_unavailable("adamw_ema", architecture)):
+                raise Refused(reason)
+            if name == "apex" and device.type != "cuda":
+                raise Refused("needs a GPU")
             way = WAYS[name](state, gradients)
             gate(name, way, start)
             calls[name] = way.call
+        except Refused as error:
+            failed[name] = Samples(error=str(error))
         except GateFailed as error:
             failed[name] = Samples(error=f"disagrees with fp64: {error}")
         except torch.OutOfMemoryError as error:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.timing import GateFailed
-from benchmarks.rivals.norms import rivals
 from sra_fast.config import Config, preset
 from sra_fast.kernels import registry
 from sra_fast.kernels.perturb import Settings, Stored
@@ -72,8 +71,8 @@ class Case:
 def make_case(
     op: str, size: str, batch: int, device: torch.device, dtype: torch.dtype, names: Sequence[str] | None = None
 ) -> Case:
-    """One of `OPS` at the shape it has in a preset of that size on 256 tokens: eager, compiled and, on a GPU, fused and
-    installed rivals; for attention, every backend that supports the shape on this device. `names` are the
+    """One of `OPS` at the shape it has in a preset of that size on 256 tokens: eager, compiled and, on a GPU, fused;
+    for attention, every backend that supports the shape on this device. `names` are the
     implementations to keep besides the reference. perturb draws in fp32 whatever the dtype."""
     generator = torch.Generator().manual_seed(0)
 
@@ -110,12 +109,11 @@ def _norm(op: str, config: Config, batch: int, normal: Callable[..., Tensor]) ->
     rows = [normal(batch, TOKENS, width) for _ in range(row_inputs)]
     vectors = normal(batch, 6 * width).chunk(6, dim=-1)[which]  # views of the modulation, as in a block
     row_bytes, vector_bytes = rows[0].nbytes, batch * width * rows[0].element_size()
-    functions = _implementations(op, rows[0].device)
     return Case(
         op,
         (*rows, *vectors),
         (True,) * (len(rows) + len(vectors)),
-        functions | rivals(rows[0].device) if op == "adaln" else functions,
+        _implementations(op, rows[0].device),
         forward_bytes=forward[0] * row_bytes + forward[1] * vector_bytes,
         backward_bytes=backward[0] * row_bytes + backward[1] * vector_bytes,
     )

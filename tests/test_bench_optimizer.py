@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +25,8 @@ from benchmarks.bench_optimizer import (
 from benchmarks.harness.options import sit
 from benchmarks.harness.rows import RESULTS, read
 from benchmarks.harness.timing import GateFailed
-from benchmarks.rivals.optimizers import torch_way
+from benchmarks.rivals.optimizers import apex_way, torch_way
+from sra_fast.errors import Refused
 from sra_fast.kernels.adamw_ema import adamw_ema, adamw_ema_ref, parameter_ref
 from sra_fast.kernels.gradient_norm import gradient_norm, gradient_norm_ref
 from sra_fast.kernels.registry import OPS, why_unavailable
@@ -113,6 +116,24 @@ def test_an_update_that_computes_something_else_is_named(start, fault, named):
         gate("ours", way, start)
 
 
+class StandIn:
+    """apex's FusedAdam by torch's AdamW."""
+
+    def __init__(self, params, adam_w_mode, **options):
+        assert adam_w_mode
+        self.step = torch.optim.AdamW(params, **options).step
+
+
+def test_apex_is_called_as_its_functions_are_declared(start, monkeypatch):
+    norm = SimpleNamespace(clip_grad_norm_=torch.nn.utils.clip_grad_norm_)
+    for name, module in (("apex.optimizers", SimpleNamespace(FusedAdam=StandIn)), ("apex.contrib.clip_grad", norm)):
+        monkeypatch.setitem(sys.modules, name, module)
+    gate("torch's arithmetic", apex_way(start, make_gradients(start)[torch.float32], SETTINGS), start)
+    monkeypatch.setitem(sys.modules, "apex.optimizers", None)
+    with pytest.raises(Refused, match="needs NVIDIA apex"):
+        apex_way(start, make_gradients(start)[torch.float32], SETTINGS)
+
+
 def test_what_fails_or_does_not_fit_is_a_row_and_the_exit_code(config, monkeypatch, tmp_path, capsys):
     def too_large(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
@@ -125,10 +146,11 @@ def test_what_fails_or_does_not_fit_is_a_row_and_the_exit_code(config, monkeypat
     monkeypatch.setitem(WAYS, "large", too_large)
     monkeypatch.setitem(WAYS, "forgets", forgets)
     words = ["--size", "s", "--depth", "3", "--repeats", "2", "--warmup", "1", "--device", "cpu", "--ways"]
-    assert bench_optimizer.main([*words, "large", "forgets", "reference, eager"]) == 1
+    assert bench_optimizer.main([*words, "large", "forgets", "apex", "reference, eager"]) == 1
     assert "no number: disagrees with fp64" in capsys.readouterr().out
     rows = {row["params"]["way"]: row for row in read(tmp_path / "optimizer-s-depth3.json")["rows"]}
     assert rows["large"]["error"].startswith("out of memory")
+    assert rows["apex"]["error"] == "needs a GPU"
     assert rows["forgets"]["error"].startswith("disagrees with fp64: forgets: weight of")
     assert len(rows["reference, eager"]["samples_ms"]) == 2
 
