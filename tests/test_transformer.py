@@ -16,7 +16,7 @@ from sra_fast.config import ModelConfig, preset
 from sra_fast.errors import Refused
 from sra_fast.model.backends import REFERENCE, Backends
 from sra_fast.model.layout import from_public, to_public
-from sra_fast.model.transformer import Transformer
+from sra_fast.model.transformer import TimestepEmbedder, Transformer
 
 
 def at_256_px(size: str, family: str = "sit", **changes: object) -> ModelConfig:
@@ -181,6 +181,16 @@ def test_forward_agrees_with_numpy(tiny, awake, variant: str) -> None:
     np.testing.assert_allclose(model(x, t, labels)[0].numpy(), prediction, atol=tolerance, rtol=0)
     for tap, output in enumerate(outputs, start=1):
         np.testing.assert_allclose(model.features(x, t, labels, tap).numpy(), output, atol=tolerance, rtol=0)
+
+
+def test_sinusoids_are_cosines_then_sines_of_fp32_angles() -> None:
+    t = torch.tensor([0.0, 0.37, 1.0, 999.0])
+    angle = t.double()[:, None] * torch.tensor([10_000 ** (-i / 128) for i in range(128)], dtype=torch.float64)
+    expected = torch.cat([angle.cos(), angle.sin()], dim=1)
+    sinusoids = TimestepEmbedder.sinusoids(t)
+    assert bool(((sinusoids - expected).abs() <= 2**-22 * (1 + t[:, None])).all())  # two roundings of an angle up to t
+    embedder = TimestepEmbedder(8).bfloat16()  # 999 itself is not a bf16 number
+    assert torch.equal(embedder(t), embedder.mlp(sinusoids.bfloat16()))
 
 
 def test_blocks_compute_with_the_given_backends(network) -> None:
