@@ -15,18 +15,18 @@ by 0.5 grey levels in the mean and 1.0 in one image.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import resource
 import shlex
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +42,17 @@ from benchmarks.harness.stamp import stamp
 from benchmarks.harness.tables import show
 from benchmarks.harness.timing import Call, CpuClock, GateFailed, measure
 from benchmarks.rivals.loaders import JpegFiles, PublicFiles
-from sra_fast.config import DataConfig
+from sra_fast.config import DataConfig, PrepareCommand
 from sra_fast.data import order
 from sra_fast.data.decoders import open_decoder
 from sra_fast.data.latent_stream import LatentStream
-from sra_fast.data.manifest import NAME, Manifest, Shard
 from sra_fast.data.packed import open_row_set
 from sra_fast.data.rows import Rows
 from sra_fast.errors import Refused
+from sra_fast.packing.prepare import prepare
 from sra_fast.vae import open_vae
 
 SHAPE = (8, 32, 32)  # of the SD autoencoder's moments at 256 pixels
-ROWS_PER_SHARD = 4096  # as `sra-fast prepare` writes them
 LOADER_WORKERS = (0, 1, 2)
 THREADS = sorted({1, min(8, os.cpu_count() or 1)})
 DECODER_WORKERS = sorted({0, *THREADS, 2})
@@ -97,57 +96,46 @@ class ThroughputClock(CpuClock):
 
 
 def write_latents(root: Path, count: int) -> None:
-    """Write the same moments to root/packed and root/public: float16 values, which float32 represents exactly."""
-    generator, classes, shards, pairs = np.random.default_rng(0), 1000, [], []
-    (root / "packed").mkdir(parents=True)
-    for number, first in enumerate(range(0, count, ROWS_PER_SHARD)):
-        size = min(ROWS_PER_SHARD, count - first)
-        moments = generator.standard_normal((size, *SHAPE), dtype=np.float32).astype(np.float16)
-        labels = np.arange(first, first + size) % min(classes, count)
-        files = [f"{kind}-{number:05d}.npy" for kind in ("moments", "labels")]
-        for name, values in zip(files, (moments, labels), strict=True):
-            np.save(root / "packed" / name, values)
-        shards.append(Shard(files[0], size, "", files[1], ""))
-        for index, (values, label) in enumerate(zip(moments.astype(np.float32), labels.tolist(), strict=True), first):
-            pairs.append([f"{index // 1000:05d}/img-mean-std-{index:08d}.npy", label])
-            path = root / "public" / "vae-sd" / pairs[-1][0]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path, values)
-    (root / "public" / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": pairs}))
-    names = tuple(f"{label}" for label in range(min(classes, count)))
-    facts = {"posterior": True, "scale": 0.18215, "shift": 0.0, "vae": "", "crop": "adm", "resolution": 256}
-    manifest = Manifest(count, names, SHAPE, "float16", **facts, shards=tuple(shards))
-    (root / "packed" / NAME).write_text(json.dumps(asdict(manifest)))
+    """Write moments in the public layout to root/public, and packed to root/packed: float16 values, so that both hold
+    the same numbers."""
+    generator = np.random.default_rng(0)
+    folder = root / "public" / "vae-sd"
+    pairs = []
+    for index in range(count):
+        moments = generator.standard_normal(SHAPE, dtype=np.float32).astype(np.float16).astype(np.float32)
+        moments[SHAPE[0] // 2 :] = np.abs(moments[SHAPE[0] // 2 :])  # standard deviations
+        pairs.append([f"{index // 1000:05d}/img-mean-std-{index:08d}.npy", index % min(1000, count)])
+        path = folder / pairs[-1][0]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, moments)
+    (folder / "dataset.json").write_text(json.dumps({"labels": pairs}))
+    prepare(PrepareCommand(out=str(root / "packed"), from_public=str(root / "public")))
 
 
 def write_jpegs(root: Path, count: int, divisor: int = 1) -> list[Path]:
     """Write pictures with smooth areas, edges and noise, of ImageNet's usual sizes divided by `divisor`."""
     root.mkdir(parents=True, exist_ok=True)
-    paths, generator = [], np.random.default_rng(0)
-    for number in range(count):
+    generator = np.random.default_rng(0)
+    paths = [root / f"{number:05d}.jpg" for number in range(count)]
+    for number, path in enumerate(paths):
         width, height = (side // divisor for side in JPEG_SIZES[number % len(JPEG_SIZES)])
         y, x = np.mgrid[0:height, 0:width] / max(width, height)
         a, b, c, d = generator.uniform(2, 12, (4, 3, 1, 1))
         planes = 128 + 60 * np.sin(a * x + b * y) + 40 * np.sign(np.sin(c * x - d * y))
         planes += generator.normal(0, 6, planes.shape)
-        buffer = io.BytesIO()
-        Image.fromarray(planes.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)).save(buffer, "JPEG", quality=90)
-        paths.append(root / f"{number:05d}.jpg")
-        paths[-1].write_bytes(buffer.getvalue())
+        Image.fromarray(planes.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)).save(path, quality=90)
     return paths
 
 
-def write_vae(root: Path, channels: Sequence[int] = (128, 256, 512, 512)) -> None:
+def write_vae(root: Path) -> None:
     """Write an AutoencoderKL of Stable Diffusion's shape, 83.7 M parameters, with random weights. Needs diffusers."""
     from diffusers import AutoencoderKL
 
-    blocks = len(channels)
     AutoencoderKL(
-        block_out_channels=tuple(channels),  # pyright: ignore[reportArgumentType]
-        down_block_types=("DownEncoderBlock2D",) * blocks,  # pyright: ignore[reportArgumentType]
-        up_block_types=("UpDecoderBlock2D",) * blocks,  # pyright: ignore[reportArgumentType]
+        block_out_channels=(128, 256, 512, 512),  # pyright: ignore[reportArgumentType]
+        down_block_types=("DownEncoderBlock2D",) * 4,  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * 4,  # pyright: ignore[reportArgumentType]
         layers_per_block=2,
-        latent_channels=4,
     ).save_pretrained(root)
 
 
@@ -171,48 +159,49 @@ def check_pixels(name: str, x: Tensor, reference: Tensor) -> float:
 def bench_latents(args: argparse.Namespace, root: Path) -> list[Row]:
     """Rows of all loaders of latents."""
     write_latents(root, args.rows)
-    batch, steps = args.batch, args.rows // args.batch
-    public, every_row = PublicFiles(root / "public"), np.arange(args.rows)
+    steps = args.rows // args.batch
+    public = PublicFiles(root / "public")
+
+    def loader(workers: int, **sampling: Any) -> DataLoader:
+        return DataLoader(public, args.batch, num_workers=workers, drop_last=True, **sampling)
+
     with ExitStack() as stack:
 
         def stream(layout: str) -> LatentStream:
-            rows = Rows(open_row_set(root / layout), every_row)
-            return stack.enter_context(LatentStream(rows, seed=0, batch=batch, first_image=0))
+            rows = Rows(open_row_set(root / layout), np.arange(args.rows))
+            return stack.enter_context(LatentStream(rows, seed=0, batch=args.batch, first_image=0))
 
-        def loader(workers: int, **sampling: Any) -> DataLoader:
-            return DataLoader(public, batch, num_workers=workers, drop_last=True, **sampling)
-
-        def iterate(batches: Any, count: int) -> None:
-            for _ in zip(range(count), batches, strict=False):
-                pass
-
-        in_order = order.rows(0, 0, steps * batch, args.rows).tolist()
+        in_order = order.rows(0, 0, steps * args.batch, args.rows).tolist()
         for layout in ("packed", "public"):
             check_rows(f"ours, {layout}", stream(layout), iter(loader(0, sampler=in_order)), steps)
         for workers in LOADER_WORKERS[1:]:
             check_rows(f"public, {workers} workers", iter(loader(workers, sampler=in_order)), stream("packed"), steps)
-        params = {"batch": batch, "rows": args.rows}
-        images = steps * batch
+        params = {"batch": args.batch, "rows": args.rows}
+        images = steps * args.batch
         candidates = {
             # Eight epochs: one is too short to time.
-            "ours, packed": Candidate(partial(iterate, stream("packed"), 8 * steps), 8 * images, True, params),
-            "ours, public files": Candidate(partial(iterate, stream("public"), steps), images, True, params),
+            "ours, packed": Candidate(partial(_take, stream("packed"), 8 * steps), 8 * images, True, params),
+            "ours, public files": Candidate(partial(_take, stream("public"), steps), images, True, params),
         }
         for workers in LOADER_WORKERS:
-            run = partial(iterate, loader(workers, shuffle=True), steps)
+            run = partial(_take, loader(workers, shuffle=True), steps)
             candidates[f"public, {workers} workers"] = Candidate(run, images, False, params)
         return measure_rows("latents", candidates, args, torch.device("cpu"), int(np.prod(SHAPE)) * 2)
 
 
+def _take(batches: Iterable, count: int) -> None:
+    for _ in islice(batches, count):
+        pass
+
+
 def bench_decoding(args: argparse.Namespace, files: Sequence[Path], device: torch.device) -> list[Row]:
     """Rows of all installed decoders, with their output on the device."""
-    config, batch = DataConfig(resolution=args.resolution, channels=3), args.decode_batch
+    batch = args.decode_batch
     decoders = {}
     try:
-        for reader, title in READERS.items():
-            for threads in THREADS:
-                decoder = open_decoder(replace(config, reader=reader, threads=threads), device)
-                decoders[f"ours, {title}, {threads} threads"] = decoder
+        for (reader, title), threads in product(READERS.items(), THREADS):
+            config = DataConfig(resolution=args.resolution, channels=3, reader=reader, threads=threads)
+            decoders[f"ours, {title}, {threads} threads"] = open_decoder(config, device)
     except Refused as error:
         print(f"DALI not run: {error}")
 
@@ -326,21 +315,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", type=options.device, default=options.default_device())
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs; writes nothing")
     args = parser.parse_args(arguments)
-    jpegs, divisor = 96, 1
+    count, divisor = 96, 1
     if args.quick:
         args.rows, args.batch, args.resolution, args.repeats, args.passes = 96, 16, 64, 2, 1
-        args.decode_batch, jpegs, divisor = 4, 8, 4
+        args.decode_batch, count, divisor = 4, 8, 4
     if args.rows < args.batch:
         parser.error(f"--rows: {args.rows} given; must be at least --batch, {args.batch}")
     with tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
         if args.jpegs:
-            paths = sorted(path for path in args.jpegs.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
-            files = [path for path in paths if path.is_file()]
+            files = sorted(path for path in args.jpegs.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+            files = [path for path in files if path.is_file()]
             if not files:
                 parser.error(f"--jpegs: {str(args.jpegs)!r} given; has no .jpg or .jpeg files")
         else:
-            files = write_jpegs(temporary / "jpegs", jpegs, divisor)
+            files = write_jpegs(temporary / "jpegs", count, divisor)
         try:
             rows, failed = _run_parts(args, files, temporary)
         except GateFailed as error:

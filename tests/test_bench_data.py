@@ -104,7 +104,6 @@ def test_paths_of_this_machine_are_left_out_of_the_command(tmp_path, monkeypatch
 
 
 def test_both_sets_hold_the_same_rows_and_labels(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_data, "ROWS_PER_SHARD", 16)
     write_latents(tmp_path, 40)
     packed, files = open_row_set(tmp_path / "packed"), open_row_set(tmp_path / "public")
     public = PublicFiles(tmp_path / "public")
