@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+import time
 
 import pytest
 from small_run import full_disk, metrics, run, small
@@ -58,6 +60,12 @@ def test_without_tensorboard_one_line_says_so(tmp_path, plain, capsys):
     assert "pip install tensorboard" in error
 
 
+@pytest.fixture
+def seconds(monkeypatch):
+    """Each look at the clock is a second later than the one before: TensorBoard orders files by the second."""
+    monkeypatch.setattr(time, "time", itertools.count(time.time()).__next__)
+
+
 def scalars(folder, name):
     """[(step, value)] that TensorBoard shows."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -65,7 +73,7 @@ def scalars(folder, name):
     return [(event.step, pytest.approx(event.value)) for event in events.Scalars(name)]
 
 
-def test_tensorboard_shows_what_metrics_jsonl_says_also_after_a_resume(root):
+def test_tensorboard_shows_what_metrics_jsonl_says_also_after_a_resume(root, seconds):
     config = small(root, train__validate_every_images=32)
     run(config, stop_after=5)
     run(config)
@@ -74,7 +82,7 @@ def test_tensorboard_shows_what_metrics_jsonl_says_also_after_a_resume(root):
         assert scalars(root / "runs/a", name) == expected
 
 
-def test_tensorboard_forgets_what_a_crash_made_void(tmp_path):
+def test_tensorboard_forgets_what_a_crash_made_void(tmp_path, seconds):
     written(tmp_path, 0, ROWS)
     written(tmp_path, 24, [{**row, "loss": 7.0} for row in ROWS[3:]])
     assert scalars(tmp_path, "loss") == [(8, 1.0), (16, 0.5), (24, 1 / 3), (32, 7.0), (40, 7.0)]
