@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,9 +14,8 @@ SECONDS_BETWEEN_LINES = 10.0
 class Progress(tqdm):
     """How much of some work is done, how fast it goes, and how long it will take.
 
-    On a terminal this is a tqdm bar. Elsewhere it prints at most one line every ten seconds, and one at the end unless
-    the work raised an exception. Use it as a context manager and call `update(n)`, or iterate over it to get the items
-    of a sequence.
+    On a terminal this is a tqdm bar. Elsewhere it prints at most one line every ten seconds, and nothing about work
+    that takes less. Use it as a context manager and call `update(n)`, or iterate over it to get a sequence's items.
 
     Args:
         work: number of units in total, or the sequence to iterate over.
@@ -38,8 +36,7 @@ class Progress(tqdm):
     ) -> None:
         total, items = (work, None) if isinstance(work, int) else (len(work), work)
         options: dict[str, Any] = {"unit_scale": total >= 10_000}  # 12.5k instead of 12500
-        self._prints_lines = not sys.stderr.isatty()
-        if self._prints_lines:
+        if not sys.stderr.isatty():
             options |= {
                 "file": _LineFile(),
                 "delay": SECONDS_BETWEEN_LINES,
@@ -55,11 +52,6 @@ class Progress(tqdm):
             for item in self.iterable:
                 yield item
                 self.update()
-
-    def __exit__(self, exc_type: type[BaseException] | None, *details: Any) -> None:
-        if self._prints_lines:  # tqdm prints its last line only after this delay
-            self.delay = 0 if exc_type is None else math.inf
-        super().__exit__(exc_type, *details)
 
     def write(self, line: str) -> None:
         """Print a line on stderr without disturbing the bar."""

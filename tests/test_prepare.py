@@ -18,11 +18,13 @@ from small_data import (
     write_jpegs,
 )
 
+from sra_fast import progress
 from sra_fast.packing import encoding
 from sra_fast.packing.prepare import prepare
 
 
-def test_it_reports_what_it_does_and_the_result(images, kl, tmp_path, main):
+def test_it_reports_what_it_does_and_the_result(images, kl, tmp_path, main, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     code, output, error = main(words(config(images, tmp_path / "set", vae=str(kl))))
     first, last = output.splitlines()
     assert code == 0
@@ -31,7 +33,7 @@ def test_it_reports_what_it_does_and_the_result(images, kl, tmp_path, main):
     size = sum(len(file) for name, file in content(tmp_path / "set").items() if name.endswith(".npy"))
     assert last.endswith(f" images/s here, {size:,} bytes: {tmp_path / 'set'}")
     assert error.count("undecodable") == 4
-    assert re.search(r"44/44 \[.*img/s\]", error)
+    assert re.search(r"encoding: 100 %, 44/44 in .*img/s", error)
 
 
 def test_a_complete_set_is_left_as_it_is(tmp_path, monkeypatch, capsys):

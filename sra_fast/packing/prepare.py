@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from sra_fast.config import PrepareCommand
 from sra_fast.data.folder import ImageFolder
@@ -47,6 +46,7 @@ from sra_fast.packing.shards import (
     remove_records,
     write_shard,
 )
+from sra_fast.progress import Progress
 
 REPAIR_FOLDER = ".mending"
 SETTINGS_VERSION = 1
@@ -168,7 +168,7 @@ def _make_shards(out: Path, encoder: Encoder, claims: Claims, config: PrepareCom
     order = [(rank * shards // world + place) % shards for place in range(shards)]
     done = {number for number in order if _exists(out, number, config.strict)}
     encoded, before = 0, sum(len(encoder.images(number)) for number in done)
-    with _progress_bar(len(encoder.source), rank, before) as bar:
+    with Progress(len(encoder.source), "encoding", done=before, hidden=rank > 0) as bar:
         # First the shards that no process is making; then wait for the others. A claim that becomes free without a
         # record belonged to a process that was killed.
         for wait in (False, True):
@@ -201,18 +201,18 @@ def _refuse_skipped(file: Skipped) -> None:
     raise Refused(f"images: {file.file}: undecodable ({file.reason}) and left out earlier; strict allows none")
 
 
-def _make_shard(folder: Path, encoder: Encoder, number: int, config: PrepareCommand, bar: tqdm) -> Record:
+def _make_shard(folder: Path, encoder: Encoder, number: int, config: PrepareCommand, bar: Progress) -> Record:
     parts = _report_parts(encoder.parts(number), bar, config.strict)
     return write_shard(folder, number, parts, shape=encoder.shape, dtype=encoder.dtype, flips=encoder.flips)
 
 
-def _report_parts(parts: Iterable[Part], bar: tqdm, strict: bool) -> Iterator[Part]:
+def _report_parts(parts: Iterable[Part], bar: Progress, strict: bool) -> Iterator[Part]:
     """The same parts, with progress and skipped images reported. Raises Refused if `strict` forbids one."""
     for part in parts:
         for file in part.skipped:
             if strict:
                 raise Refused(f"images: {file.file}: undecodable ({file.reason}); strict allows none")
-            bar.write(f"{file.file}: undecodable ({file.reason}); left out", file=sys.stderr)
+            bar.write(f"{file.file}: undecodable ({file.reason}); left out")
         yield part
         bar.update(len(part.labels) + len(part.skipped))
 
@@ -263,15 +263,15 @@ def _repair(out: Path, encoder: Encoder, config: PrepareCommand) -> int:
         _refuse_skipped(manifest.skipped[0])
     shutil.rmtree(folder, ignore_errors=True)  # left by a killed process
     damaged = {}
-    with _progress_bar(manifest.size(out) if config.verify else 0, unit="B") as bar:
+    with Progress(manifest.size(out), "checksums", "B", hidden=not config.verify) as bar:
         for shard in manifest.shards:
             if damage := find_damage(out, manifest, shard, config.verify, bar.update):
                 damaged[numbers[shard.file]] = shard, damage
     count = sum(len(encoder.images(number)) for number in damaged)
-    with _reproducible(), _progress_bar(count) as bar:
+    with _reproducible(), Progress(count, "encoding", hidden=not count) as bar:
         for number, (shard, damage) in damaged.items():
             for name, reason in damage.items():
-                bar.write(f"{out / name}: {reason}; made again", file=sys.stderr)
+                bar.write(f"{out / name}: {reason}; made again")
             folder.mkdir()
             record = _make_shard(folder, encoder, number, config, bar)
             if record.shard == shard:
@@ -285,14 +285,6 @@ def _repair(out: Path, encoder: Encoder, config: PrepareCommand) -> int:
                     f"The set is as it was; choose another --out",
                 )
     return count
-
-
-def _progress_bar(total: int, rank: int = 0, before: int = 0, unit: str = "img") -> tqdm:
-    """Rate and remaining time, live on a terminal and every ten seconds in a log file."""
-    interval, scaled = 0.2 if sys.stderr.isatty() else 10.0, unit == "B"
-    return tqdm(
-        total=total, initial=before, unit=unit, unit_scale=scaled, mininterval=interval, disable=rank > 0 or not total
-    )
 
 
 @contextmanager

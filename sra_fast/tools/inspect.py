@@ -6,14 +6,13 @@ A packed set (data/manifest.py), the public layout (data/public.py), or a folder
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sra_fast.config import DataConfig, InspectCommand
 from sra_fast.data import folder
@@ -26,6 +25,7 @@ from sra_fast.data.rows import RowSet
 from sra_fast.errors import Damaged, Refused
 from sra_fast.files import write_json
 from sra_fast.hardware import Hardware
+from sra_fast.progress import Progress
 from sra_fast.sampling.decoding import LatentSpace, image_decoder
 from sra_fast.sampling.images import save_grid, to_uint8
 from sra_fast.tools.findings import FEW, ChannelSums, Findings, Sheet, Statistics, printable
@@ -116,7 +116,7 @@ def _open_packed(root: Path, checksums: bool) -> tuple[Findings, PackedSet | Non
         skipped=manifest.skipped,
         **_row_facts(manifest),
     )
-    with _progress(manifest.size(root) if checksums else 0, "checksums", "B") as bar:
+    with Progress(manifest.size(root) if checksums else 0, "checksums", "B") as bar:
         for shard in manifest.shards:
             damage = find_damage(root, manifest, shard, checksums, bar.update)
             findings.wrong |= {root / name: reason for name, reason in damage.items()}
@@ -136,7 +136,7 @@ def _open_public(root: Path, checksums: bool) -> tuple[Findings, PublicSet]:
     rows = PublicSet(root)
     facts = _row_facts(rows)
     findings = Findings("public layout", rows.root, checksums, len(rows), rows.classes, _class_counts(rows), **facts)
-    for row in _progress(range(len(rows) if checksums else 0), "reading", "file"):
+    for row in Progress(range(len(rows) if checksums else 0), "reading", "file"):
         try:
             rows.read_row(row)
         except Damaged as error:
@@ -148,7 +148,7 @@ def _open_folder(root: Path, checksums: bool) -> tuple[Findings, ImageFolder]:
     images = folder.scan(root)
     findings = Findings("image folder", root, checksums, len(images), images.classes, _class_counts(images))
     sides, size = [], 0
-    for row in _progress(_spread(len(images), len(images) if checksums else FEW).tolist(), "reading", "file"):
+    for row in Progress(_spread(len(images), len(images) if checksums else FEW).tolist(), "reading", "file"):
         try:
             file = images.read(row)
             size += len(file)
@@ -171,12 +171,6 @@ def _class_counts(data: RowSet | ImageFolder) -> np.ndarray:
     return np.bincount(data.labels, minlength=len(data.classes))
 
 
-def _progress(work: Sequence | int, description: str, unit: str) -> tqdm:
-    """A progress bar over a sequence, or of a number of bytes."""
-    options = {"desc": description, "unit": unit, "unit_scale": True, "disable": None, "leave": False}
-    return tqdm(total=work, **options) if isinstance(work, int) else tqdm(work, **options)
-
-
 def _spread(size: int, count: int) -> np.ndarray:
     """At most `count` numbers of [0, size), evenly spread, in order."""
     return np.unique(np.linspace(0, size - 1, min(size, count)).astype(np.int64))
@@ -192,7 +186,7 @@ def _inspect_rows(findings: Findings, row_set: RowSet, options: InspectCommand, 
     """Add statistics and the PNG of some rows."""
     rows = [row for row in _spread(len(row_set), options.rows).tolist() if row_set.file(row) not in findings.wrong]
     sums, valid = ChannelSums(row_set.posterior), []
-    for row in _progress(rows, "statistics", "row"):
+    for row in Progress(rows, "statistics", "row"):
         try:
             values = row_set.gather(np.array([row]))[0].double()
         except Damaged as error:
@@ -232,7 +226,7 @@ def _draw_rows(row_set: RowSet, rows: list[int], options: InspectCommand, png: P
     vae, device = options.vae or row_set.vae, Hardware.choose(options.device).device
     try:
         decode = image_decoder(LatentSpace(vae, 1.0, 0.0), device)
-        images = [decode(part.to(device)).cpu() for part in _progress(z.split(4), "decoding", "batch")]
+        images = [decode(part.to(device)).cpu() for part in Progress(z.split(4), "decoding", "batch")]
         return _save(png, to_uint8(torch.cat(images)), f"the means decoded by {vae}")
     except Refused as error:
         missing = str(error)
@@ -258,7 +252,7 @@ def _inspect_images(findings: Findings, images: ImageFolder, options: InspectCom
                 findings.wrong[images.root / images.files[row]] = reason
         return pixels
 
-    if not (pixels := decoded(_progress(rows, "statistics", "img"))):
+    if not (pixels := decoded(Progress(rows, "statistics", "img"))):
         return
     x = torch.stack(pixels).double().transpose(0, 1).flatten(1)
     figures = zip(x.mean(1).tolist(), x.std(1).tolist(), strict=True)
