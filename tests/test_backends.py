@@ -29,7 +29,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "why_unavailable", lambda on_gpu=False: "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(backends, "choose_attention", lambda *_: "cudnn")
-    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    monkeypatch.setattr(language, "AVAILABLE", True)
     for name in OPS:
         faster_on(monkeypatch, name)
 
@@ -145,11 +145,8 @@ def test_an_execution_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(Refused, match=r"train.execution: 'graph' given; needs an NVIDIA GPU; must be auto, eager or c"):
         choose_execution("graph", CPU.device)
 
-    def no_compiler() -> str:
-        raise RuntimeError("no working C++ compiler")
-
-    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
-    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", no_compiler)
+    monkeypatch.setattr(language, "AVAILABLE", False)
+    monkeypatch.setenv("CXX", "no-such-compiler")
     for device, missing in ((GPU.device, "Triton"), (CPU.device, r"a C\+\+ compiler")):
         assert choose_execution("auto", device) == "eager"
         with pytest.raises(Refused, match=f"train.execution: 'compiled' given; needs {missing}"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -11,6 +14,7 @@ from torch import Tensor
 from sra_fast.config import Config
 from sra_fast.errors import Refused
 from sra_fast.hardware import Hardware
+from sra_fast.kernels import language
 from sra_fast.kernels.perturb import NoisedBatch
 from sra_fast.kernels.registry import OPS, why_unavailable
 from sra_fast.model.attention import attention_operator, choose_attention
@@ -124,16 +128,9 @@ def choose_execution(choice: str, device: torch.device) -> str:
 def _why_not_compiled(device: torch.device) -> str:
     """What torch.compile lacks on this machine; '' if nothing."""
     if device.type == "cuda":
-        from torch.utils._triton import has_triton
-
-        return "" if has_triton() else "Triton (pip install triton)"
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    try:
-        get_cpp_compiler()
-    except Exception:  # Inductor raises an exception type of its own
-        return "a C++ compiler (g++ or clang++)"
-    return ""
+        return "" if language.AVAILABLE else "Triton (pip install triton)"
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # Inductor's choice
+    return "" if shutil.which(compiler) else f"a C++ compiler ({compiler})"
 
 
 REFERENCE = Backends()
