@@ -28,7 +28,7 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import islice, product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -56,7 +56,10 @@ SHAPE = (8, 32, 32)  # of the SD autoencoder's moments at 256 pixels
 LOADER_WORKERS = (0, 1, 2)
 THREADS = sorted({1, min(8, os.cpu_count() or 1)})
 DECODER_WORKERS = sorted({0, *THREADS, 2})
-READERS = {"pillow": "Pillow", "dali": "DALI"}  # DALI may not be installed and comes last
+READERS: dict[Literal["dali", "pillow"], str] = {
+    "pillow": "Pillow",
+    "dali": "DALI",
+}  # DALI may not be installed and comes last
 MAX_MEAN_DIFFERENCE, MAX_IMAGE_DIFFERENCE = 0.5, 1.0  # grey levels of 255
 JPEG_SIZES = ((500, 375), (375, 500), (500, 333), (500, 375), (640, 480), (333, 500), (400, 300), (1200, 900))
 
