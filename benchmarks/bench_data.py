@@ -59,7 +59,7 @@ DECODER_WORKERS = sorted({0, *THREADS, 2})
 READERS: dict[Literal["dali", "pillow"], str] = {
     "pillow": "Pillow",
     "dali": "DALI",
-}  # DALI may not be installed and comes last
+}  # DALI may be missing
 MAX_MEAN_DIFFERENCE, MAX_IMAGE_DIFFERENCE = 0.5, 1.0  # grey levels of 255
 JPEG_SIZES = ((500, 375), (375, 500), (500, 333), (500, 375), (640, 480), (333, 500), (400, 300), (1200, 900))
 
