@@ -12,12 +12,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from benchmarks.harness import tables
 from benchmarks.harness.rows import Row, digits, markdown
-from benchmarks.harness.stamp import ROOT
+from benchmarks.harness.stamp import ROOT, circumstances
 from sra_fast.files import read_json, replacing
 
 OTHER_QUESTIONS = re.compile("-depth|auto-check")  # a model cut short for a quick look; which batches fit
@@ -28,15 +28,7 @@ NOT_MEASURED = "not yet measured (`make gpu-report`)"
 ALL = "[benchmarks/README.md](benchmarks/README.md#results) has every row with its machine, command and raw samples."
 
 
-class Measured(NamedTuple):
-    """Rows of one family in the newest file that has them; `path` is relative to the repository."""
-
-    rows: list[Row]
-    stamp: dict[str, Any]
-    path: str
-
-
-Devices = dict[str, dict[tables.Family, Measured]]
+Devices = dict[str, dict[tuple, list[Row]]]  # device -> family -> its newest rows
 
 
 def result_files(root: Path, tracked_only: bool) -> list[Path]:
@@ -52,34 +44,38 @@ def result_files(root: Path, tracked_only: bool) -> list[Path]:
 
 
 def newest(files: Sequence[Path], root: Path) -> Devices:
-    """device -> family -> rows, the CPU last. All CPUs are one device."""
+    """Rows with the file they are from as "source", the CPU last. All CPUs are one device."""
     devices: Devices = {}
-    for file in files:
-        content = read_json(file)
-        if not (isinstance(content, dict) and {"name", "rows", "stamp"} <= set(content)):
-            continue
+    contents = [(str(file.relative_to(root)), read_json(file)) for file in files]
+    results = [(path, content) for path, content in contents if {"name", "rows", "stamp"} <= set(content)]
+    for path, content in sorted(results, key=lambda result: result[1]["stamp"]["date"]):
         if OTHER_QUESTIONS.search(content["name"]):
             continue
-        stamp, groups = content["stamp"], {}
+        stamp = content["stamp"]
+        command = re.sub(r"^\S*/", "", stamp["command"])  # python without its path
+        source = f"<sub>{circumstances(stamp)}; `{command}`; raw samples in `{path}`</sub>"
+        families: dict[tuple, list[Row]] = {}
         for row in content["rows"]:
             if not row["params"].get("depth") and tables.kind(row) != "roof":
-                groups.setdefault(tables.family(row), []).append(row)
-        for family, rows in groups.items():
-            measured = devices.setdefault("CPU" if stamp["kind"] == "cpu" else stamp["device"], {})
-            if family not in measured or measured[family].stamp["date"] < stamp["date"]:
-                measured[family] = Measured(rows, stamp, str(file.relative_to(root)))
+                families.setdefault(_family(row), []).append(row | {"source": source})
+        if families:
+            devices.setdefault("CPU" if stamp["kind"] == "cpu" else stamp["device"], {}).update(families)
     return dict(sorted(devices.items(), key=lambda item: (item[0] == "CPU", item[0])))
+
+
+def _family(row: Row) -> tuple:
+    """Rows that only make sense together: a model's steps, an op at a shape, a model's updates, a source of data."""
+    params = row["params"]
+    return tables.title(row), row["name"], params.get("size"), params.get("batch") if tables.kind(row) == "op" else None
 
 
 def short_section(devices: Devices) -> str:
     """One step of each device: of its largest model, with few tokens and a small batch."""
     lines = [] if set(devices) - {"CPU"} else [["NVIDIA GPU", NOT_MEASURED]]
-    for device, measured in devices.items():
-        rows = [row for some in measured.values() for row in some.rows]
-        steps = {tables.model(family): some for family, some in measured.items() if family[0] == "step"}
-        if steps:
-            title = next(iter(tables.sections(rows)))
-            public, ours = (tables.images_per_s(steps[title].rows, name) for name in ("public", "ours"))
+    for device, families in devices.items():
+        title, rows, _ = tables.sections([*chain(*families.values())])[0]  # the first is of steps, if there are any
+        if tables.kind(rows[0]) == "step":
+            public, ours = (tables.images_per_s(rows, name) for name in ("public", "ours"))
             ratio = f"{ours / public:.2f}" if public and ours else ""
             lines.append([device, title, digits(public), digits(ours), ratio])
     return "\n\n".join([BEGIN, NOTE, markdown(SHORT_HEAD, lines), ALL, END])
@@ -88,27 +84,11 @@ def short_section(devices: Devices) -> str:
 def long_section(devices: Devices) -> str:
     """All tables of all devices, each with its sources."""
     blocks = [] if set(devices) - {"CPU"} else [f"**NVIDIA GPU**: {NOT_MEASURED}."]
-    for device, measured in devices.items():
+    for device, families in devices.items():
         blocks.append(f"**{device}**")
-        titles: dict[str, list[Measured]] = {}
-        for some in measured.values():
-            for title in tables.sections(some.rows):
-                titles.setdefault(title, []).append(some)
-        for title, table in tables.sections([row for some in measured.values() for row in some.rows]).items():
-            blocks += [f"{title}:", table, *dict.fromkeys(map(_source, titles[title]))]
+        for title, rows, table in tables.sections([*chain(*families.values())]):
+            blocks += [f"{title}:", table, *dict.fromkeys(row["source"] for row in rows)]
     return "\n\n".join([BEGIN, NOTE, *blocks, END])
-
-
-def _source(measured: Measured) -> str:
-    stamp = measured.stamp
-    versions = [f"{name} {stamp['versions'][name]}" for name in ("torch", "triton", "cuda") if stamp["versions"][name]]
-    machine = [stamp["device"], f"{stamp['threads']} threads"] if stamp["kind"] == "cpu" else [stamp["device"]]
-    if stamp["power_limit_w"]:
-        machine.append(f"{stamp['power_limit_w']:.0f} W, driver {stamp['driver']}")
-    commit = (stamp["commit"] or "unknown")[:7] + (" with changes" if stamp["dirty"] else "")
-    command = re.sub(r"^\S*/", "", stamp["command"])  # python without its path
-    circumstances = ", ".join([*machine, *versions, f"commit {commit}", stamp["date"][:10]])
-    return f"<sub>{circumstances}; `{command}`; raw samples in `{measured.path}`</sub>"
 
 
 def replaced(text: str, section: str) -> str:

@@ -14,8 +14,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.harness.stamp import ROOT
 
@@ -44,8 +45,8 @@ class Outcome:
 
     name: str
     command: str
-    seconds: float
-    outcome: str  # OK, FAILED, NOT_RUN or NOT_HERE
+    seconds: float = 0.0
+    outcome: str = NOT_RUN  # or OK, FAILED, NOT_HERE
     reason: str = ""
     stderr: tuple[str, ...] = ()  # its last lines, if the part failed
 
@@ -65,59 +66,49 @@ def run_parts(
         limit = min(remaining * part.share, part.max_seconds)
         results = folder / f"{number:02d}-{part.module.rpartition('.')[2]}"
         results.mkdir(parents=True, exist_ok=True)
+        arguments = [argument.replace("{folder}", str(results)) for argument in part.arguments]
+        outcome = Outcome(part.name, shlex.join(["python", "-m", part.module, *arguments]))
         if limit < MIN_SECONDS:
-            outcomes.append(Outcome(part.name, _command(part, results), 0.0, NOT_RUN, f"{remaining:.0f} s were left"))
+            outcome = replace(outcome, reason=f"{remaining:.0f} s were left")
         else:
             print(f"\n== {part.name} (up to {limit:.0f} s)", flush=True)
-            outcomes.append(_run_part(part, limit, results))
-            print(f"== {part.name}: {outcomes[-1]}", flush=True)
+            outcome = replace(outcome, **_run(part, arguments, limit, results))
+            print(f"== {part.name}: {outcome}", flush=True)
+        outcomes.append(outcome)
         after_each(outcomes)
     return outcomes
 
 
-def _command(part: Part, results: Path) -> str:
-    return shlex.join(["python", "-m", part.module, *_arguments(part, results)])
-
-
-def _arguments(part: Part, results: Path) -> list[str]:
-    return [argument.replace("{folder}", str(results)) for argument in part.arguments]
-
-
-def _run_part(part: Part, limit_s: float, results: Path) -> Outcome:
+def _run(part: Part, arguments: list[str], limit_s: float, results: Path) -> dict[str, Any]:
+    """The fields of its outcome."""
     start = time.monotonic()
-    with tempfile.TemporaryFile() as stderr:
+    with tempfile.TemporaryFile() as file:
         process = subprocess.Popen(
-            [sys.executable, str(LAUNCHER), str(ROOT), part.module, *_arguments(part, results)],
+            [sys.executable, str(LAUNCHER), str(ROOT), part.module, *arguments],
             cwd=ROOT,
             env={**os.environ, "SRA_FAST_RESULTS": str(results), "PYTHONUNBUFFERED": "1"},
-            stderr=stderr,
+            stderr=file,
             start_new_session=True,
         )
         try:
             code = process.wait(timeout=limit_s)
         except subprocess.TimeoutExpired:
             code = None
-        finally:
-            _kill_group(process)  # including workers that a crash has left behind, with the GPU's memory
+        finally:  # also ends workers that a crash has left behind, with the GPU's memory
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         seconds = time.monotonic() - start
-        stderr.seek(0)
-        lines = stderr.read().decode(errors="replace").splitlines()[-STDERR_LINES:]
-    outcome, reason = _judge(part, code, seconds, lines)
-    shown = tuple(lines) if outcome in (FAILED, NOT_RUN) else ()
-    return Outcome(part.name, _command(part, results), seconds, outcome, reason, shown)
-
-
-def _judge(part: Part, code: int | None, seconds: float, stderr: list[str]) -> tuple[str, str]:
-    if code is None:
-        return (FAILED if part.must_end else NOT_RUN), f"killed after {seconds:.0f} s, its share of the time"
+        file.seek(0)
+        stderr = file.read().decode(errors="replace").splitlines()[-STDERR_LINES:]
     if code == 0:
-        return OK, ""
+        return {"seconds": seconds, "outcome": OK}
     if code == UNAVAILABLE:
-        return NOT_HERE, stderr[-1] if stderr else f"exit code {code}"
-    return FAILED, f"exit code {code}" if code > 0 else f"ended by signal {-code} ({signal.Signals(-code).name})"
-
-
-def _kill_group(process: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        return {"seconds": seconds, "outcome": NOT_HERE, "reason": stderr[-1] if stderr else f"exit code {code}"}
+    outcome = FAILED
+    if code is None:
+        outcome = FAILED if part.must_end else NOT_RUN
+        reason = f"killed after {seconds:.0f} s, its share of the time"
+    else:
+        reason = f"exit code {code}" if code > 0 else f"ended by signal {-code} ({signal.Signals(-code).name})"
+    return {"seconds": seconds, "outcome": outcome, "reason": reason, "stderr": tuple(stderr)}

@@ -75,6 +75,16 @@ def command() -> str:
     return shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
 
 
+def circumstances(stamp: dict[str, Any]) -> str:
+    """A stamp in a line: machine, versions, commit, date."""
+    machine = [stamp["device"], f"{stamp['threads']} threads"] if stamp["kind"] == "cpu" else [stamp["device"]]
+    if stamp["power_limit_w"]:
+        machine.append(f"{stamp['power_limit_w']:.0f} W, driver {stamp['driver']}")
+    versions = [f"{name} {stamp['versions'][name]}" for name in ("torch", "triton", "cuda") if stamp["versions"][name]]
+    commit = (stamp["commit"] or "unknown")[:7] + (" with changes" if stamp["dirty"] else "")
+    return ", ".join([*machine, *versions, f"commit {commit}", stamp["date"][:10]])
+
+
 def _installed(package: str) -> str | None:
     try:
         return version(package)

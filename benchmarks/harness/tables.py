@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NamedTuple
 
 from benchmarks.harness.rows import Row, digits, markdown, percent, spread
 from sra_fast.config import SIZES
@@ -14,7 +14,13 @@ UPDATE_HEAD = ("update", "size", "ms", "p20 ... p80", "x defaults", "GB/s", "of 
 ROOF_HEAD = ("roof", "ms", "p20 ... p80", "GB/s", "TFLOP/s")
 DATA_HEAD = ("data", "by", "images/s", "x rival", "images/CPU-s", "x rival", "ms a batch", "p20 ... p80")
 
-Family = tuple[Any, ...]  # (kind, what was measured): rows that belong into one table
+
+class Section(NamedTuple):
+    """Rows that share a table."""
+
+    title: str
+    rows: list[Row]
+    table: str
 
 
 def kind(row: Row) -> str:
@@ -26,37 +32,33 @@ def kind(row: Row) -> str:
     return "update" if row["name"] == "optimizer" else row["name"]
 
 
-def family(row: Row) -> Family:
-    """(kind, ...): model and batch of a step, name and shape of an op, size of an update, name of data."""
+def title(row: Row) -> str:
+    """That of its section. A model with a batch has its own, such as "SiT-XL/2, 256 tokens, batch 32"."""
+    if kind(row) != "step":
+        return TABLES[kind(row)][0]
     params = row["params"]
-    if kind(row) == "step":
-        return "step", params["size"], params["tokens"], params["batch"], params.get("depth", 0)
-    return kind(row), row["name"], params.get("size", ""), params.get("batch", 0) if kind(row) == "op" else 0
+    depth = f" of {params['depth']} blocks" if params.get("depth") else ""
+    return f"SiT-{params['size'].upper()}/2{depth}, {params['tokens']} tokens, batch {params['batch']}"
 
 
-def model(step: Family) -> str:
-    """SiT-XL/2, 256 tokens, batch 32."""
-    _, size, tokens, batch, depth = step
-    return f"SiT-{size.upper()}/2" + (f" of {depth} blocks" if depth else "") + f", {tokens} tokens, batch {batch}"
+def sections(rows: Sequence[Row]) -> list[Section]:
+    """All rows: steps of the largest model first, then ops, updates, data and roofs."""
+    groups: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=_place):
+        groups.setdefault(title(row), []).append(row)
+    return [Section(title, some, TABLES[kind(some[0])][1](some)) for title, some in groups.items()]
 
 
-def sections(rows: Sequence[Row]) -> dict[str, str]:
-    """title -> table of all rows: steps of the largest model first, then ops, updates, data and roofs."""
-    sizes = list(SIZES)
-    steps = {family(row) for row in rows if kind(row) == "step"}
-    shown = {}
-    for step in sorted(steps, key=lambda step: (-sizes.index(step[1]), *step[2:])):
-        shown[model(step)] = step_table([row for row in rows if family(row) == step])
-    for title, (wanted, make_table) in OTHERS.items():
-        some = [row for row in rows if kind(row) == wanted]
-        if some:
-            shown[title] = make_table(some)
-    return shown
+def _place(row: Row) -> tuple[int, ...]:
+    params = row["params"]
+    if kind(row) != "step":
+        return (list(TABLES).index(kind(row)),)
+    return 0, -list(SIZES).index(params["size"]), params["tokens"], params["batch"], params.get("depth", 0)
 
 
 def show(rows: Sequence[Row]) -> str:
     """All tables with their titles, for a terminal."""
-    return "\n\n".join(f"{title}\n\n{table}" for title, table in sections(rows).items())
+    return "\n\n".join(f"{section.title}\n\n{section.table}" for section in sections(rows))
 
 
 def images_per_s(rows: Sequence[Row], step: str) -> float | None:
@@ -65,31 +67,26 @@ def images_per_s(rows: Sequence[Row], step: str) -> float | None:
 
 
 def step_table(rows: Sequence[Row]) -> str:
-    """Steps of one family against the public recipe, and what self-alignment adds to a step."""
+    """Steps of one model against the public recipe, and what self-alignment adds to a step."""
     public = images_per_s(rows, "public")
     lines = []
     for row in rows:
-        ms, name = row["median_ms"], row["params"]["rung"]
+        ms, name, images = row["median_ms"], row["params"]["rung"], row.get("images_per_s")
         if not ms:
             lines.append([name, row.get("error", "")])
             continue
-        lines.append(
-            [
-                name,
-                digits(row["images_per_s"]),
-                f"{row['images_per_s'] / public:.2f}" if public else "",
-                digits(ms),
-                spread(row),
-                digits(row["flops"] and row["flops"] / ms / 1e9),
-                percent(row["roof_share"]),
-                percent(row.get("peak_share")),
-                digits(row["peak_memory_gib"]),
-            ]
-        )
-    ms = {row["params"]["rung"]: row["median_ms"] for row in rows}
-    aligned, plain = ms.get("ours"), ms.get("ours, plain SiT")
-    cost = f"\n\nA step with SRA takes {aligned / plain:.2f} x the time of plain SiT." if aligned and plain else ""
+        ratio = f"{images / public:.2f}" if public else ""
+        shares = [percent(row["roof_share"]), percent(row.get("peak_share"))]
+        memory = digits(row["peak_memory_gib"])
+        lines.append([name, digits(images), ratio, digits(ms), spread(row), rate(row, "flops"), *shares, memory])
+    aligned, plain = images_per_s(rows, "ours"), images_per_s(rows, "ours, plain SiT")
+    cost = f"\n\nA step with SRA takes {plain / aligned:.2f} x the time of plain SiT." if aligned and plain else ""
     return markdown(STEP_HEAD, lines) + cost
+
+
+def rate(row: Row, amount: str) -> str:
+    """Its bytes in GB/s, or its flops in TFLOP/s."""
+    return digits(row[amount] and row[amount] / row["median_ms"] / {"bytes": 1e6, "flops": 1e9}[amount])
 
 
 def kernel_table(rows: Sequence[Row]) -> str:
@@ -104,8 +101,7 @@ def kernel_table(rows: Sequence[Row]) -> str:
         timed = [row for row in group if row["median_ms"]]
         if timed:
             best = min(timed, key=lambda row: row["median_ms"])
-            rate = digits(best["bytes"] / best["median_ms"] / 1e6)
-            line += [best["params"]["implementation"], rate, percent(best["roof_share"])]
+            line += [best["params"]["implementation"], rate(best, "bytes"), percent(best["roof_share"])]
         lines.append(line)
     return markdown(KERNEL_HEAD, lines)
 
@@ -129,8 +125,8 @@ def update_table(rows: Sequence[Row]) -> str:
         if not share:  # the roof itself, which may be of fewer parameters
             way += f" ({row['params']['parameters'] / 1e6:.0f} M parameters)"
         ratio = f"{defaults[size] / ms:.2f}" if defaults.get(size) and share else ""
-        rate = digits(row["bytes"] / ms / 1e6)
-        lines.append([way, size, digits(ms), spread(row), ratio, rate, share, digits(row["peak_memory_gib"])])
+        memory = digits(row["peak_memory_gib"])
+        lines.append([way, size, digits(ms), spread(row), ratio, rate(row, "bytes"), share, memory])
     return markdown(UPDATE_HEAD, lines)
 
 
@@ -152,17 +148,17 @@ def data_table(rows: Sequence[Row]) -> str:
 
 def roof_table(rows: Sequence[Row]) -> str:
     """Copies and matrix products."""
-    lines = []
-    for row in rows:
-        ms = row["median_ms"]
-        rates = [digits(row["bytes"] and row["bytes"] / ms / 1e6), digits(row["flops"] and row["flops"] / ms / 1e9)]
-        lines.append([row["params"]["of"], digits(ms), spread(row), *rates])
+    lines = [
+        [row["params"]["of"], digits(row["median_ms"]), spread(row), rate(row, "bytes"), rate(row, "flops")]
+        for row in rows
+    ]
     return markdown(ROOF_HEAD, lines)
 
 
-OTHERS: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
-    "Ops": ("op", kernel_table),
-    "Updates": ("update", update_table),
-    "Data": ("data", data_table),
-    "Roofs": ("roof", roof_table),
+TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {  # by kind: title, and how to show the rows
+    "step": ("", step_table),
+    "op": ("Ops", kernel_table),
+    "update": ("Updates", update_table),
+    "data": ("Data", data_table),
+    "roof": ("Roofs", roof_table),
 }
