@@ -93,6 +93,11 @@ def test_weights_outside_a_run_take_the_space_of_the_vae(tmp_path, monkeypatch):
     assert (names, vae.given) == (["a vae", "a vae"], [])
 
 
+def test_a_latents_json_outside_a_run_is_not_read(tmp_path):
+    LatentSpace("a vae", 2.0, 0.0).write(tmp_path)  # `inspect --json latents.json` writes a file of this name too
+    assert find_latent_space(tmp_path / "ema.safetensors", "", 1) is None
+
+
 def test_a_vae_of_other_channels_is_refused(tmp_path, monkeypatch):
     stand_in(monkeypatch, channels=16)
     refusal = "vae: 'a vae' given; it decodes 16 channels; must decode 4"

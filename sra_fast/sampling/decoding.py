@@ -84,9 +84,9 @@ def find_latent_space(weights: Path, vae: str, channels: int) -> LatentSpace | N
     Raises:
         Refused: if the samples cannot be pixels and nothing says what they are, or the VAE decodes other channels.
     """
-    for folder in _possible_runs(weights):
-        if space := LatentSpace.of_run(folder):
-            return replace(space, vae=vae or space.vae)
+    run = _run_of(weights)
+    if run and (space := LatentSpace.of_run(run)):
+        return replace(space, vae=vae or space.vae)
     if vae:
         return LatentSpace.of_vae(vae, channels)
     if channels not in (1, 3):
@@ -103,21 +103,21 @@ def latent_decoder(weights: Path, vae: str, channels: int) -> Callable[[Tensor],
     Raises:
         Refused: if the run's samples are pixels, or weights outside a run come without a VAE that fits them.
     """
-    for folder in _possible_runs(weights):
-        if space := LatentSpace.of_run(folder):
+    if run := _run_of(weights):
+        if space := LatentSpace.of_run(run):
             return space.unscaled
-        if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
-            raise Refused("latents", True, f"but the run {folder} generates pixels")
+        raise Refused("latents", True, f"but the run {run} generates pixels")
     if not vae:
         rule = "needs a run, or --vae for its scale and shift: these weights do not say how their samples are scaled"
         raise Refused("latents", True, rule)
     return LatentSpace.of_vae(vae, channels).unscaled
 
 
-def _possible_runs(weights: Path) -> list[Path]:
-    """Folders that may be the run: its weights are runs/<name>/checkpoints/<images>/ema.safetensors."""
+def _run_of(weights: Path) -> Path | None:
+    """The run that weights belong to: its EMA is runs/<name>/checkpoints/<images>/ema.safetensors."""
     weights = weights.absolute()
-    return [weights, *list(weights.parents)[:3]]
+    folders = [weights, *list(weights.parents)[:3]]
+    return next((f for f in folders if (f / "config.json").is_file() and (f / "checkpoints").is_dir()), None)
 
 
 def _check_channels(vae: str, decoded: int, channels: int) -> None:
