@@ -17,16 +17,15 @@ from __future__ import annotations
 import argparse
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import triton
-from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from benchmarks.harness.machine_code import ARCHITECTURES, Launch, compiled, recorded, resources
@@ -46,61 +45,48 @@ MUST_NOT_GROW = ("registers", "stack", "shared", "narrow_loads")
 WIDEST = 128  # bits
 
 Usage = dict[str, dict[str, int]]  # "adaln._adaln_forward, D = 1152, bf16, sm_90" -> resources
-Launchers = Iterator[tuple[str, Callable[[], None]]]  # (shape, function that launches kernels at this shape)
+Launchers = Iterator[tuple[str, list[Launch]]]  # (shape, launches at this shape)
 
 
 def _norms() -> Launchers:
     """As the model calls them: modulations are views into one tensor."""
-    for width in WIDTHS:
-        for name, (dtype, modulation) in (DTYPES | MIXED).items():
-            x, per_token = torch.empty(BATCH, TOKENS, width, dtype=dtype), torch.empty(BATCH, TOKENS)
-            vector = torch.empty(BATCH, 6 * width, dtype=modulation)[:, :width]
-
-            def launch(x: Tensor = x, vector: Tensor = vector, per_token: Tensor = per_token) -> None:
-                adaln._forward(x, None, None, vector, vector, 1e-6)
-                adaln._backward(None, x, x, None, None, vector, per_token, per_token, vector.dtype)
-                adaln._forward(x, x, vector, vector, vector, 1e-6)
-                adaln._backward(x, x, x, x, vector, vector, per_token, per_token, vector.dtype)
-
-            yield f"D = {width}, {name}", launch
+    for width, (name, (dtype, modulation)) in product(WIDTHS, (DTYPES | MIXED).items()):
+        x, per_token = torch.empty(BATCH, TOKENS, width, dtype=dtype), torch.empty(BATCH, TOKENS)
+        vector = torch.empty(BATCH, 6 * width, dtype=modulation)[:, :width]
+        with recorded() as launches:
+            adaln._forward(x, None, None, vector, vector, 1e-6)
+            adaln._backward(None, x, x, None, None, vector, per_token, per_token, modulation)
+            adaln._forward(x, x, vector, vector, vector, 1e-6)
+            adaln._backward(x, x, x, x, vector, vector, per_token, per_token, modulation)
+        yield f"D = {width}, {name}", launches
 
 
 def _distances() -> Launchers:
-    for width in WIDTHS:
-        for name, (dtype, _) in DTYPES.items():
-            x = torch.empty(BATCH, TOKENS, width, dtype=dtype)
-
-            def launch(x: Tensor = x) -> None:
-                with patch.object(alignment, "_check"):  # these tensors are on the CPU; nothing reads them
-                    for distance in DISTANCES:
-                        _, coefficients = alignment._alignment._init_fn(x, x, distance)
-                        alignment._alignment_backward._init_fn(torch.empty(()), x, x, coefficients, distance)
-
-            yield f"D = {width}, {name}", launch
+    for width, (name, (dtype, _)) in product(WIDTHS, DTYPES.items()):
+        x = torch.empty(BATCH, TOKENS, width, dtype=dtype)
+        with recorded() as launches, patch.object(alignment, "_check"):  # tensors are on the CPU; nothing reads them
+            for distance in DISTANCES:
+                _, coefficients = alignment._alignment._init_fn(x, x, distance)
+                alignment._alignment_backward._init_fn(torch.empty(()), x, x, coefficients, distance)
+        yield f"D = {width}, {name}", launches
 
 
 def _draws() -> Launchers:
     """For pixels, and for the stored moments of 4-channel latents."""
     labels, vector = torch.empty(BATCH, dtype=torch.int64), torch.empty(4)
-    for path, times in (("linear", "uniform"), ("cosine", "lognormal")):
-        settings = (3, path, times, 0.2, 1000, 0.1, True)
-        for name, data, stored in (
-            ("pixels", torch.empty(BATCH, 3, 64, 64), (None, None, False)),
-            ("fp16 moments", torch.empty(BATCH, 8, 32, 32, dtype=FP16), (vector, vector, True)),
-        ):
-
-            def launch(data: Tensor = data, stored: tuple = stored, settings: tuple = settings) -> None:
-                perturb._launch(data, labels, labels, *stored, *settings)
-
-            yield f"{name}, {path}, {times}", launch
-
-
-FAMILIES: tuple[Callable[[], Launchers], ...] = (_norms, _distances, _draws)
+    inputs = {
+        "pixels": (torch.empty(BATCH, 3, 64, 64), labels, labels, None, None, False),
+        "fp16 moments": (torch.empty(BATCH, 8, 32, 32, dtype=FP16), labels, labels, vector, vector, True),
+    }
+    for (path, times), name in product((("linear", "uniform"), ("cosine", "lognormal")), inputs):
+        with recorded() as launches:
+            perturb._launch(*inputs[name], 3, path, times, 0.2, 1000, 0.1, True)
+        yield f"{name}, {path}, {times}", launches
 
 
 def _variant(launch: Launch) -> str:
     """What a kernel is specialised for apart from shape and dtypes."""
-    constants = dict(launch.constants)
+    constants = launch.constants
     if launch.name == "rows._adaln_total":
         return " of 2" if "third" in constants else " of 3"
     if launch.name.startswith("adaln."):
@@ -111,16 +97,14 @@ def _variant(launch: Launch) -> str:
 def launches() -> Iterator[tuple[str, Launch]]:
     """(description without the architecture, launch) of every kernel. A kernel that several shapes share is described
     by the first of them; of launches that differ in the number of partial sums only, the first is kept."""
-    known: set[Launch | str] = set()
-    for family in FAMILIES:
-        for shape, call in family():
-            with recorded() as recording:
-                call()
-            for launch in recording:
-                description = f"{launch.name}{_variant(launch)}, {shape}"
-                if launch not in known and description not in known:
-                    known |= {launch, description}
-                    yield description, launch
+    known: set[tuple[str, int] | str] = set()
+    for shape, recording in chain(_norms(), _distances(), _draws()):
+        for launch in recording:
+            description = f"{launch.name}{_variant(launch)}, {shape}"
+            content = launch.source.hash(), launch.num_warps
+            if content not in known and description not in known:
+                known |= {content, description}
+                yield description, launch
 
 
 def measure(every: Sequence[tuple[str, Launch]], architectures: Sequence[int] = ARCHITECTURES) -> Usage:
@@ -129,7 +113,7 @@ def measure(every: Sequence[tuple[str, Launch]], architectures: Sequence[int] = 
 
     def run(job: tuple[str, Launch, int]) -> tuple[str, dict[str, int]]:
         name, launch, capability = job
-        return name, asdict(resources(compiled(launch, capability)))
+        return name, resources(compiled(launch, capability))
 
     parse, lock = JITFunction.parse, threading.Lock()
 

@@ -11,9 +11,8 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -34,27 +33,12 @@ POINTERS = {
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-@dataclass(frozen=True)
-class Resources:
-    """Of one kernel on one architecture."""
-
-    registers: int  # per thread
-    spills: int  # instructions that store to or load from local memory
-    stack: int  # bytes per thread
-    shared: int  # bytes per program, static and dynamic
-    load_bits: int  # of the widest load from global memory
-    narrow_loads: int  # loads from global memory of less than the widest
-    store_bits: int  # of the widest store to global memory
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A kernel as its launcher calls it: everything that decides what is compiled."""
+class Launch(NamedTuple):
+    """A kernel as its launcher calls it."""
 
     kernel: Any  # a function under triton.jit
-    signature: tuple[tuple[str, str], ...]  # (parameter, "*bf16", "i64", "fp32" ..., or "constexpr")
-    constants: tuple[tuple[str, Any], ...]  # (parameter, value) of the "constexpr" ones
-    aligned: tuple[str, ...]  # pointers and integers that are multiples of 16: only loads through these can be wide
+    constants: dict[str, Any]  # parameters that are compiled in
+    source: ASTSource  # with everything else that decides what is compiled
     num_warps: int
 
     @property
@@ -69,20 +53,18 @@ def recorded() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, num_warps: int = 4, **named: Any) -> None:
-        names = [parameter.name for parameter in kernel.params]
-        values = dict(zip(names, arguments, strict=False)) | named
+        values = dict(zip(kernel.arg_names, arguments, strict=False)) | named
         # Triton compiles a 1 and a missing pointer in, besides what is declared constexpr.
-        constants = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
-        constants |= {name for name, value in values.items() if value is None or (type(value) is int and value == 1)}
-        launches.append(
-            Launch(
-                kernel,
-                tuple((name, "constexpr" if name in constants else _type(values[name])) for name in names),
-                tuple((name, values[name]) for name in names if name in constants),
-                tuple(name for name in names if name not in constants and _is_aligned(values[name])),
-                num_warps,
-            )
-        )
+        declared = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+        constants = {
+            name: value
+            for name, value in values.items()
+            if name in declared or value is None or (type(value) is int and value == 1)
+        }
+        signature = {name: "constexpr" if name in constants else _type(values[name]) for name in kernel.arg_names}
+        aligned = [name for name in signature if name not in constants and _is_aligned(values[name])]
+        attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+        launches.append(Launch(kernel, constants, ASTSource(kernel, signature, constants, attributes), num_warps))
 
     with patch.object(JITFunction, "run", record):
         yield launches
@@ -99,20 +81,27 @@ def _type(value: Any) -> str:
 
 
 def _is_aligned(value: Any) -> bool:
+    """To 16: only loads through such pointers, at multiples of such integers, can be wide."""
     return isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
 
 
 def compiled(launch: Launch, capability: int) -> Any:
     """The kernel compiled for an architecture, 80, 90 or 100."""
-    names = [name for name, _ in launch.signature]
-    constants = {(names.index(name),): value for name, value in launch.constants}
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
-    source = ASTSource(launch.kernel, dict(launch.signature), constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.num_warps})
+    options = {"num_warps": launch.num_warps}
+    return triton.compile(launch.source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def resources(kernel: Any) -> Resources:
-    """Read the machine code of a kernel from `compiled`."""
+def resources(kernel: Any) -> dict[str, int]:
+    """What a kernel from `compiled` needs.
+
+    Returns:
+        registers: per thread
+        stack: bytes per thread
+        shared: bytes per program, static and dynamic
+        spills: instructions that store to or load from local memory
+        load_bits, store_bits: of the widest load from and store to global memory
+        narrow_loads: loads from global memory of less than the widest
+    """
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
@@ -120,9 +109,15 @@ def resources(kernel: Any) -> Resources:
             subprocess.run([CUOBJDUMP, option, cubin], capture_output=True, text=True, check=True).stdout
             for option in ("-res-usage", "-sass")
         )
-    numbers = dict(re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage))
-    shared = max(int(numbers["SHARED"]), kernel.metadata.shared)
-    return Resources(int(numbers["REG"]), stack=int(numbers["STACK"]), shared=shared, **count_instructions(code))
+    numbers = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|SHARED):(\d+)", usage)}
+    instructions = count_instructions(code)
+    return {
+        "registers": numbers["REG"],
+        "spills": instructions.pop("spills"),
+        "stack": numbers["STACK"],
+        "shared": max(numbers["SHARED"], kernel.metadata.shared),
+        **instructions,
+    }
 
 
 def count_instructions(code: str) -> dict[str, int]:
