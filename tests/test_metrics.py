@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 import time
+from contextlib import closing
 
 import pytest
 from small_run import full_disk, metrics, run, small
@@ -48,9 +49,8 @@ def test_a_line_that_a_crash_cut_is_dropped(tmp_path, plain, tail):
 
 def test_a_full_disk_is_refused_by_name(tmp_path, plain):
     file = MetricsFile(tmp_path, 0)
-    with full_disk(10), pytest.raises(Refused, match=r"metrics\.jsonl: could not be written"):
+    with full_disk(10), pytest.raises(Refused, match=r"metrics\.jsonl: could not be written"), closing(file):
         file.write(ROWS[0])
-    file.close()
 
 
 def test_without_tensorboard_one_line_says_so(tmp_path, plain, capsys):

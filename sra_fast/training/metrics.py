@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,9 @@ class MetricsFile:
                     self._board.add_scalar(name, value, row["images_seen"])
 
     def close(self) -> None:
-        self._file.close()
+        # Every line has been flushed; after a failed write, closing would raise the same error without the file's name.
+        with suppress(OSError):
+            self._file.close()
         if self._board:
             self._board.close()
 
