@@ -87,7 +87,9 @@ class ThroughputClock(CpuClock):
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def prepare(self, call: Call) -> tuple[None, Call]:
+    def prepare(self, call: Call, warmup: int) -> tuple[None, Call]:
+        for _ in range(warmup):
+            call()
         return None, call  # measuring memory would take one more epoch
 
     def sample(self, call: Call) -> tuple[float, float]:

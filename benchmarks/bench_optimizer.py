@@ -218,7 +218,7 @@ def measure_rows(
     taken = measure({ROOF: touch} | calls, device=device, repeats=repeats, warmup=warmup)
     now = stamp(device)
     gb_per_s = touched / (taken[ROOF].median_ms or math.inf) / 1e6
-    limits = roofs(device) | {"copy_gb_per_s": gb_per_s, "copy_bytes": touched}
+    limits = roofs(device) | {"copy_gb_per_s": gb_per_s}
     params = {"size": size, "parameters": min(count, MAX_ROOF_ELEMENTS), "way": ROOF}
     rows = [row("optimizer", params, taken[ROOF], stamp=now, bytes=touched)]
     for name in names:

@@ -74,13 +74,14 @@ def _distances() -> Launchers:
 def _draws() -> Launchers:
     """For pixels, and for the stored moments of 4-channel latents."""
     labels, vector = torch.empty(BATCH, dtype=torch.int64), torch.empty(4)
-    inputs = {
+    inputs: dict[str, tuple[Any, ...]] = {
         "pixels": (torch.empty(BATCH, 3, 64, 64), labels, labels, None, None, False),
         "fp16 moments": (torch.empty(BATCH, 8, 32, 32, dtype=FP16), labels, labels, vector, vector, True),
     }
     for (path, times), name in product((("linear", "uniform"), ("cosine", "lognormal")), inputs):
+        settings: tuple[Any, ...] = (3, path, times, 0.2, 1000, 0.1, True)
         with recorded() as launches:
-            perturb._launch(*inputs[name], 3, path, times, 0.2, 1000, 0.1, True)
+            perturb._launch(*inputs[name], *settings)
         yield f"{name}, {path}, {times}", launches
 
 

@@ -137,8 +137,6 @@ def test_the_share_of_the_roof(here, bytes, flops, share):
 
 def test_roofs_are_measured_and_count_what_they_say():
     found = roofs("cpu", copy_bytes=2**22, matmul_size=64)
-    assert set(found) == {"copy_gb_per_s", "matmul_tflop_per_s", "copy_bytes", "matmul_size"}
-    assert (found["copy_bytes"], found["matmul_size"]) == (2**22, 64)
     assert 0.01 < found["copy_gb_per_s"] < 1e5
     assert 1e-6 < found["matmul_tflop_per_s"] < 1e4
 

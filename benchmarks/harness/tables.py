@@ -75,7 +75,7 @@ def step_table(rows: Sequence[Row]) -> str:
         if not ms:
             lines.append([name, row.get("error", "")])
             continue
-        ratio = f"{images / public:.2f}" if public else ""
+        ratio = f"{images / public:.2f}" if images and public else ""
         shares = [percent(row["roof_share"]), percent(row.get("peak_share"))]
         memory = digits(row["peak_memory_gib"])
         lines.append([name, digits(images), ratio, digits(ms), spread(row), rate(row, "flops"), *shares, memory])

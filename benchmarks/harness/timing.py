@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -68,31 +68,23 @@ def measure(
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
     peaks: dict[str, float | None] = {}
     errors: dict[str, str] = {}
-
-    def attempt(name: str, work: Call) -> None:
-        try:
-            work()
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            errors[name] = f"out of memory ({(str(error) or type(error).__name__).splitlines()[0]})"
-            ready.pop(name, None)
-        if name in errors:  # outside the handler, whose traceback holds the candidate's tensors
-            clock.release()
-
-    def prepare(name: str) -> None:
-        clock.begin()
-        for _ in range(warmup):
-            candidates[name]()
-        peaks[name], ready[name] = clock.prepare(candidates[name])
-
-    for name in candidates:
-        attempt(name, lambda name=name: prepare(name))
     order = list(candidates)
-    for _ in range(repeats):
-        for name in [name for name in order if name in ready]:
-            attempt(name, lambda name=name: taken[name].append(clock.sample(ready[name])))
-        order = order[1:] + order[:1]
+    for is_first in [True] + repeats * [False]:
+        for name in [name for name in order if name not in errors]:
+            try:
+                if is_first:
+                    peaks[name], ready[name] = clock.prepare(candidates[name], warmup)
+                else:
+                    taken[name].append(clock.sample(ready[name]))
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                errors[name] = f"out of memory ({(str(error) or type(error).__name__).splitlines()[0]})"
+                ready.pop(name, None)
+            if name in errors:  # outside the handler, whose traceback holds the candidate's tensors
+                clock.release()
+        if not is_first:
+            order = order[1:] + order[:1]
     return {
         name: Samples(error=errors[name])
         if name in errors
@@ -102,12 +94,12 @@ def measure(
 
 
 class CpuClock:
-    """Wall time. `prepare` returns (peak memory in GiB, the call to sample), `sample` (time, host time) in ms."""
+    """Wall time."""
 
-    def begin(self) -> None:
-        """Called before the warm-up."""
-
-    def prepare(self, call: Call) -> tuple[float | None, Call]:
+    def prepare(self, call: Call, warmup: int) -> tuple[float | None, Call]:
+        """Call it `warmup` times. Returns (peak memory in GiB, the call to sample)."""
+        for _ in range(warmup):
+            call()
         status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
         try:
             reset.write_text("5")  # resets the peak of resident memory, see proc_pid_clear_refs(5)
@@ -118,6 +110,7 @@ class CpuClock:
         return (int(peak.split()[1]) * 1024 / GIB if peak else None), call
 
     def sample(self, call: Call) -> tuple[float, float]:
+        """(time, host time) in ms."""
         start = time.perf_counter_ns()
         call()
         ms = (time.perf_counter_ns() - start) / 1e6
@@ -138,11 +131,11 @@ class GpuClock:
         size = max(2 * torch.cuda.get_device_properties(device).L2_cache_size, 256 * 2**20)
         self.flush = torch.empty(size, dtype=torch.int8, device=device) if graph else None
 
-    def begin(self) -> None:
+    def prepare(self, call: Call, warmup: int) -> tuple[float, Call]:
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-
-    def prepare(self, call: Call) -> tuple[float, Call]:
+        for _ in range(warmup):
+            call()
         if self.graph:
             call = self._captured(call)  # a replay allocates nothing: the capture did
         else:
@@ -194,14 +187,12 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
 class Operation(NamedTuple):
     """A call with the bytes or the FLOPs (2 per multiply-add) that it takes."""
 
-    call: Callable[[], object]
+    call: Call
     bytes: int | None = None
     flops: int | None = None
 
 
-def operations(
-    device: torch.device, copy_bytes: int | None = None, matmul_size: int | None = None
-) -> dict[str, Operation]:
+def operations(device: torch.device, copy_bytes: int = 0, matmul_size: int = 0) -> dict[str, Operation]:
     """A large copy (bytes read + written) and square matrix product, of random numbers: zeros draw less power."""
     source = torch.randn((copy_bytes or COPY_BYTES[device.type]) // 8, device=device)  # half is read, half written
     target = torch.empty_like(source)
@@ -215,16 +206,16 @@ def operations(
     }
 
 
-def roofs(device: torch.device | str, copy_bytes: int | None = None, matmul_size: int | None = None) -> dict[str, Any]:
-    """Measure `copy_gb_per_s` (1e9 bytes, read + written) and `matmul_tflop_per_s` (1e12 FLOP, bf16) now; also returns
-    the sizes `copy_bytes` and `matmul_size`, see `operations`."""
+def roofs(device: torch.device | str, copy_bytes: int = 0, matmul_size: int = 0) -> dict[str, float]:
+    """Measure `copy_gb_per_s` (1e9 bytes, read + written) and `matmul_tflop_per_s` (1e12 FLOP, bf16) now; for the sizes
+    see `operations`."""
     device = torch.device(device)
     measured = operations(device, copy_bytes, matmul_size)
-    copy, matmul = measured["copy"], measured["matmul bf16"]
-    samples = measure({"copy": copy.call, "matmul": matmul.call}, device=device, repeats=20, warmup=3)
+    calls = {name: measured[name].call for name in ("copy", "matmul bf16")}
+    samples = measure(calls, device=device, repeats=20, warmup=3)
     return {
-        "copy_gb_per_s": (copy.bytes or 0) / (samples["copy"].median_ms or math.inf) / 1e6,
-        "matmul_tflop_per_s": (matmul.flops or 0) / (samples["matmul"].median_ms or math.inf) / 1e9,
-        "copy_bytes": copy.bytes,
-        "matmul_size": matmul_size or MATMUL_SIZE[device.type],
+        "copy_gb_per_s": (measured["copy"].bytes or 0) / (samples["copy"].median_ms or math.inf) / 1e6,
+        "matmul_tflop_per_s": (measured["matmul bf16"].flops or 0)
+        / (samples["matmul bf16"].median_ms or math.inf)
+        / 1e9,
     }
