@@ -75,14 +75,9 @@ class Candidate:
     levels_off: float | None = None  # mean difference of its pixels from the reference's, in grey levels of 255
 
 
-def cpu_seconds() -> float:
-    """CPU time of this process and of its children that have ended."""
-    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(part.ru_utime + part.ru_stime for part in usage)
-
-
 class ThroughputClock(CpuClock):
-    """Wall time to the end of the device's work; CPU time takes the place of host time."""
+    """Wall time to the end of the device's work; CPU time, with workers that have ended, takes the place of host
+    time."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -93,11 +88,15 @@ class ThroughputClock(CpuClock):
         return None, call  # measuring memory would take one more epoch
 
     def sample(self, call: Call) -> tuple[float, float]:
-        wall, cpu = time.perf_counter(), cpu_seconds()
+        wall, cpu = time.perf_counter(), self._cpu_seconds()
         call()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return 1e3 * (time.perf_counter() - wall), 1e3 * (cpu_seconds() - cpu)
+        return 1e3 * (time.perf_counter() - wall), 1e3 * (self._cpu_seconds() - cpu)
+
+    def _cpu_seconds(self) -> float:
+        workers = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return time.process_time() + workers.ru_utime + workers.ru_stime
 
 
 def write_latents(root: Path, count: int) -> None:
@@ -194,63 +193,65 @@ def bench_latents(args: argparse.Namespace, root: Path) -> list[Row]:
         return measure_rows("latents", candidates, args, torch.device("cpu"), int(np.prod(SHAPE)) * 2)
 
 
-def _take(batches: Iterable, count: int) -> None:
+def _take(batches: Iterable, count: int | None = None) -> None:
     for _ in islice(batches, count):
         pass
 
 
 def bench_decoding(args: argparse.Namespace, files: Sequence[Path], device: torch.device) -> list[Row]:
-    """Rows of all installed decoders, with their output on the device."""
-    batch = args.decode_batch
-    decoders = {}
-    try:
-        for (reader, title), threads in product(READERS.items(), THREADS):
-            config = DataConfig(resolution=args.resolution, channels=3, reader=reader, threads=threads)
-            decoders[f"ours, {title}, {threads} threads"] = open_decoder(config, device)
-    except Refused as error:
-        print(f"DALI not run: {error}")
+    """Rows of all installed decoders, with their output on the device.
+
+    Raises:
+        Refused: if a file cannot be decoded.
+    """
+    rival = JpegFiles(files, args.resolution, args.passes)
+    images = []
+    for number, file in enumerate(files):
+        try:
+            images.append(rival[number])
+        except Exception as error:  # Pillow raises many kinds of errors for a damaged file
+            raise Refused(f"--jpegs: {file}: cannot be decoded ({error})") from error
+    reference = torch.stack(images).float().div_(127.5).sub_(1)
 
     def decode(decoder: Any) -> Iterator[Tensor]:
-        for first in range(0, len(files), batch):
-            yield decoder.decode([path.read_bytes() for path in files[first : first + batch]])
+        for first in range(0, len(files), args.decode_batch):
+            yield decoder.decode([path.read_bytes() for path in files[first : first + args.decode_batch]])
 
     def decode_all(decoder: Any) -> None:
         for _ in range(args.passes):
-            for _ in decode(decoder):
-                pass
+            _take(decode(decoder))
 
     def load_all(loader: DataLoader) -> None:
         for x in loader:
             x.to(device).float().div_(127.5).sub_(1)
 
-    rival = JpegFiles(files, args.resolution, args.passes)
-    reference = torch.stack([_decoded(rival, index) for index in range(len(files))]).float().div_(127.5).sub_(1)
-    params = {"files": len(files), "made_up": not args.jpegs, "resolution": args.resolution, "batch": batch}
-    images = args.passes * len(files)
+    params = {"files": len(files), "made_up": not args.jpegs, "resolution": args.resolution, "batch": args.decode_batch}
+    count = args.passes * len(files)
     candidates = {}
-    for name, decoder in decoders.items():
+    for (reader, title), threads in product(READERS.items(), THREADS):
+        name = f"ours, {title}, {threads} threads"
+        config = DataConfig(resolution=args.resolution, channels=3, reader=reader, threads=threads)
+        try:
+            decoder = open_decoder(config, device)
+        except Refused as error:
+            print(f"{title} not run: {error}")
+            break
         difference = check_pixels(name, torch.cat([x.cpu() for x in decode(decoder)]), reference)
-        candidates[name] = Candidate(partial(decode_all, decoder), images, True, params, round(difference, 3))
+        candidates[name] = Candidate(partial(decode_all, decoder), count, True, params, round(difference, 3))
+    is_gpu = device.type == "cuda"
     for workers in DECODER_WORKERS:
-        loader = DataLoader(rival, batch, num_workers=workers, pin_memory=device.type == "cuda")
+        loader = DataLoader(rival, args.decode_batch, num_workers=workers, pin_memory=is_gpu)
         candidates[f"Pillow, DataLoader, {workers} workers"] = Candidate(
-            partial(load_all, loader), images, False, params
+            partial(load_all, loader), count, False, params
         )
     size = sum(path.stat().st_size for path in files) // len(files)
     threads = torch.get_num_threads()
     # With more threads the rival's conversion to floats would leave torch's threads spinning, at its expense.
     torch.set_num_threads(1)
     try:
-        return measure_rows("decode on a GPU" if device.type == "cuda" else "decode", candidates, args, device, size)
+        return measure_rows("decode on a GPU" if is_gpu else "decode", candidates, args, device, size)
     finally:
         torch.set_num_threads(threads)
-
-
-def _decoded(images: JpegFiles, index: int) -> Tensor:
-    try:
-        return images[index]
-    except Exception as error:  # Pillow raises many kinds of errors for a damaged file
-        raise Refused(f"--jpegs: {images.files[index]}: cannot be decoded ({error})") from error
 
 
 def bench_encoding(args: argparse.Namespace, device: torch.device, root: Path) -> list[Row]:
@@ -329,41 +330,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
         if args.jpegs:
-            files = sorted(path for path in args.jpegs.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
-            files = [path for path in files if path.is_file()]
-            if not files:
-                parser.error(f"--jpegs: {str(args.jpegs)!r} given; has no .jpg or .jpeg files")
+            paths = sorted(path for path in args.jpegs.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+            files = [path for path in paths if path.is_file()]
         else:
             files = write_jpegs(temporary / "jpegs", count, divisor)
-        try:
-            rows, failed = _run_parts(args, files, temporary)
-        except GateFailed as error:
-            print(f"no number: {error}")
-            return 1
+        if args.jpegs and not files:
+            parser.error(f"--jpegs: {str(args.jpegs)!r} given; has no .jpg or .jpeg files")
+        is_gpu = args.device.type == "cuda"
+        parts = [lambda: bench_latents(args, temporary / "latents")]
+        for device in [torch.device("cpu"), args.device] if is_gpu else [args.device]:
+            parts.append(lambda device=device: bench_decoding(args, files, device))
+        if is_gpu or args.vae:
+            parts.append(lambda: bench_encoding(args, args.device, temporary / "vae"))
+        rows, failed = [], False
+        for part in parts:
+            try:
+                rows += part()
+            except GateFailed as error:
+                print(f"no number: {error}")
+                return 1
+            except (Refused, torch.OutOfMemoryError) as error:
+                print(f"not run: {(str(error) or type(error).__name__).splitlines()[0]}")
+                failed = True
     print(show(rows))
     if rows and (not args.quick or "SRA_FAST_RESULTS" in os.environ):
         now = stamp(args.device) | {"command": rows[0]["command"]}
         path = write(folder(now), "data-jpegs" if args.jpegs else "data", rows, now)
         print(f"raw samples in {path}")
     return int(failed)
-
-
-def _run_parts(args: argparse.Namespace, files: Sequence[Path], temporary: Path) -> tuple[list[Row], bool]:
-    """(rows, whether a part could not run); the parts that can still do."""
-    is_gpu = args.device.type == "cuda"
-    parts = [lambda: bench_latents(args, temporary / "latents")]
-    for device in [torch.device("cpu"), args.device] if is_gpu else [args.device]:
-        parts.append(lambda device=device: bench_decoding(args, files, device))
-    if is_gpu or args.vae:
-        parts.append(lambda: bench_encoding(args, args.device, temporary / "vae"))
-    rows, failed = [], False
-    for part in parts:
-        try:
-            rows += part()
-        except (Refused, torch.OutOfMemoryError) as error:
-            print(f"not run: {(str(error) or type(error).__name__).splitlines()[0]}")
-            failed = True
-    return rows, failed
 
 
 if __name__ == "__main__":
