@@ -10,7 +10,6 @@ one --out.
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.harness import options
 from benchmarks.harness.parts import LAUNCHER
 
 SIDES = ("base", "change")
@@ -48,7 +48,7 @@ def run(tree: Path, command: Sequence[str], out: Path, prefix: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 1 if a run fails."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ab", description=str(__doc__).splitlines()[0])
+    parser = options.parser("ab", __doc__)
     parser.add_argument("base", type=Path, metavar="BASE_TREE")
     parser.add_argument("change", type=Path, metavar="CHANGE_TREE")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each tree; default: %(default)s")

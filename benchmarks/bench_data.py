@@ -309,7 +309,7 @@ def without_paths(command: str, arguments: Sequence[Path | str | None]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 1 if a gate failed or a part could not be measured."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_data", description=str(__doc__).splitlines()[0])
+    parser = options.parser("bench_data", __doc__)
     parser.add_argument("--jpegs", type=Path, help="folder of JPEG files; default: generated ones")
     parser.add_argument("--vae", help="also measure this VAE's encoder: a folder or an id on the hub")
     parser.add_argument("--rows", type=options.positive, default=8192, help="of the generated latents")

@@ -14,7 +14,7 @@ pytest-benchmark records the same samples; the row is beside them under extra_in
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ import torch
 from benchmarks.harness import options
 from benchmarks.harness.rows import Row, Samples, folder, row, write
 from benchmarks.harness.stamp import stamp
-from benchmarks.harness.tables import show
+from benchmarks.harness.tables import finish
 from benchmarks.harness.timing import GateFailed, measure, roofs
 from benchmarks.kernel_cases import OPS, Case, check, make_case, prepared, truth
 from sra_fast.config import SIZES
@@ -69,9 +69,7 @@ def case_rows(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 1 if an implementation disagrees with the reference."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench_kernels", description=str(__doc__).splitlines()[0]
-    )
+    parser = options.parser("bench_kernels", __doc__)
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=", ".join(OPS))
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="default: s and xl on a GPU, s on a CPU")
     parser.add_argument("--batch", type=options.positive, help="images; default: 32 on a GPU, 4 on a CPU")
@@ -98,34 +96,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             path = write(folder(now), "kernels", rows, now)  # after each op, so that a kill costs only one
     if unknown := set(args.implementations or ()) - known:
         parser.error(f"--implementations: {', '.join(sorted(unknown))} given; there were {', '.join(sorted(known))}")
-    print(show(rows))
-    print(f"raw samples in {path}")
-    wrong = [row["error"] for row in rows if row.get("error", "").startswith("disagrees")]
-    for error in wrong:
-        print(f"no number: {error}")
-    return int(bool(wrong))
+    return finish(rows, path)
 
 
-class Replay:
-    """A clock for pytest-benchmark that shows samples taken elsewhere: each call takes as long as the next one."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.durations: Iterator[float] = iter(())
-
-    def now(self) -> float:
-        """The timer."""
-        return self.seconds
-
-    def load(self, samples_ms: Sequence[float]) -> None:
-        """Samples to show."""
-        self.durations = iter([ms / 1e3 for ms in samples_ms])
-
-    def __call__(self) -> None:
-        self.seconds += next(self.durations)
-
-
-REPLAY = Replay()
+CLOCK = [0.0]  # seconds; pytest-benchmark reads it, and each call of `test_kernel`'s benchmark adds a sample to it
 
 
 def pytest_generate_tests(metafunc: Any) -> None:
@@ -134,7 +108,7 @@ def pytest_generate_tests(metafunc: Any) -> None:
 
     device = options.default_device()
     chosen = defaults(device)
-    replayed = pytest.mark.benchmark(timer=REPLAY.now)
+    replayed = pytest.mark.benchmark(timer=lambda: CLOCK[0])
     tests = []
     for size in chosen["sizes"]:
         for op in OPS:
@@ -152,8 +126,12 @@ def test_kernel(benchmark: Any, op: str, size: str, which: str, implementation: 
     rows = {row["params"]["implementation"]: row for row in case_rows(case, which, args, size)}
     measured = rows[implementation]
     assert "error" not in measured, measured["error"]
-    REPLAY.load(measured["samples_ms"])
-    benchmark.pedantic(REPLAY, rounds=len(measured["samples_ms"]), iterations=1)
+    samples = iter(measured["samples_ms"])
+
+    def replay() -> None:
+        CLOCK[0] += next(samples) / 1e3
+
+    benchmark.pedantic(replay, rounds=len(measured["samples_ms"]), iterations=1)
     benchmark.extra_info["row"] = measured
 
 

@@ -16,7 +16,6 @@ caches.) A way whose weights, EMA or copies are not those of the formulas in fp6
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -28,7 +27,7 @@ from torch import Tensor
 from benchmarks.harness import options
 from benchmarks.harness.rows import Row, Samples, folder, row, write
 from benchmarks.harness.stamp import stamp
-from benchmarks.harness.tables import show
+from benchmarks.harness.tables import finish
 from benchmarks.harness.timing import GateFailed, measure, roofs
 from benchmarks.rivals.optimizers import Way, apex_way, torch_way
 from sra_fast.config import SIZES, Config, OptimConfig
@@ -233,9 +232,7 @@ def measure_rows(
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 1 if a way fails the gate."""
     device = options.default_device()
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench_optimizer", description=str(__doc__).splitlines()[0]
-    )
+    parser = options.parser("bench_optimizer", __doc__)
     parser.add_argument("--size", choices=list(SIZES), default="xl" if device.type == "cuda" else "s")
     parser.add_argument("--depth", type=options.depth, default=0, help="blocks, for a quick look; 0 = the size's")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY")
@@ -247,13 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = measure_rows(config, args.size, args.ways, args.device, args.repeats, args.warmup)
     now = stamp(args.device)
     name = f"optimizer-{args.size}" + (f"-depth{args.depth}" if args.depth else "")
-    path = write(folder(now), name, rows, now)
-    print(show(rows))
-    print(f"raw samples in {path}")
-    errors = [row["error"] for row in rows if row.get("error", "").startswith("disagrees")]
-    for error in errors:
-        print(f"no number: {error}")
-    return 1 if errors else 0
+    return finish(rows, write(folder(now), name, rows, now))
 
 
 if __name__ == "__main__":

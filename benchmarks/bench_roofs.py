@@ -2,12 +2,11 @@
 
     python -m benchmarks.bench_roofs
 
-Every other benchmark measures the roofs it divides by in its own run (harness/roofs.py); these rows keep raw samples.
+Every other benchmark measures the roofs it divides by in its own run (harness/timing.py); these rows keep raw samples.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 import torch
@@ -15,13 +14,13 @@ import torch
 from benchmarks.harness import options
 from benchmarks.harness.rows import folder, row, write
 from benchmarks.harness.stamp import stamp
-from benchmarks.harness.tables import show
+from benchmarks.harness.tables import finish
 from benchmarks.harness.timing import measure, operations
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_roofs", description=str(__doc__).splitlines()[0])
+    parser = options.parser("bench_roofs", __doc__)
     parser.add_argument("--repeats", type=options.positive, default=30)
     parser.add_argument("--device", type=options.device, default=options.default_device())
     args = parser.parse_args(arguments)
@@ -34,9 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         row("roof", {"of": name}, taken[name], stamp=now, bytes=operation.bytes, flops=operation.flops)
         for name, operation in measured.items()
     ]
-    print(show(rows))
-    print(f"raw samples in {write(folder(now), 'roofs', rows, now)}")
-    return 0
+    return finish(rows, write(folder(now), "roofs", rows, now))
 
 
 if __name__ == "__main__":

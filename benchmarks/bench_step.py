@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.harness import options
 from benchmarks.harness.rows import Row, Samples, folder, row, write
 from benchmarks.harness.stamp import stamp
-from benchmarks.harness.tables import show
+from benchmarks.harness.tables import finish
 from benchmarks.harness.timing import GateFailed, measure, roofs
 from benchmarks.rivals.recipe import RUNGS, PublicStep
 from sra_fast.config import SIZES, Config
@@ -265,7 +265,7 @@ def choose_interleave(args: argparse.Namespace, batch: int) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 1 if the gate fails."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_step", description=str(__doc__).splitlines()[0])
+    parser = options.parser("bench_step", __doc__)
     parser.add_argument("--size", choices=list(SIZES), default="xl")
     parser.add_argument("--tokens", type=int, choices=(256, 1024), default=256)
     parser.add_argument(
@@ -300,9 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rungs = [row["params"]["rung"] for row in latest if not row.get("error")]
         if not rungs:
             break
-    print(show(rows))
-    print(f"raw samples in {path}")
-    return 0
+    return finish(rows, path)
 
 
 if __name__ == "__main__":

@@ -36,12 +36,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.harness.rows import markdown, read, text_of
+from benchmarks.harness import options
+from benchmarks.harness.rows import markdown, read
 from sra_fast.errors import Refused
 from sra_fast.files import read_json
 
-Key = tuple[str, tuple[tuple[str, str], ...]]  # name, and params as sorted text
-Rows = dict[Key, list[dict[str, Any]]]  # one entry per run in which the row was measured
+Rows = dict[str, list[dict[str, Any]]]  # title -> one row per run in which it was measured
 
 RESAMPLES = 1000
 MIN_SAMPLES = 8  # with 7, even smallest and largest enclose the median with less than 99 % confidence: 1 - 2^-6
@@ -126,22 +126,27 @@ def load(path: Path) -> tuple[dict[str, Any], Rows]:
         stamps.append(stamp)
         if different := differences(stamps[0], stamp):
             raise Refused(f"{file}: stamp", "; ".join(different), f"must match {files[0]}")
-        keys = [_key(row) for row in file_rows]
-        for key, row in zip(keys, file_rows, strict=True):
-            if keys.count(key) > 1:
-                raise Refused(f"{file}: row", _title(key), "must occur once")
+        titles = [_title(row) for row in file_rows]
+        for title, row in zip(titles, file_rows, strict=True):
+            if titles.count(title) > 1:
+                raise Refused(f"{file}: row", title, "must occur once")
             count = len(row.get("samples_ms") or ())
             if count < MIN_SAMPLES and not row.get("error"):
                 rule = f"must be at least {MIN_SAMPLES} raw samples: a summary cannot tell noise from change"
-                raise Refused(f"{file}: samples of {_title(key)}", count, rule)
-            rows.setdefault(key, []).append(row)
+                raise Refused(f"{file}: samples of {title}", count, rule)
+            rows.setdefault(title, []).append(row)
     if not rows:
         raise Refused(str(path), "no rows", "must be results, or a folder of them")
     return stamps[0], rows
 
 
-def _key(row: dict[str, Any]) -> Key:
-    return row["name"], tuple(sorted((name, str(value)) for name, value in row["params"].items()))
+def _title(row: dict[str, Any]) -> str:
+    """Identifies the row: name (a=1, b=x)."""
+    return f"{row['name']} ({_params(row)})" if row["params"] else row["name"]
+
+
+def _params(row: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in sorted(row["params"].items()))
 
 
 def _load_file(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -171,10 +176,6 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{field}: {before} before, {after} now" for field, before, after in pairs if before != after]
 
 
-def _title(key: Key) -> str:
-    return f"{key[0]} ({text_of(dict(key[1]))})" if key[1] else key[0]
-
-
 def _judge(old: list[dict[str, Any]], new: list[dict[str, Any]], threshold: float, confidence: float) -> list[str]:
     """Cells of one row: old, new, ratio, interval and verdict."""
     before, after = (next((run["error"] for run in runs if run.get("error")), "") for runs in (old, new))
@@ -190,14 +191,9 @@ def _judge(old: list[dict[str, Any]], new: list[dict[str, Any]], threshold: floa
     return [*numbers, result.verdict(threshold)]
 
 
-def is_step(name: str) -> bool:
-    """Whether a row measures whole training steps, which have their own threshold."""
-    return name == "step" or name.startswith(("step/", "step[", "test_step"))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare, print a Markdown table, and return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=str(__doc__).splitlines()[0])
+    parser = options.parser("compare", __doc__)
     parser.add_argument("old", type=Path, metavar="OLD")
     parser.add_argument("new", type=Path, metavar="NEW")
     parser.add_argument("--kernel-threshold", type=float, default=0.03, help="share; default: %(default)s")
@@ -223,20 +219,19 @@ def _compare(args: argparse.Namespace) -> int:
     if different and not args.allow_different_stamp:
         rule = "must match, or the ratio says nothing about the code (--allow-different-stamp compares all the same)"
         raise Refused("stamps", "; ".join(different), rule)
-    if missing := [_title(key) for key in old if key not in new]:
+    if missing := [title for title in old if title not in new]:
         raise Refused(f"{args.new}: rows missing", ", ".join(missing), f"must hold every row of {args.old}")
     lines, verdicts = [], []
-    for key, runs in new.items():
-        threshold = args.step_threshold if is_step(key[0]) else args.kernel_threshold
-        cells = ["", "", "", "", "new"]
-        if key in old:
-            cells = _judge(old[key], runs, threshold, args.confidence)
-        lines.append([key[0], text_of(dict(key[1])), *cells])
+    for title, runs in new.items():
+        name = runs[0]["name"]
+        threshold = args.step_threshold if name == "step" else args.kernel_threshold
+        cells = _judge(old[title], runs, threshold, args.confidence) if title in old else ["", "", "", "", "new"]
+        lines.append([name, _params(runs[0]), *cells])
         verdicts.append(cells[-1])
     print(markdown(HEAD, lines))
     for difference in different:
         print(f"different stamps, compared all the same: {difference}")
-    slower = [_title(key) for key, verdict in zip(new, verdicts, strict=True) if verdict == "slower"]
+    slower = [title for title, verdict in zip(new, verdicts, strict=True) if verdict == "slower"]
     counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts))
     print(f"slower: {'; '.join(slower)}" if slower else f"nothing got slower: {counts}")
     return 1 if slower else 0

@@ -14,7 +14,6 @@ Exit code 1 if a part failed; 0 also if parts were not reached.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -26,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import options
 from benchmarks.harness.parts import FAILED, NOT_RUN, ROOT, Outcome, Part, run_parts
 from benchmarks.harness.report import gather
 from benchmarks.harness.rows import RESULTS, folder
@@ -147,7 +147,7 @@ def report(parts: Sequence[Part], budget_s: float, device: str, results: Path) -
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_report", description=str(__doc__).splitlines()[0])
+    parser = options.parser("gpu_report", __doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--budget-s", type=float, default=480, help="seconds for all parts; default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or RESULTS), help="default: %(default)s")

@@ -14,7 +14,6 @@ spills and load width are checked.
 
 from __future__ import annotations
 
-import argparse
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -28,6 +27,7 @@ import torch
 import triton
 from triton.runtime.jit import JITFunction
 
+from benchmarks.harness import options
 from benchmarks.harness.machine_code import ARCHITECTURES, Launch, compiled, recorded, resources
 from benchmarks.harness.rows import markdown
 from sra_fast.config import SIZES
@@ -150,9 +150,7 @@ def complaints(usage: Usage, record: dict[str, Any]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 1 if there are complaints."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernel_resources", description=str(__doc__).splitlines()[0]
-    )
+    parser = options.parser("kernel_resources", __doc__)
     parser.add_argument("--write", action="store_true", help="update kernel_resources.json")
     args = parser.parse_args(arguments)
     usage = measure(list(launches()))

@@ -7,7 +7,6 @@ the tables of all results of this machine.
 
 from __future__ import annotations
 
-import argparse
 import re
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
-from benchmarks.harness import tables
+from benchmarks.harness import options, tables
 from benchmarks.harness.rows import Row, digits, markdown
 from benchmarks.harness.stamp import ROOT, circumstances
 from sra_fast.files import read_json, replacing
@@ -105,7 +104,7 @@ def replaced(text: str, section: str) -> str:
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     """The program. Returns its exit code: 1 if --check finds a stale README."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=str(__doc__).splitlines()[0])
+    parser = options.parser("readme", __doc__)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="write nothing; exit 1 if a README is stale")
     what.add_argument("--print", action="store_true", help="show all tables instead of writing them")

@@ -11,7 +11,6 @@ compute-sanitizer (it comes with the CUDA toolkit).
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ from collections.abc import Sequence
 
 import torch
 
+from benchmarks.harness import options
 from benchmarks.harness.parts import LAUNCHER, ROOT, UNAVAILABLE
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
@@ -63,7 +63,7 @@ def run(*command: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitized", description=str(__doc__).splitlines()[0])
+    parser = options.parser("sanitized", __doc__)
     parser.add_argument("tool", choices=(*TOOLS, "plain"))
     tool = parser.parse_args(arguments).tool
     program = "" if tool == "plain" else compute_sanitizer()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import replace
 
 import torch
@@ -15,15 +16,16 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """The parser of a program: its module and the module's docstring."""
+    return argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=str(doc).splitlines()[0])
+
+
 def positive(text: str) -> int:
     """An integer of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} given; must be a whole number of at least 1")
-    return value
+    return int(text)
 
 
 def depth(text: str) -> int:
@@ -35,15 +37,11 @@ def depth(text: str) -> int:
 
 def device(text: str) -> torch.device:
     """A device of this machine."""
-    try:
-        chosen = torch.device(text)
-    except RuntimeError:
-        chosen = None
-    if chosen is None or chosen.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} given; must be cpu or cuda")
-    if chosen.type == "cuda" and not torch.cuda.is_available():
+    if text != "cpu" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError(f"{text!r} given; no NVIDIA GPU is usable here")
-    return chosen
+    return torch.device(text)
 
 
 def batch(text: str) -> int | str:

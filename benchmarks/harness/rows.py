@@ -60,8 +60,7 @@ def row(
     """One measurement with its circumstances, in JSON values.
 
     Args:
-        name, params: identify the row. Rows of whole steps are named "step" or "step/..."; compare.py holds them to
-            its threshold for steps.
+        name, params: identify the row. Whole steps are named "step"; compare.py has a threshold of its own for them.
         stamp: from `stamp.stamp`.
         bytes: that one call must read and write, each input and output once.
         flops: of one call, 2 per multiply-add.
@@ -124,11 +123,6 @@ def read(file: Path) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise Refused(f"{file}: format_version", version, f"must be {FORMAT_VERSION}")
     return content
-
-
-def text_of(params: dict[str, Any]) -> str:
-    """Parameters in one cell: a=1, b=x."""
-    return ", ".join(f"{name}={value}" for name, value in params.items())
 
 
 def digits(value: float | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.harness.rows import Row, digits, markdown, percent, spread
@@ -59,6 +60,16 @@ def _place(row: Row) -> tuple[int, ...]:
 def show(rows: Sequence[Row]) -> str:
     """All tables with their titles, for a terminal."""
     return "\n\n".join(f"{section.title}\n\n{section.table}" for section in sections(rows))
+
+
+def finish(rows: Sequence[Row], path: Path) -> int:
+    """Print the tables, where the samples are, and what failed its gate. Returns a program's exit code."""
+    print(show(rows))
+    print(f"raw samples in {path}")
+    wrong = [row["error"] for row in rows if row.get("error", "").startswith("disagrees")]
+    for error in wrong:
+        print(f"no number: {error}")
+    return 1 if wrong else 0
 
 
 def images_per_s(rows: Sequence[Row], step: str) -> float | None:
