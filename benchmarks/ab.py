@@ -19,28 +19,25 @@ from pathlib import Path
 
 from benchmarks.harness import options
 from benchmarks.harness.parts import LAUNCHER
+from sra_fast.errors import Refused
 
 SIDES = ("base", "change")
-
-
-class RunFailed(RuntimeError):
-    """A benchmark failed, or wrote no results."""
 
 
 def run(tree: Path, command: Sequence[str], out: Path, prefix: str) -> None:
     """Run a tree's benchmark once and copy its files of results to `out` as <prefix>-<name>.json.
 
     Raises:
-        RunFailed: if its exit code is not 0, or it wrote no file.
+        Refused: if its exit code is not 0, or it wrote no file.
     """
     with tempfile.TemporaryDirectory(prefix="sra-fast-ab-") as results:
         environment = {**os.environ, "SRA_FAST_RESULTS": results}
         code = subprocess.run([sys.executable, str(LAUNCHER), str(tree), *command], env=environment).returncode
         if code:
-            raise RunFailed(f"{' '.join(command)} in {tree}: exit code {code}")
+            raise Refused(f"{' '.join(command)} in {tree}: exit code {code}")
         files = sorted(Path(results).glob("*.json"))
         if not files:
-            raise RunFailed(f"{' '.join(command)} in {tree}: no results; is it older than $SRA_FAST_RESULTS?")
+            raise Refused(f"{' '.join(command)} in {tree}: no results; is it older than $SRA_FAST_RESULTS?")
         out.mkdir(parents=True, exist_ok=True)
         for file in files:
             (out / f"{prefix}-{file.name}").write_bytes(file.read_bytes())
@@ -51,12 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = options.parser("ab", __doc__)
     parser.add_argument("base", type=Path, metavar="BASE_TREE")
     parser.add_argument("change", type=Path, metavar="CHANGE_TREE")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each tree; default: %(default)s")
+    parser.add_argument("--rounds", type=options.positive, default=3, help="runs of each tree; default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("ab"), help="folder for base/ and change/; default: ./ab")
     parser.add_argument("command", nargs="+", metavar="-- MODULE ARGUMENT", help="the benchmark")
     args = parser.parse_args(arguments)
-    if args.rounds < 1:
-        parser.error(f"--rounds: {args.rounds} given; must be at least 1")
     trees = dict(zip(SIDES, (args.base.resolve(), args.change.resolve()), strict=True))
     out = args.out.resolve()
     for number in range(args.rounds):
@@ -64,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"\n== round {number + 1} of {args.rounds}, {side}", flush=True)
             try:
                 run(trees[side], args.command, out / side, f"round{number + 1}")
-            except RunFailed as error:
+            except Refused as error:
                 print(error, file=sys.stderr)
                 return 1
     print(f"\nto compare: python -m benchmarks.compare {out / 'base'} {out / 'change'}")

@@ -182,24 +182,21 @@ def _attention(config: Config, batch: int, normal: Callable[..., Tensor]) -> Cas
 def prepared(case: Case, name: str, which: str, dtype: torch.dtype | None = None) -> Callable[[], list[Tensor]]:
     """A call of one pass of an implementation over the case's inputs, as `dtype` if given. It returns the outputs, and
     the gradients after a backward pass from fixed random ones."""
-    function = case.implementations[name]
+    backward = which != "forward"
     inputs = [x.detach().to(dtype) if dtype else x.detach() for x in case.inputs]
-    if which == "forward":
+    for x, differentiable in zip(inputs, case.differentiable, strict=True):
+        x.requires_grad_(backward and differentiable)
+    leaves = [x for x in inputs if x.requires_grad]
+    grad_out = [gradient.to(dtype) if dtype else gradient for gradient in output_gradients(case)] if backward else []
 
-        def forward() -> list[Tensor]:
-            with torch.no_grad():
-                return _as_list(function(*inputs))
+    def call() -> list[Tensor]:
+        with torch.set_grad_enabled(backward):
+            outputs = case.implementations[name](*inputs)
+        outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        gradients = torch.autograd.grad(outputs, leaves, grad_out) if backward else []
+        return [*(out.detach() for out in outputs), *gradients]
 
-        return forward
-    leaves = [x.requires_grad_(wanted) for x, wanted in zip(inputs, case.differentiable, strict=True)]
-    trained = [leaf for leaf in leaves if leaf.requires_grad]
-    grad_out = [gradient.to(dtype) if dtype else gradient for gradient in output_gradients(case)]
-
-    def forward_and_backward() -> list[Tensor]:
-        outputs = _as_list(function(*leaves))
-        return [out.detach() for out in outputs] + list(torch.autograd.grad(outputs, trained, grad_out))
-
-    return forward_and_backward
+    return call
 
 
 def output_gradients(case: Case) -> list[Tensor]:
@@ -207,10 +204,6 @@ def output_gradients(case: Case) -> list[Tensor]:
     outputs = prepared(case, case.reference, "forward")()
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(out.shape, generator=generator).to(out) for out in outputs]
-
-
-def _as_list(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
 
 def truth(case: Case, which: str) -> list[Tensor]:

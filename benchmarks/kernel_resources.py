@@ -14,10 +14,7 @@ spills and load width are checked.
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,6 @@ from unittest.mock import patch
 
 import torch
 import triton
-from triton.runtime.jit import JITFunction
 
 from benchmarks.harness import options
 from benchmarks.harness.machine_code import ARCHITECTURES, Launch, compiled, recorded, resources
@@ -109,22 +105,12 @@ def launches() -> Iterator[tuple[str, Launch]]:
 
 
 def measure(every: Sequence[tuple[str, Launch]], architectures: Sequence[int] = ARCHITECTURES) -> Usage:
-    """Resources of all launches on the architectures, in threads: ptxas and cuobjdump are other processes."""
-    jobs = [(f"{name}, sm_{capability}", launch, capability) for name, launch in every for capability in architectures]
-
-    def run(job: tuple[str, Launch, int]) -> tuple[str, dict[str, int]]:
-        name, launch, capability = job
-        return name, resources(compiled(launch, capability))
-
-    parse, lock = JITFunction.parse, threading.Lock()
-
-    def parse_alone(kernel: JITFunction) -> Any:
-        """CPython's `ast.parse` counts its depth for all threads together (python/cpython#106905)."""
-        with lock:
-            return parse(kernel)
-
-    with patch.object(JITFunction, "parse", parse_alone), ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(pool.map(run, jobs))
+    """Resources of all launches on the architectures. Compilation holds the interpreter's lock: threads gain little."""
+    return {
+        f"{name}, sm_{capability}": resources(compiled(launch, capability))
+        for name, launch in every
+        for capability in architectures
+    }
 
 
 def complaints(usage: Usage, record: dict[str, Any]) -> list[str]:

@@ -16,18 +16,9 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 
-# Bits of nvmlClocksEventReasons (nvml.h). The first is no reason to doubt a number.
-THROTTLE_REASONS = {
-    0x1: "gpu_idle",
-    0x2: "applications_clocks_setting",
-    0x4: "sw_power_cap",
-    0x8: "hw_slowdown",
-    0x10: "sync_boost",
-    0x20: "sw_thermal_slowdown",
-    0x40: "hw_thermal_slowdown",
-    0x80: "hw_power_brake_slowdown",
-    0x100: "display_clock_setting",
-}
+# nvmlClocksEventReasons (nvml.h), from the lowest bit. The first is no reason to doubt a number.
+THROTTLE_REASONS = ("gpu_idle", "applications_clocks_setting", "sw_power_cap", "hw_slowdown", "sync_boost")
+THROTTLE_REASONS += ("sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown", "display_clock_setting")
 
 QUERY = {  # our name -> nvidia-smi's
     "sm_mhz": "clocks.sm",
@@ -116,10 +107,8 @@ def _commit() -> tuple[str | None, bool | None]:
 
 def _query_gpu(device: torch.device) -> dict[str, Any]:
     uuid = torch.cuda.get_device_properties(device).uuid  # not the index: CUDA_VISIBLE_DEVICES may renumber
-    fields = ",".join(QUERY.values())
-    return parse_query(
-        _output("nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
-    )
+    query = f"--query-gpu={','.join(QUERY.values())}"
+    return parse_query(_output("nvidia-smi", f"--id=GPU-{uuid}", query, "--format=csv,noheader,nounits"))
 
 
 def parse_query(line: str | None) -> dict[str, Any]:
@@ -132,7 +121,7 @@ def parse_query(line: str | None) -> dict[str, Any]:
         if value.strip("[]").lower() in ("n/a", "not supported", "unknown error"):
             parsed[name] = None
         elif name == "throttle_reasons":
-            parsed[name] = [reason for bit, reason in THROTTLE_REASONS.items() if int(value, 16) & bit]
+            parsed[name] = [reason for bit, reason in enumerate(THROTTLE_REASONS) if int(value, 16) >> bit & 1]
         else:
             parsed[name] = value if name == "driver" else float(value)
     return parsed

@@ -17,13 +17,9 @@ from sra_fast.config import ModelConfig
 from sra_fast.model.transformer import LabelEmbedder, Mlp, ProjectionHead, TimestepEmbedder
 
 
-def modulation(hidden: int, vectors: int) -> nn.Sequential:
-    return nn.Sequential(nn.SiLU(), nn.Linear(hidden, vectors * hidden))
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def norm_and_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (B, T, D), shift and scale (B, D)."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 class Attention(nn.Module):
@@ -47,16 +43,14 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.hidden, elementwise_affine=False, eps=1e-6)
-        self.norm2 = nn.LayerNorm(config.hidden, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(config)
         self.mlp = Mlp(config.hidden, config.mlp_ratio)
-        self.adaLN_modulation = modulation(config.hidden, 6)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden, 6 * config.hidden))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))
-        return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        x = x + gate1.unsqueeze(1) * self.attn(norm_and_modulate(x, shift1, scale1))
+        return x + gate2.unsqueeze(1) * self.mlp(norm_and_modulate(x, shift2, scale2))
 
 
 class FinalLayer(nn.Module):
@@ -64,13 +58,12 @@ class FinalLayer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(config.hidden, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(config.hidden, config.patch**2 * config.output_channels)
-        self.adaLN_modulation = modulation(config.hidden, 2)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden, 2 * config.hidden))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(norm_and_modulate(x, shift, scale))
 
 
 class PublicNetwork(nn.Module):
