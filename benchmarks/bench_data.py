@@ -56,10 +56,7 @@ SHAPE = (8, 32, 32)  # of the SD autoencoder's moments at 256 pixels
 LOADER_WORKERS = (0, 1, 2)
 THREADS = sorted({1, min(8, os.cpu_count() or 1)})
 DECODER_WORKERS = sorted({0, *THREADS, 2})
-READERS: dict[Literal["dali", "pillow"], str] = {
-    "pillow": "Pillow",
-    "dali": "DALI",
-}  # DALI may be missing
+READERS: dict[Literal["dali", "pillow"], str] = {"pillow": "Pillow", "dali": "DALI"}  # DALI may be missing
 MAX_MEAN_DIFFERENCE, MAX_IMAGE_DIFFERENCE = 0.5, 1.0  # grey levels of 255
 JPEG_SIZES = ((500, 375), (375, 500), (500, 333), (500, 375), (640, 480), (333, 500), (400, 300), (1200, 900))
 
@@ -180,16 +177,17 @@ def bench_latents(args: argparse.Namespace, root: Path) -> list[Row]:
             check_rows(f"ours, {layout}", stream(layout), iter(loader(0, sampler=in_order)), steps)
         for workers in LOADER_WORKERS[1:]:
             check_rows(f"public, {workers} workers", iter(loader(workers, sampler=in_order)), stream("packed"), steps)
-        params = {"batch": args.batch, "rows": args.rows}
-        images = steps * args.batch
+
+        def candidate(batches: Iterable, ours: bool, epochs: int = 1) -> Candidate:
+            params = {"batch": args.batch, "rows": args.rows}
+            return Candidate(partial(_take, batches, epochs * steps), epochs * steps * args.batch, ours, params)
+
         candidates = {
-            # Eight epochs: one is too short to time.
-            "ours, packed": Candidate(partial(_take, stream("packed"), 8 * steps), 8 * images, True, params),
-            "ours, public files": Candidate(partial(_take, stream("public"), steps), images, True, params),
+            "ours, packed": candidate(stream("packed"), True, epochs=8),  # one is too short to time
+            "ours, public files": candidate(stream("public"), True),
         }
         for workers in LOADER_WORKERS:
-            run = partial(_take, loader(workers, shuffle=True), steps)
-            candidates[f"public, {workers} workers"] = Candidate(run, images, False, params)
+            candidates[f"public, {workers} workers"] = candidate(loader(workers, shuffle=True), False)
         return measure_rows("latents", candidates, args, torch.device("cpu"), int(np.prod(SHAPE)) * 2)
 
 
@@ -287,24 +285,25 @@ def measure_rows(
         ms = tuple(batch / candidate.images * call_ms for call_ms in taken[loader].ms)
         cpu_ms = [batch / candidate.images * call_ms for call_ms in taken[loader].host_samples_ms]
         params = {"loader": loader, **candidate.params}
-        rows.append(row(name, params, Samples(ms, ms), stamp=now, bytes=bytes_per_image * batch))
-        rows[-1] |= {"images_per_s": 1e3 * batch / float(np.median(ms)), "cpu_samples_ms": cpu_ms}
-        rows[-1] |= {"images_per_cpu_s": 1e3 * batch / float(np.median(cpu_ms)), "ours": candidate.ours}
-        rows[-1] |= {"levels_off": candidate.levels_off}
+        measured = row(name, params, Samples(ms, ms), stamp=now, bytes=bytes_per_image * batch)
+        measured["images_per_s"] = 1e3 * batch / float(np.median(ms))
+        measured["images_per_cpu_s"] = 1e3 * batch / float(np.median(cpu_ms))
+        rows.append(measured | {"cpu_samples_ms": cpu_ms, "ours": candidate.ours, "levels_off": candidate.levels_off})
     return rows
 
 
 def without_paths(command: str, arguments: Sequence[Path | str | None]) -> str:
     """The command with DIR for every argument that is a path of this machine: one that exists, or an absolute one."""
     paths = {Path(path) for path in arguments if path and (Path(path).exists() or Path(path).is_absolute())}
-
-    def replaced(word: str) -> str:
+    words = []
+    for word in shlex.split(command):
         option, _, value = word.partition("=")
         if word and Path(word) in paths:
-            return "DIR"
-        return f"{option}=DIR" if value and Path(value) in paths else word
-
-    return shlex.join(map(replaced, shlex.split(command)))
+            word = "DIR"
+        elif value and Path(value) in paths:
+            word = f"{option}=DIR"
+        words.append(word)
+    return shlex.join(words)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

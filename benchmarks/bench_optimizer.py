@@ -29,7 +29,7 @@ from benchmarks.harness.rows import Row, Samples, folder, row, write
 from benchmarks.harness.stamp import stamp
 from benchmarks.harness.tables import finish
 from benchmarks.harness.timing import GateFailed, measure, roofs
-from benchmarks.rivals.optimizers import Way, apex_way, torch_way
+from benchmarks.rivals.optimizers import Way, apex_way, rival_way
 from sra_fast.config import SIZES, Config, OptimConfig
 from sra_fast.errors import Refused
 from sra_fast.hardware import Hardware
@@ -95,17 +95,18 @@ def _compiled() -> Callable[..., None]:
     return partial(adamw_ema_ref, parameter=torch.compile(parameter_ref, fullgraph=True, dynamic=True))
 
 
+FUSED = partial(torch.optim.AdamW, fused=True)
 # The most important first: if memory runs out, the last ones have no row.
 WAYS: dict[str, Callable[[SharedState, Gradients], Way]] = {
     "ours": lambda state, g: our_way(state, g[torch.float32], gradient_norm, adamw_ema),
     "ours, bf16 gradients": lambda state, g: our_way(state, g[torch.bfloat16], gradient_norm, adamw_ema),
     "reference, compiled": lambda state, g: our_way(state, g[torch.float32], gradient_norm_ref, _compiled()),
-    "torch, fused and foreach": lambda state, g: torch_way(state.start, g[torch.float32], SETTINGS, fused=True),
+    "torch, fused and foreach": lambda state, g: rival_way(state.start, g[torch.float32], SETTINGS, FUSED),
     "apex": lambda state, g: apex_way(state.start, g[torch.float32], SETTINGS),
     "reference, compiled, bf16 gradients": lambda state, g: our_way(
         state, g[torch.bfloat16], gradient_norm_ref, _compiled()
     ),
-    "torch, defaults": lambda state, g: torch_way(state.start, g[torch.float32], SETTINGS, fused=False),
+    "torch, defaults": lambda state, g: rival_way(state.start, g[torch.float32], SETTINGS, foreach=False),
     "reference, eager": lambda state, g: our_way(state, g[torch.float32], gradient_norm_ref, adamw_ema_ref),
 }
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -104,22 +103,15 @@ class OurStep:
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(velocity loss, alignment loss)."""
         weight = torch.full((), self.config.align.weight, device=self.device)
-        with _deterministic(self.variant.deterministic):
-            _, generative, alignment = self.step.losses(self.state, on_device(batch, self.device), weight)
+        _, generative, alignment = self.step.losses(self.state, on_device(batch, self.device), weight)
         return generative, alignment
 
     def __call__(self, batch: Batch) -> None:
-        with _deterministic(self.variant.deterministic):
+        set_deterministic(self.variant.deterministic)
+        try:
             self._run(batch, self.config.optim.lr, self.config.align.weight)
-
-
-@contextmanager
-def _deterministic(enabled: bool) -> Iterator[None]:
-    set_deterministic(enabled)
-    try:
-        yield
-    finally:
-        set_deterministic(False)
+        finally:
+            set_deterministic(False)
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
@@ -200,8 +192,9 @@ def measure_steps(
 ) -> Iterator[dict[str, Samples]]:
     """Samples of all steps so far, after each group that lived together. A step that is unavailable, fails or does not
     fit has an error instead."""
-    available = [name for name in names if device.type == "cuda" or name not in GPU_ONLY]
-    taken = {name: Samples(error="needs a GPU") for name in names if name not in available}
+    missing = [name for name in names if device.type != "cuda" and name in GPU_ONLY]
+    taken = {name: Samples(error="needs a GPU") for name in missing}
+    available = [name for name in names if name not in missing]
     batch = make_batch(config)
     gate = Gate(config, batch, device)
     for group in groups(available, interleave) if available else [[]]:

@@ -5,32 +5,43 @@
     python -m benchmarks.gpu_report --device cpu        the same programs at small sizes
 
 Every part is a process of its own: if one fails, the report names it with the end of its stderr, and the others go on.
-Parts for which no time is left read "not run (time)", those that need something this machine lacks "not run". After
-every part results are collected in a folder <device>-<date>-<commit> below benchmarks/results, or below $OUT or --out;
-harness/report.py describes its files.
+Parts for which no time is left read "not run (time)", those that need something this machine lacks "not run". Exit code
+1 if a part failed; 0 also if parts were not reached.
 
-Exit code 1 if a part failed; 0 also if parts were not reached.
+After every part results are collected in a folder <device>-<date>-<commit> below benchmarks/results, or below $OUT or
+--out. It has at most 7 files, small enough to commit:
+
+    report.json      the parts and how each ended
+    report.md        the same, and all tables
+    step.json        rows of whole steps          kernels.json   all other rows
+    profile.json     figures of a profiled step, beside its traces
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import options
-from benchmarks.harness.parts import FAILED, NOT_RUN, ROOT, Outcome, Part, run_parts
-from benchmarks.harness.report import gather
-from benchmarks.harness.rows import RESULTS, folder
-from benchmarks.harness.stamp import command
+from benchmarks.harness import options, tables
+from benchmarks.harness.parts import FAILED, NOT_RUN, OK, ROOT, Outcome, Part, run_parts
+from benchmarks.harness.rows import RESULTS, Row, folder, markdown, read, write
+from benchmarks.harness.stamp import circumstances, command
+from sra_fast.files import write_json, write_text
 
+MAX_TRACES = 2
+MAX_BYTES = 16 * 2**20
+PROFILE = "profile.json"
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 # bench_step writes after each pair: both ends and the strongest rival come before the variants between them.
 ENDS = ("public", "+ CUDA graph", "ours", "ours, fused ops", "ours, plain SiT")
@@ -42,15 +53,11 @@ VARIANTS = ("ours compiled", "ours eager", "ours fp32", "ours deterministic")
 def correctness(share: float, kernels: bool = False) -> Part:
     """The tests that need a GPU, of kernels or of everything else, from the files that have some: other files may need
     packages that are not installed here. Most tests of kernels are marked by tests/interpreter.py."""
-    files = []
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
-        text = path.read_text()
-        has_gpu_tests = "mark.gpu" in text or "@kernel" in text
-        if has_gpu_tests and kernels == ("kernel" in path.stem or "@kernel" in text):
-            files.append(str(path.relative_to(ROOT)))
-    arguments = ("-v", "--durations=0", "-m", "gpu", *files)
-    name = "kernels" if kernels else "correctness"
-    return Part(name, "pytest", arguments, share, must_end=True)
+    texts = {f"tests/{path.name}": path.read_text() for path in sorted((ROOT / "tests").glob("test_*.py"))}
+    marked = {file for file, text in texts.items() if "mark.gpu" in text or "@kernel" in text}
+    of_kernels = {file for file in marked if "kernel" in file or "@kernel" in texts[file]}
+    arguments = ("-v", "--durations=0", "-m", "gpu", *sorted(of_kernels if kernels else marked - of_kernels))
+    return Part("kernels" if kernels else "correctness", "pytest", arguments, share, must_end=True)
 
 
 def sanitizer(tool: str) -> Part:
@@ -106,6 +113,71 @@ def parts_for_cpu() -> list[Part]:
         Part("profile", "sra_fast.cli", (*profile, *traced, "--profile.out", "{folder}")),
         Part("data", "benchmarks.bench_data", ("--device", "cpu", "--quick")),
     ]
+
+
+def gather(staging: Path, out: Path, outcomes: Sequence[Outcome], stamp: dict[str, Any]) -> None:
+    """Write `out` anew from the parts' folders in `staging`. Called after every part, so that a killed report keeps
+    what was measured."""
+    out.mkdir(parents=True, exist_ok=True)
+    rows = _rows(staging)
+    steps = [row for row in rows if tables.kind(row) == "step"]
+    others = [row for row in rows if tables.kind(row) != "step"]
+    for name, some in (("step", steps), ("kernels", others)):
+        if some:
+            write(out, name, some, stamp)
+    remarks = _copy_profile(staging, out)
+    parts = [asdict(outcome) for outcome in outcomes]
+    write_json(out / "report.json", {"format_version": 1, "stamp": stamp, "parts": parts, "remarks": remarks})
+    write_text(out / "report.md", _text(outcomes, rows, stamp, remarks))
+
+
+def _rows(staging: Path) -> list[Row]:
+    """Of a row that two parts have measured the first with numbers counts: more important parts run first, and take
+    turns with more rivals."""
+    by_key: dict[tuple[str, str], Row] = {}
+    for path in sorted(staging.glob("*/*.json")):
+        if path.name == PROFILE:
+            continue
+        content = read(path)
+        for row in content["rows"]:
+            if cut := re.search(r"-depth(\d+)$", content["name"]):  # a model cut short is another model
+                row["params"].setdefault("depth", int(cut[1]))
+            key = row["name"], str(sorted(row["params"].items()))
+            if key not in by_key or not by_key[key]["samples_ms"]:
+                by_key[key] = row
+    return list(by_key.values())
+
+
+def _copy_profile(staging: Path, out: Path) -> list[str]:
+    """Copy the newest profile and its smallest traces; returns remarks on those left out."""
+    remarks = []
+    for profile in sorted(staging.glob(f"*/{PROFILE}"))[-1:]:
+        shutil.copy(profile, out)
+        traces = sorted(profile.parent.glob("*.pt.trace.json.gz"), key=lambda path: path.stat().st_size)
+        for number, trace in enumerate(traces):
+            size = trace.stat().st_size
+            if number < MAX_TRACES and size <= MAX_BYTES:
+                shutil.copy(trace, out)
+            else:
+                remarks.append(f"left out: {trace.name}, {size / 2**20:.1f} MiB")
+    return remarks
+
+
+def _text(outcomes: Sequence[Outcome], rows: Sequence[Row], stamp: dict[str, Any], remarks: list[str]) -> str:
+    """report.md."""
+    parts = [[o.name, o.outcome, f"{o.seconds:.0f}", o.reason, f"`{o.command}`"] for o in outcomes]
+    head = ("part", "outcome", "s", "why", "command")
+    blocks = [f"# {circumstances(stamp)}", f"`{stamp['command']}`", "## Parts", markdown(head, parts)]
+    for outcome in outcomes:
+        if outcome.outcome == FAILED:
+            stderr = "\n".join(outcome.stderr)
+            blocks += [f"{outcome.name} failed: {outcome.reason}", f"```\n{stderr}\n```"]
+    blocks += remarks
+    for title, _, table in tables.sections(rows):
+        blocks += [f"## {title}", table]
+    if all(outcome.outcome == OK for outcome in outcomes):
+        blocks.append("All parts ran.")
+    return "\n\n".join(blocks) + "\n"
 
 
 def stamp_of(device: str) -> dict[str, Any]:

@@ -244,7 +244,7 @@ def test_a_copy_of_a_kernel_without_a_fault_passes(fault: str, tmp_path: Path) -
 def test_compiles_ahead_of_time_without_atomics(capability: int) -> None:
     """At the width of XL, without a GPU: loads of 16 bytes wherever rows are read."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    from benchmarks.harness.machine_code import compiled, recorded
+    from benchmarks.kernel_resources import compiled, recorded
 
     features = torch.empty(32, 256, 1152, dtype=BF16)
     with recorded() as launches, patch.object(ours, "_check"):

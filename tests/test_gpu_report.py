@@ -14,9 +14,8 @@ import pytest
 
 from benchmarks import compare, gpu_report
 from benchmarks.bench_step import NAMES
-from benchmarks.harness import report as report_files
+from benchmarks.gpu_report import gather
 from benchmarks.harness.parts import FAILED, NOT_HERE, NOT_RUN, OK, Part, run_parts
-from benchmarks.harness.report import gather
 from benchmarks.harness.rows import Samples, read, row, write
 from benchmarks.harness.stamp import stamp
 
@@ -117,7 +116,7 @@ def test_a_part_gets_its_share_of_the_time_and_is_killed_with_its_children(plant
 
 
 def test_few_files_and_none_too_large(tmp_path, monkeypatch):
-    monkeypatch.setattr(report_files, "MAX_BYTES", 4096)
+    monkeypatch.setattr(gpu_report, "MAX_BYTES", 4096)
     profile = tmp_path / "staging" / "03-cli"
     profile.mkdir(parents=True)
     (profile / "profile.json").write_text('{"traces": []}')

@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 
 from benchmarks import kernel_resources
-from benchmarks.harness import machine_code
-from benchmarks.harness.machine_code import compiled, recorded, resources
+from benchmarks.kernel_resources import compiled, count_instructions, recorded, resources
 from sra_fast.files import read_json
 
 
@@ -51,7 +50,12 @@ def test_spills_are_seen() -> None:
 
 def test_loads_are_told_from_their_barriers() -> None:
     code = "LDG.E.128 R4 ; LDGSTS.E.BYPASS.128 [R1] ; LDGDEPBAR ; LDG.E.U16 R2 ; LDG R3 ; STG.E.64 R5 ; STL [R1] ;"
-    assert machine_code.count_instructions(code) == {"spills": 1, "load_bits": 128, "narrow_loads": 2, "store_bits": 64}
+    assert count_instructions(code) == {
+        "spills": 1,
+        "load_bits": 128,
+        "narrow_loads": 2,
+        "store_bits": 64,
+    }
 
 
 def test_a_launch_is_recorded_and_not_made() -> None:

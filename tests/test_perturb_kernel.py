@@ -274,10 +274,10 @@ FAULTS = {  # function, right, wrong
     "every program the first": ("_perturb_kernel", "part * BLOCK + tl.arange(0, BLOCK)", "tl.arange(0, BLOCK)"),
     "teacher at the student's time": ("_perturb_kernel", "_coefficients(t_teacher, PATH)", "_coefficients(t, PATH)"),
     "teacher's labels are the student's": ("_perturb_kernel", "low, high, TEACHER_LABEL)", "low, high, LABEL)"),
-    "deviation instead of mean": ("_perturb_kernel", X, X.replace("at,", "at + COUNT,")),
+    "deviation instead of mean": ("_perturb_kernel", "tl.load(mean, mask", "tl.load(mean + COUNT, mask"),
     "posterior from the noise's stream": ("_perturb_kernel", "low, high, SAMPLE, BLOCK)", "low, high, NOISE, BLOCK)"),
     "channel begins one element early": ("_perturb_kernel", "element // AREA", "(element + 1) // AREA"),
-    "output written where moments lie": ("_perturb_kernel", "at -= sample * COUNT", "at -= 0 * sample"),
+    "output written where moments lie": ("_perturb_kernel", "x_t_out + at,", "x_t_out + at + sample * COUNT,"),
 }
 # A tail, two programs, channels that end inside a Philox call, and labels that are dropped for one network alone.
 FAULTY_CASE = Case((2, 3, 19, 19), shared=False, seed=4, dropout=0.5, stored="moments")
@@ -304,7 +304,7 @@ def test_compiles_ahead_of_time(capability: int) -> None:
     """Without a GPU: loads of 16 bytes, no stack, and no fast logarithm, sine or cosine: their absolute errors can make
     a normal NaN."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    from benchmarks.harness.machine_code import compiled, recorded
+    from benchmarks.kernel_resources import compiled, recorded
 
     labels, vector, seed = torch.empty(2, dtype=torch.int64), torch.empty(4), 2**40
     with recorded() as launches:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,19 +27,31 @@ class Way(NamedTuple):
     results: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
-def torch_way(start: dict[str, Tensor], gradients: list[Tensor], config: OptimConfig, fused: bool) -> Way:
-    """torch's AdamW by its defaults, with EMA and copies parameter by parameter in a Python loop as in the public code;
-    or, with `fused`, all that PyTorch offers: the fused AdamW and foreach functions for the rest."""
+def rival_way(
+    start: dict[str, Tensor],
+    gradients: list[Tensor],
+    config: OptimConfig,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+    clip: Callable[[list[Tensor], float], object] = torch.nn.utils.clip_grad_norm_,
+    foreach: bool = True,
+) -> Way:
+    """An AdamW, then EMA and copies by foreach functions, or in a Python loop as in the public code."""
     weights = [weight.clone().requires_grad_() for weight in start.values()]
     ema = [weight.detach().clone() for weight in weights]
     student, teacher = ([weight.detach().bfloat16() for weight in weights] for _ in range(2))
     for weight, gradient in zip(weights, gradients, strict=True):
         weight.grad = gradient.float().clone()
-    optimizer = torch.optim.AdamW(**_arguments(weights, config), fused=True if fused else None)
+    groups = [
+        {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0},
+    ]
+    adamw = optimizer(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
 
     @torch.no_grad()
-    def average_and_copy() -> None:
-        if fused:
+    def call() -> None:
+        clip(weights, config.clip)
+        adamw.step()
+        if foreach:
             torch._foreach_lerp_(ema, weights, 1 - config.ema_decay)
             torch._foreach_copy_(student, weights)
             torch._foreach_copy_(teacher, ema)
@@ -48,46 +61,20 @@ def torch_way(start: dict[str, Tensor], gradients: list[Tensor], config: OptimCo
             copy.copy_(weight)
             average_copy.copy_(average)
 
-    def call() -> None:
-        torch.nn.utils.clip_grad_norm_(weights, config.clip)
-        optimizer.step()
-        average_and_copy()
-
     own_gradients = [weight.grad for weight in weights if weight.grad is not None]
     return Way(call, own_gradients, (weights, ema, student, teacher))
 
 
 def apex_way(start: dict[str, Tensor], gradients: list[Tensor], config: OptimConfig) -> Way:
-    """apex's multi-tensor norm and FusedAdam; foreach functions for the EMA and the copies. GPU only.
+    """apex's multi-tensor norm and FusedAdam, on a GPU.
 
     Raises:
-        Refused: if apex, or its compiled part, is missing.
+        Refused: if apex or its compiled part is not installed.
     """
-    way = torch_way(start, gradients, config, fused=True)
-    weights, ema, student, teacher = way.results
     try:
+        import amp_C  # noqa: F401
         from apex.contrib.clip_grad import clip_grad_norm_
         from apex.optimizers import FusedAdam
-
-        optimizer = FusedAdam(**_arguments(weights, config), adam_w_mode=True)
-    except (ImportError, RuntimeError) as error:
-        raise Refused(f"needs NVIDIA apex ({error})") from error
-
-    @torch.no_grad()
-    def call() -> None:
-        clip_grad_norm_(weights, config.clip)
-        optimizer.step()
-        torch._foreach_lerp_(ema, weights, 1 - config.ema_decay)
-        torch._foreach_copy_(student, weights)
-        torch._foreach_copy_(teacher, ema)
-
-    return way._replace(call=call)
-
-
-def _arguments(weights: list[Tensor], config: OptimConfig) -> dict[str, Any]:
-    """Arguments of an AdamW that decays matrices only."""
-    groups = [
-        {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return {"params": groups, "lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    except ImportError as error:
+        raise Refused(f"needs NVIDIA apex with its CUDA extensions ({error})") from error
+    return rival_way(start, gradients, config, partial(FusedAdam, adam_w_mode=True), clip_grad_norm_)
