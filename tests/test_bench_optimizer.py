@@ -25,7 +25,7 @@ from benchmarks.bench_optimizer import (
 from benchmarks.harness.options import sit
 from benchmarks.harness.rows import RESULTS, read
 from benchmarks.harness.timing import GateFailed
-from benchmarks.rivals.optimizers import apex_way, torch_way
+from benchmarks.rivals.optimizers import apex_way, rival_way
 from sra_fast.errors import Refused
 from sra_fast.kernels.adamw_ema import adamw_ema, adamw_ema_ref, parameter_ref
 from sra_fast.kernels.gradient_norm import gradient_norm, gradient_norm_ref
@@ -125,9 +125,10 @@ class StandIn:
 
 
 def test_apex_is_called_as_its_functions_are_declared(start, monkeypatch):
-    norm = SimpleNamespace(clip_grad_norm_=torch.nn.utils.clip_grad_norm_)
-    for name, module in (("apex.optimizers", SimpleNamespace(FusedAdam=StandIn)), ("apex.contrib.clip_grad", norm)):
-        monkeypatch.setitem(sys.modules, name, module)
+    modules = {"amp_C": {}, "apex.optimizers": {"FusedAdam": StandIn}}
+    modules["apex.contrib.clip_grad"] = {"clip_grad_norm_": torch.nn.utils.clip_grad_norm_}
+    for name, functions in modules.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**functions))
     gate("torch's arithmetic", apex_way(start, make_gradients(start)[torch.float32], SETTINGS), start)
     monkeypatch.setitem(sys.modules, "apex.optimizers", None)
     with pytest.raises(Refused, match="needs NVIDIA apex"):
@@ -139,7 +140,7 @@ def test_what_fails_or_does_not_fit_is_a_row_and_the_exit_code(config, monkeypat
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     def forgets(state, gradients):
-        return torch_way(state.start, gradients[torch.float32], SETTINGS, fused=True)._replace(call=lambda: None)
+        return rival_way(state.start, gradients[torch.float32], SETTINGS)._replace(call=lambda: None)
 
     monkeypatch.setenv("SRA_FAST_RESULTS", str(tmp_path))
     monkeypatch.setattr(bench_optimizer.options, "sit", lambda *_, **__: config)
