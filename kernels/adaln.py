@@ -81,7 +81,7 @@ def _adaln_forward(
     tokens, chunks, x_batch, x_token, branch_batch, branch_token, gate_batch, shift_batch, scale_batch, eps,
     WIDTH: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Every CHUNKS-th token of one sample. Without branch and gate, the norm alone."""
+    """Tokens program % chunks, then every `chunks`-th, of one sample. Without branch and gate, the norm alone."""
     program = tl.program_id(0)
     sample = (program // chunks).to(tl.int64)
     if branch is not None:
@@ -117,7 +117,7 @@ def _adaln_backward(
     residual_batch, residual_token, branch_batch, branch_token, gate_batch, scale_batch,
     WIDTH: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Every CHUNKS-th token of one sample, and the sums over these. Without branch and gate, the norm alone."""
+    """The same tokens as the forward kernel, and the sums over these. Without branch and gate, the norm alone."""
     program = tl.program_id(0)
     sample = (program // chunks).to(tl.int64)
     if branch is not None:
@@ -315,7 +315,7 @@ _gated_adaln.register_autograd(_gated_adaln_autograd, setup_context=_gated_adaln
 
 
 def adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """adaLN as one kernel forward, and one and a small sum backward.
+    """adaLN: one kernel in the forward pass, one kernel and a small reduction in the backward pass.
 
     Args:
         x: (B, T, D), float32, bfloat16 or float16, D up to 8,192; last stride 1.
@@ -335,7 +335,7 @@ def adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
 def gated_adaln(
     x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """Gated residual and adaLN as one kernel forward, and one and a small sum backward.
+    """Gated residual and adaLN: one kernel in the forward pass, one and a small reduction in the backward pass.
 
     Args:
         x, branch: (B, T, D), float32, bfloat16 or float16, D up to 8,192; last stride 1.

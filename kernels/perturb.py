@@ -1,4 +1,5 @@
-"""Every random draw of a training batch, and what student and teacher see. Nothing else in a training step draws.
+"""Every random draw of a training step, and what student and teacher see. (The order of images, flips and replacements
+are drawn in sra_fast/data.)
 
 From a VAE's moments, a sample of the posterior; then the latents' own scale, per channel:
 
@@ -13,7 +14,7 @@ Denoising diffusion (DiT), integer steps of `diffusion_steps`:
 
     t_teacher = clamp(t - floor(t_max diffusion_steps U), 1, diffusion_steps - 1)
 
-as published: t = 0 gets a noisier teacher. Its noise levels are read from tables (objective/ddpm.py), without a kernel.
+as in the published code, in which the teacher of t = 0 is at t = 1, that is, noisier. The noise levels are read from tables (objective/ddpm.py), without a kernel.
 
 Sources: Ma et al., "SiT", 2024, section 2; Jiang et al., "SRA", arXiv 2505.02831, section 3 (teacher times); Rombach et
 al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2022, appendix G (posterior and scale).
@@ -60,7 +61,7 @@ class Settings(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """How stored data become the x of training. Without it they are x.
+    """How to compute x, the images or latents of training, from stored data.
 
     Attributes:
         posterior: the data are (B, 2C, H, W) means and standard deviations, of which a sample is drawn, rather than
@@ -277,11 +278,10 @@ def _perturb_kernel(
     element = part * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)
     inside, at = element < COUNT, sample * COUNT + element
     if POSTERIOR:
-        at += sample * COUNT
-        std = tl.load(data + at + COUNT, mask=inside, other=0).to(tl.float32)
-        x = tl.load(data + at, mask=inside, other=0).to(tl.float32)
+        mean = data + at + sample * COUNT  # an image has COUNT means, then COUNT standard deviations
+        std = tl.load(mean + COUNT, mask=inside, other=0).to(tl.float32)
+        x = tl.load(mean, mask=inside, other=0).to(tl.float32)
         x += std * _normals(seed, call, low, high, SAMPLE, BLOCK)
-        at -= sample * COUNT
     else:
         x = tl.load(data + at, mask=inside, other=0).to(tl.float32)
     if shift is not None:
@@ -304,7 +304,9 @@ def _check(data: Tensor, labels: Tensor, number: Tensor, settings: Settings, sto
     if settings.times not in TIME_DISTRIBUTIONS:
         raise ValueError(f"times: {settings.times!r} given; must be one of {', '.join(TIME_DISTRIBUTIONS)}")
     if data.ndim < 2 or data.numel() == 0 or data[0].numel() >= 1 << 31:
-        raise ValueError(f"data: shape {tuple(data.shape)} given; must be (B, C, ...), none 0, under 2^31 an image")
+        raise ValueError(
+            f"data: shape {tuple(data.shape)} given; must be (B, C, ...), not empty, below 2^31 values per image"
+        )
     if data.device.type != "cuda" and not INTERPRETED:
         raise ValueError(f"data: device {data.device} given; must be a CUDA device")
     if stored is not None and stored.posterior and data.shape[1] % 2:
@@ -379,8 +381,8 @@ def _(data, labels, number, shift, scale, posterior, *settings):
 def perturb(
     data: Tensor, labels: Tensor, number: Tensor, settings: Settings, stored: Stored | None = None
 ) -> NoisedBatch:
-    """`perturb_ref` in one launch of a Triton kernel that reads the data once. Labels, and the words and uniforms that
-    all else is computed from, are bitwise equal to the reference's.
+    """`perturb_ref` in one launch of a Triton kernel that reads the data once. Labels are bitwise equal to the
+    reference's, and so are the random words and uniforms.
 
     Args:
         data: contiguous; (B, C, ...) float32, or with `stored` float32, float16 or uint8, and (B, 2C, ...) moments.

@@ -86,7 +86,7 @@ def test_auto_takes_the_kernel_where_it_is_faster_and_available(monkeypatch: pyt
 @pytest.mark.parametrize(
     ("hardware", "family", "kernels", "message"),
     [
-        (GPU, "dit", {"perturb": "fused"}, "kernels.perturb: 'fused' given, but DiT has no fused kernel for it; must"),
+        (GPU, "dit", {"perturb": "fused"}, "kernels.perturb: 'fused' given, but DiT reads its noise levels"),
         (GPU, "sit", {"gated_residual": "fused"}, "kernels.gated_residual: 'fused' given, but this op has no fused k"),
         (CPU, "sit", {"default": "fused"}, "kernels.adaln: 'fused' given, but it runs on GPUs only; must"),
     ],

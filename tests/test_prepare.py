@@ -46,7 +46,7 @@ def test_a_complete_set_is_left_as_it_is(tmp_path, monkeypatch, capsys):
     assert prepare(config(root, tmp_path / "set")).count == 40
     assert content(tmp_path / "set") == before
     output, error = capsys.readouterr()
-    assert "complete before" in output
+    assert "already complete" in output
     assert error.startswith(f"images: {root}: ignored, because not JPEG or PNG files in a class folder: 1 .gif\n")
 
 
@@ -90,7 +90,10 @@ def test_a_vae_is_known_by_its_absolute_path(images, kl, tmp_path, monkeypatch):
         ({"flips": True}, "flips: True given; .* begun with False"),
         ({"exif": True}, "exif: True given"),
         ({"vae": "KL"}, "no-vae: False given; .* begun with True"),
-        ({"reader": "dali"}, "reader: 'dali cpu' given; .* begun with 'pillow'; continue with that, or choose another"),
+        (
+            {"reader": "dali"},
+            "reader: 'dali cpu' given; .* begun with 'pillow'; use the earlier value, or choose another",
+        ),
         ({"images": "other"}, "images: not what the set in .* was begun with: 44 images then, 3 now; "),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -183,9 +186,7 @@ def test_a_lost_class_is_refused_and_costs_only_the_shards_that_lack_it(tmp_path
     (root / "c0" / "000.jpg").write_bytes(b"")
     for path in broken:
         path.write_bytes(b"")
-    line = (
-        "no image of class 'c2' can be decoded, the first, c2/002.jpg, because: empty file; repair it and run the same"
-    )
+    line = "no image of class 'c2' can be decoded; first failure: c2/002.jpg (empty file); repair it and run the same"
     assert line in refusal(prepare, config(root, tmp_path / "set"))
     assert {path.name for path in (tmp_path / "set").glob("shard-*")} == {"shard-00000.json", "shard-00001.json"}
     for path, file in zip(broken, whole, strict=True):
@@ -196,5 +197,5 @@ def test_a_lost_class_is_refused_and_costs_only_the_shards_that_lack_it(tmp_path
     for path in root.rglob("*.jpg"):
         path.write_bytes(b"")
     line = refusal(prepare, config(root, tmp_path / "none"))
-    assert "none of 60 images can be read, the first, c0/000.jpg, because: empty file" in line
+    assert "none of 60 images can be read; first failure: c0/000.jpg (empty file)" in line
     assert not (tmp_path / "none" / "manifest.json").exists()

@@ -72,7 +72,7 @@ def test_a_flipped_bit_is_found_with_verify(images, command, out, capsys):
     before = content(out)
     flip_bit(out / FILE, -3)
     prepare(command)
-    assert "complete before" in capsys.readouterr().out.splitlines()[-1]
+    assert "already complete" in capsys.readouterr().out.splitlines()[-1]
     assert content(out) != before
     prepare(config(images, out, flips=True, verify=True))
     assert re.search(rf"{FILE}: SHA-256 \w{{64}}; the manifest has \w{{64}}; made again", capsys.readouterr().err)
@@ -119,7 +119,7 @@ def test_it_survives_kill_9(command, out):
     DAMAGES["two of three"](out)
     for _ in range(4):
         process = start(command)
-        while process.is_alive() and not (out / ".mending").exists():
+        while process.is_alive() and not (out / ".repair").exists():
             time.sleep(0.001)
         time.sleep(moments.uniform(0, 0.02))
         process.kill()
@@ -134,7 +134,7 @@ def test_two_processes_repair_one_after_the_other(command, out):
     DAMAGES["two of three"](out)
     results = finish(start(command), start(command))
     assert content(out) == before
-    assert sorted("complete before" in output for output in results) == [False, True]
+    assert sorted("already complete" in output for output in results) == [False, True]
 
 
 def test_other_ranks_leave_the_repair_to_the_first(command, out, monkeypatch):

@@ -263,7 +263,7 @@ def test_another_runs_checkpoint_begins_a_new_run_and_does_not_enter_one(stopped
     path = stopped / "runs/a/checkpoints" / FIRST
     before, lines = content(path), []
     assert run(small(stopped, run__name="b", resume=str(path)), stop_after=2, report=lines.append)[0] == 143
-    assert "--run.name b resumes from here" in lines[-1]
+    assert "the same command with --run.name b" in lines[-1]
     for name in "ab":
         assert run(small(stopped, run__name=name))[0] == 0
     assert content(path) == before

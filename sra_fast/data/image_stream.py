@@ -39,7 +39,7 @@ class ImageStream(Stream):
         bad: files already known to be undecodable, and why.
 
     Raises:
-        Refused: from `next`, in the two cases above, naming the file.
+        Damaged: from `next`, with `strict` or above `max_bad_share`, naming the file.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class ImageStream(Stream):
         return self._decoder.decode([files[row] for row in chosen])
 
     def _add_bad(self, file: str, reason: str, number: int) -> None:
-        """Remember and announce an undecodable file, unless it is one too many."""
+        """Remember an undecodable file and report it. Raises Damaged if `strict` forbids it or there are too many."""
         if file in self.bad:
             return
         self.bad[file] = reason

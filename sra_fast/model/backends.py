@@ -28,9 +28,12 @@ EXECUTIONS = {
 }
 
 
+DDPM_NOTE = "DiT reads its noise levels from tables, for which there is no fused kernel"
+
+
 @dataclass(frozen=True)
 class Backends:
-    """The function that computes each op, and how a step is executed.
+    """The function that computes each op, and how a step is executed. kernels/registry.py has the ops' functions.
 
     Attributes:
         adaln, ..., adamw_ema: functions with the signatures of the references in kernels/.
@@ -65,12 +68,13 @@ class Backends:
         names["attention"] = choose_attention(
             config.model.attention, hardware.device, hardware.dtype, head, config.deterministic
         )
+        execution = choose_execution(config.train.execution, hardware.device)
         return cls(
             **functions,
             attention=attention_operator(names["attention"]),
-            execution=choose_execution(config.train.execution, hardware.device),
+            execution=execution,
             names=names,
-            notes=tuple(_notes(config, hardware.architecture)),
+            notes=tuple(_notes(names, execution, config, hardware)),
         )
 
     def summary(self) -> dict[str, str]:
@@ -83,31 +87,39 @@ class Backends:
 
 
 def _implementation(op: str, config: Config, architecture: str) -> str:
-    """ "fused" or "reference"."""
+    """ "fused" or "reference", the attribute of `Op` that computes it."""
     named = getattr(config.kernels, op)
     choice = named or config.kernels.default
-    obstacle = "DiT has no fused kernel for it" if _is_ddpm(op, config) else why_unavailable(op, architecture)
-    optional = named is None and (OPS[op].fused is None or _is_ddpm(op, config))  # `default` means: where there is one
-    if choice == "fused" and obstacle and not optional:
+    obstacle = DDPM_NOTE if _uses_ddpm_tables(op, config) else why_unavailable(op, architecture)
+    if choice == "reference":
+        return "reference"
+    if choice == "auto":
+        return "fused" if architecture in OPS[op].faster_on and not obstacle else "reference"
+    has_kernel = OPS[op].fused is not None and not _uses_ddpm_tables(op, config)
+    if named is None and not has_kernel:  # kernels.default = fused is for the ops that have a kernel
+        return "reference"
+    if obstacle:
         raise Refused(f"kernels.{op}: 'fused' given, but {obstacle}; must be auto or reference")
-    use_kernel = choice == "fused" or (choice == "auto" and architecture in OPS[op].faster_on)
-    return "fused" if use_kernel and not obstacle else "reference"
+    return "fused"
 
 
-def _is_ddpm(op: str, config: Config) -> bool:
+def _uses_ddpm_tables(op: str, config: Config) -> bool:
     return op == "perturb" and config.model.family == "dit"
 
 
-def _notes(config: Config, architecture: str) -> Iterator[str]:
-    if _is_ddpm("perturb", config):
-        yield "perturb: DiT reads its noise levels from tables, for which there is no fused kernel"
-    if obstacle := why_unavailable("adamw_ema", architecture):
+def _notes(names: dict[str, str], execution: str, config: Config, hardware: Hardware) -> Iterator[str]:
+    if _uses_ddpm_tables("perturb", config):
+        yield f"perturb: {DDPM_NOTE}"
+    obstacle = why_unavailable("adamw_ema", hardware.architecture)
+    if obstacle and names["adamw_ema"] == "reference" and config.kernels.adamw_ema != "reference":
         yield f"adamw_ema: the optimizer runs as PyTorch operators: {obstacle}"
+    if hardware.device.type == "cuda" and execution == "eager" and config.train.execution == "auto":
+        yield f"step: not compiled, which is slow: torch.compile needs {_why_not_compiled(hardware.device)}"
 
 
 def choose_execution(choice: str, device: torch.device) -> str:
-    """A key of `EXECUTIONS`. auto is the graph on a GPU, and eager on a CPU, where compiling takes a minute or two that
-    short runs never earn back.
+    """A key of `EXECUTIONS`. auto is the graph on a GPU, and eager on a CPU, where compiling takes a minute or two,
+    longer than short runs save.
 
     Raises:
         Refused: if `choice` cannot run on this device.
@@ -115,13 +127,13 @@ def choose_execution(choice: str, device: torch.device) -> str:
     gpu = device.type == "cuda"
     if choice == "eager" or (choice == "auto" and not gpu):
         return "eager"
+    if choice == "graph" and not gpu:
+        raise Refused("train.execution", choice, "needs an NVIDIA GPU; must be auto, eager or compiled")
     obstacle = _why_not_compiled(device)
     if choice == "auto":
         return "eager" if obstacle else "graph"
     if obstacle:
         raise Refused("train.execution", choice, f"needs {obstacle}")
-    if choice == "graph" and not gpu:
-        raise Refused("train.execution", choice, "needs an NVIDIA GPU; must be auto, eager or compiled")
     return choice
 
 

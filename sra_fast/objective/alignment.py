@@ -2,7 +2,7 @@
 
 A method of self-guidance answers six questions, and SRA's answers are:
 
-    which taps       student block m, teacher block n, m < n (AlignConfig.taps: the published pairs)
+    which taps       student block m, teacher block n, m < n (Config.taps, by default the published pairs)
     which teacher    the EMA of the student, in eval mode, run up to block n
     which input      the same x and noise at the lower time t_teacher, and the labels after dropout
     which target     block n's output itself; only the student has a projection head
@@ -40,7 +40,7 @@ class Alignment(NamedTuple):
     """What is aligned, and how.
 
     Attributes:
-        student_tap, teacher_tap: blocks, 1-based.
+        student_tap, teacher_tap: the blocks whose outputs are aligned, 1-based.
         distance: (student features, teacher features), each (B, T, D) -> scalar.
     """
 
@@ -50,8 +50,8 @@ class Alignment(NamedTuple):
 
 
 def alignment_weight(config: AlignConfig, epoch: int) -> float:
-    """Weight of the alignment loss in a 0-based epoch: constant up to weight_hold_epochs, then tenfold less every
-    weight_decade_epochs. SRA's code: 0.2 * 10^-((epoch - 149) / 1000) past epoch 149."""
+    """Weight of the alignment loss in a 0-based epoch: constant up to weight_hold_epochs, then it decays by a factor of
+    10 per weight_decade_epochs. SRA's code: 0.2 * 10^-((epoch - 149) / 1000) past epoch 149."""
     if config.method == "none":
         return 0.0
     if not config.weight_decade_epochs or epoch <= config.weight_hold_epochs:
@@ -71,7 +71,7 @@ def training_losses(
 
     Args:
         objective: what the student predicts.
-        alignment: taps and distance; None trains the plain model, and the teacher is not called.
+        alignment: blocks and distance; None trains the plain model, and the teacher is not called.
         student: (x, t, labels, tap) -> (prediction, projected features of block `tap`).
         teacher: (x, t, labels, tap) -> features of block `tap`.
         batch: inputs of both, and the target.
@@ -80,12 +80,12 @@ def training_losses(
     with record_function("sra_fast::student"):
         tap = alignment.student_tap if alignment else 0
         prediction, features = student(batch.x_t, batch.t, batch.labels, tap)
-    if alignment is None:
+    with record_function("sra_fast::loss"):
         generative = objective.loss(prediction, batch)
+    if alignment is None:
         return Losses(generative, generative, torch.zeros_like(generative))
     with record_function("sra_fast::teacher"), torch.no_grad():
         target = teacher(batch.x_teacher, batch.t_teacher, batch.teacher_labels, alignment.teacher_tap)
-    generative = objective.loss(prediction, batch)
     with record_function("sra_fast::loss"):
         assert features is not None, "the student was called with a tap"
         distance = alignment.distance(features, target)

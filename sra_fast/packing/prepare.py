@@ -1,9 +1,9 @@
 """`sra-fast prepare`: encode images, or convert the public layout, to a packed set (manifest.py).
 
 Source images are taken in the order of their names, and each `rows_per_shard` of them make a shard. Undecodable images
-are left out of their shard, so that no label and no other shard moves. Every process takes the next shard that no other
+are left out of their shard, so the other shards do not change. Every process takes the next shard that no other
 process is making; when there is none left it waits for the others, and makes what a killed one has left unfinished.
-The damaged files of a complete set are made again.
+Damaged files of a complete set are made again.
 
 prepare.json, the settings of the set, is written first and manifest.json last. The bytes are the same whichever process
 made which shard and whenever one was killed; on a GPU, for the same batch.
@@ -48,7 +48,7 @@ from sra_fast.packing.shards import (
 )
 from sra_fast.progress import Progress
 
-REPAIR_FOLDER = ".mending"
+REPAIR_FOLDER = ".repair"
 SETTINGS_VERSION = 1
 
 
@@ -147,7 +147,7 @@ def _begin(out: Path, settings: dict[str, Any]) -> bool:
         raise Refused("out", str(path), "must be an object")
     for name in [*now, *before]:
         if before.get(name) != now.get(name):
-            raise Refused(f"{_difference(name, before, now, out)}; continue with that, or choose another --out")
+            raise Refused(f"{_difference(name, before, now, out)}; use the earlier value, or choose another --out")
     return (out / NAME).exists()
 
 
@@ -166,7 +166,7 @@ def _make_shards(out: Path, encoder: Encoder, claims: Claims, config: PrepareCom
     """Make shards until all exist, whichever process made them. Returns the number of images encoded here."""
     shards = encoder.shards
     order = [(rank * shards // world + place) % shards for place in range(shards)]
-    done = {number for number in order if _exists(out, number, config.strict)}
+    done = {number for number in order if _is_finished(out, number, config.strict)}
     encoded, before = 0, sum(len(encoder.images(number)) for number in done)
     with Progress(len(encoder.source), "encoding", done=before, hidden=rank > 0) as bar:
         # First the shards that no process is making; then wait for the others. A claim that becomes free without a
@@ -178,7 +178,7 @@ def _make_shards(out: Path, encoder: Encoder, claims: Claims, config: PrepareCom
                 with claims.hold(number, wait) as locked:
                     if not locked:
                         continue
-                    if _exists(out, number, config.strict):
+                    if _is_finished(out, number, config.strict):
                         bar.update(len(encoder.images(number)))
                     elif (out / NAME).exists():  # another process has completed the set and deleted the records
                         return encoded
@@ -189,7 +189,7 @@ def _make_shards(out: Path, encoder: Encoder, claims: Claims, config: PrepareCom
     return encoded
 
 
-def _exists(out: Path, number: int, strict: bool) -> bool:
+def _is_finished(out: Path, number: int, strict: bool) -> bool:
     """Whether a shard is finished. Raises Refused if `strict` forbids its skipped images."""
     record = read_record(out, number)
     if strict and record and record.skipped:
@@ -240,8 +240,8 @@ def _write_manifest(out: Path, encoder: Encoder) -> None:
                 remove_record(out, number)
             file, reason = lost[0][1].file, lost[0][1].reason
             raise Refused(
-                f"images: no image of class {encoder.source.classes[label_of[file]]!r} can be decoded, the first, "
-                f"{file}, because: {reason}; repair it and run the same command again"
+                f"images: no image of class {encoder.source.classes[label_of[file]]!r} can be decoded; first failure: "
+                f"{file} ({reason}); repair it and run the same command again"
             )
     assemble(out, records, **encoder.facts)
 
@@ -281,7 +281,7 @@ def _repair(out: Path, encoder: Encoder, config: PrepareCommand) -> int:
             if record.shard != shard:
                 raise Damaged(
                     out / shard.file,
-                    f"made again, but does not match {NAME}: the images or this machine's arithmetic have changed. "
+                    f"made again, but does not match {NAME}: the images, or the results of this machine, have changed. "
                     f"The set is as it was; choose another --out",
                 )
     return count
@@ -301,7 +301,7 @@ def _reproducible() -> Iterator[None]:
 
 
 def _report(out: Path, manifest: Manifest, encoded: int, seconds: float, rank: int) -> None:
-    rate = f", {encoded / seconds:,.1f} images/s here" if encoded else ", complete before"
+    rate = f", {encoded / seconds:,.1f} images/s here" if encoded else ", already complete"
     if rank > 0:
         print(f"rank {rank}: {encoded:,} images{rate}")
         return

@@ -173,7 +173,7 @@ def assemble(root: Path, records: Sequence[Record], **facts: Any) -> Manifest:
     skipped = tuple(file for record in records for file in record.skipped)
     manifest = Manifest(count=sum(record.rows for record in records), shards=shards, skipped=skipped, **facts)
     if not shards:
-        first = f", the first, {skipped[0].file}, because: {skipped[0].reason}" if skipped else ""
+        first = f"; first failure: {skipped[0].file} ({skipped[0].reason})" if skipped else ""
         raise Damaged(root, f"none of {len(skipped)} images can be read{first}")
     counts = np.zeros(len(manifest.classes), np.int64)
     for shard in shards:

@@ -1,19 +1,19 @@
 """Executes the steps of a run: eager, compiled, or as one CUDA graph over fixed buffers.
 
-All three compute the same. On a GPU all three read fixed buffers, to which the next batch is copied while the previous
-step runs; with the graph the host does one copy and one launch per step.
+All three give the same result. On a GPU all three read fixed buffers, to which the next batch is copied while the
+previous step runs; with the graph the host does one copy and one launch per step (of up to 8 micro-batches).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from sra_fast.data.stream import Batch
 from sra_fast.step.graph import Captured
-from sra_fast.step.inputs import Prefetch, scalar
+from sra_fast.step.inputs import Inputs, Prefetch, scalar
 from sra_fast.step.ring import MetricRing
 from sra_fast.step.state import TrainState
 from sra_fast.step.step import TrainingStep
@@ -45,6 +45,7 @@ class StepRunner:
         self._use_graph, self._report_failure = execution == "graph", report_failure
         self._graphs: list[Captured] = []
         self._prefetch: Prefetch | None = None
+        self._run: Callable[[], None] | None = None  # one step from the fixed buffers
         if execution != "eager":
             step.compile(state)
 
@@ -58,57 +59,65 @@ class StepRunner:
         if not _uses_fixed_buffers(self.device):
             self.ring.push(self.step(self.state, batch, scalar(lr, self.device), scalar(weight, self.device)))
             return
-        if self._prefetch is None:
-            self._prefetch = self._allocate(batch.x)
+        if self._prefetch is None or self._run is None:
+            self._prefetch = Prefetch(tuple(batch.x.shape), self.device, batch.x.dtype)
+            self._run = self._over(self._prefetch.fixed)
         self._prefetch(batch, lr, weight)
-        self._execute()
+        self._run()
 
     @property
     def failure(self) -> str | None:
         """Why there is no CUDA graph, if capturing one failed."""
         return next((graph.failure for graph in self._graphs if graph.failure), None)
 
-    def _allocate(self, x: Tensor) -> Prefetch:
-        """Buffers for batches whose x has this shape and dtype, and graphs over these buffers."""
-        prefetch = Prefetch(tuple(x.shape), self.device, x.dtype)
-        self._inputs = prefetch.fixed
-        parts = self.step.config.train.accumulate
-        if parts <= MAX_UNROLLED:
-            (self._execute,) = self._graph_of(self._run_step)
-            return prefetch
-        self._micro_batch = Batch(*(tensor.clone() for tensor in self._inputs.batch.split(parts)[0]))
-        self._sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in self.state.trained]
-        self._losses = torch.zeros(3, device=self.device)
-        self._accumulate, self._finish = self._graph_of(self._add_gradients, self._apply_sums)
-        self._execute = self._run_micro_batches
-        return prefetch
+    def _over(self, inputs: Inputs) -> Callable[[], None]:
+        """A function that runs one step on fixed buffers, with one graph, or with two for many micro-batches."""
+        if self.step.config.train.accumulate <= MAX_UNROLLED:
+            (run,) = self._as_graphs(partial(self._run_step, inputs))
+            return run
+        micro_batches = _MicroBatches(self.step, self.state, self.ring, inputs)
+        return partial(micro_batches.run, *self._as_graphs(micro_batches.add_gradients, micro_batches.update))
 
-    def _graph_of(self, *functions: Callable[[], None]) -> list[Callable[[], None]]:
-        """The functions as CUDA graphs, which share a stream and a memory pool; unchanged without graphs."""
-        if not self._use_graph:
-            return list(functions)
-        stream, pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
-        self._graphs = [Captured(function, stream, pool, report=self._report_failure) for function in functions]
-        return list(self._graphs)
-
-    def _run_step(self) -> None:
-        inputs = self._inputs
+    def _run_step(self, inputs: Inputs) -> None:
         self.ring.push(self.step(self.state, inputs.batch, inputs.lr, inputs.weight))
 
-    def _run_micro_batches(self) -> None:
-        for micro_batch in self._inputs.batch.split(self.step.config.train.accumulate):
-            for buffer, tensor in zip(self._micro_batch, micro_batch, strict=True):
-                buffer.copy_(tensor)
-            self._accumulate()
-        self._finish()
+    def _as_graphs(self, *functions: Callable[[], None]) -> Sequence[Callable[[], None]]:
+        """The functions as CUDA graphs, which share a stream and a memory pool; unchanged without graphs."""
+        if not self._use_graph:
+            return functions
+        stream, pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
+        self._graphs = [Captured(function, stream, pool, report=self._report_failure) for function in functions]
+        return self._graphs
 
-    def _add_gradients(self) -> None:
-        gradients, losses = self.step.gradients(self.state, self._micro_batch, self._inputs.weight)
+
+class _MicroBatches:
+    """A step of more micro-batches than a graph holds: one function adds a micro-batch's gradients, another updates the
+    state. Both work on fixed buffers."""
+
+    def __init__(self, step: TrainingStep, state: TrainState, ring: MetricRing, inputs: Inputs) -> None:
+        self._step, self._state, self._ring, self._inputs = step, state, ring, inputs
+        self._parts = step.config.train.accumulate
+        self._batch = Batch(*(tensor.clone() for tensor in inputs.batch.split(self._parts)[0]))
+        self._sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in state.trained]
+        self._losses = inputs.x.new_zeros(3, dtype=torch.float32)
+
+    def run(self, add_gradients: Callable[[], None], update: Callable[[], None]) -> None:
+        """One step by the two functions below, or by graphs of them."""
+        for micro_batch in self._inputs.batch.split(self._parts):
+            for buffer, tensor in zip(self._batch, micro_batch, strict=True):
+                buffer.copy_(tensor)
+            add_gradients()
+        update()
+
+    def add_gradients(self) -> None:
+        """Add gradients and losses of the micro-batch in the buffer."""
+        gradients, losses = self._step.gradients(self._state, self._batch, self._inputs.weight)
         torch._foreach_add_(self._sums, gradients)
         self._losses.add_(losses)
 
-    def _apply_sums(self) -> None:
-        self.ring.push(self.step.apply(self.state, self._sums, self._losses, self._inputs.lr))
+    def update(self) -> None:
+        """Update the state from the sums, and clear them."""
+        self._ring.push(self._step.apply(self._state, self._sums, self._losses, self._inputs.lr))
         torch._foreach_zero_([*self._sums, self._losses])
 
 

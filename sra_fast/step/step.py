@@ -44,7 +44,7 @@ class TrainingStep:
         config: of the run, with the model's sizes filled in.
         backends: what computes each op.
         device: of the state.
-        stored: how stored data become the x of training; None: they are.
+        stored: how to compute x from stored data; None if batches have x itself.
     """
 
     def __init__(self, config: Config, backends: Backends, device: torch.device, stored: Stored | None = None) -> None:
@@ -100,7 +100,7 @@ class TrainingStep:
         return training_losses(self.objective, alignment, state.student, state.teacher.features, noised, weight)
 
     def apply(self, state: TrainState, gradients: list[Tensor], losses: Tensor, lr: Tensor) -> Metrics:
-        """Update the state from the sums that `gradients` returns over all micro-batches."""
+        """Update the state from gradients and losses summed over all micro-batches."""
         with record_function("sra_fast::update"):
             norm, decay = update(state, gradients, lr, self.config.optim, self.backends.gradient_norm, self._adamw_ema)
         loss, generative, alignment = losses.unbind()
@@ -118,10 +118,10 @@ class TrainingStep:
         return self.backends.alignment(student, teacher, self.config.align.distance)
 
     def compile(self, state: TrainState) -> None:
-        """Use torch.compile, which runs during the first steps, for everything larger than a matrix product or two:
-        both networks' blocks, the head, the draws, the distance and the update.
+        """Compile the blocks of both networks, the head, the draws, the distance and, if it is the reference, a
+        parameter's update. torch.compile runs during the first steps.
 
-        Blocks share one compiled function, and so do parameters: compile time does not grow with depth.
+        Blocks share one compiled function, and so do the parameters' updates: compile time does not grow with depth.
 
         Args:
             state: its networks are compiled in place.

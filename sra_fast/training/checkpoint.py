@@ -178,7 +178,7 @@ def describe(path: Path) -> tuple[dict[str, Any], Config]:
 
 
 def load(path: Path, config: Config, fingerprint: str, device: torch.device) -> tuple[dict[str, Any], RunProgress]:
-    """(tensors and counters for `TrainState.assemble`, progress) of a checkpoint that `config` may resume from.
+    """(tensors and counters for `TrainState.load`, progress) of a checkpoint that `config` may resume from.
 
     Raises:
         Refused: if it is damaged, belongs to another network or data set, or was trained with other settings.

@@ -22,7 +22,8 @@ AVERAGED = ("loss", "velocity_loss", "alignment_loss", "grad_norm")
 
 
 class StepLog:
-    """Writes a line for every `train.log_every_steps` steps. Only then does the host wait for the device.
+    """Writes a line for every `train.log_every_steps` steps, and one at every validation and checkpoint. Only then does
+    the host wait for the device.
 
     Args:
         file: where lines go.

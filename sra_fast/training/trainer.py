@@ -15,8 +15,7 @@ from sra_fast.config import Config, to_dict
 from sra_fast.data.source import open_source
 from sra_fast.distributed import refuse_several_processes
 from sra_fast.errors import Refused
-from sra_fast.evaluation import evaluate as evaluation
-from sra_fast.evaluation.evaluate import Report
+from sra_fast.evaluation.evaluate import Report, check_inputs, evaluate
 from sra_fast.files import write_json
 from sra_fast.hardware import Hardware, set_deterministic
 from sra_fast.model.backends import EXECUTIONS, Backends
@@ -71,7 +70,7 @@ class Trainer:
                 raise Refused("evaluate.after-training", True, "must be False: latents cannot be judged")
             model = self.config.model
             values = model.channels * model.input_size**2
-            evaluation.check_inputs(values, model.classes, self.source.train, self.source.held_out)
+            check_inputs(values, model.classes, self.source.train, self.source.held_out)
 
     def run(self) -> int:
         """Train, evaluate, write the summary. Returns the exit code: 0, 1 below a bar, 128 + signal when stopped."""
@@ -88,7 +87,9 @@ class Trainer:
                 last_row = self._train(file, stop)
             if stop.signal:
                 seen = f"{self.progress.images_seen:,} images"
-                self.report(f"stopped and saved at {seen}; --run.name {self.config.run.name} resumes from here")
+                self.report(
+                    f"stopped and saved at {seen}; to continue: the same command with --run.name {self.config.run.name}"
+                )
                 return 128 + stop.signal
             return self._finish(last_row)
 
@@ -105,14 +106,13 @@ class Trainer:
             return state, RunProgress(data_fingerprint=self.source.fingerprint)
         tensors, progress = checkpoint.load(path, config, self.source.fingerprint, torch.device("cpu"))
         if progress.images_seen >= config.train.images and self.summary.exists():
-            rule = f"is finished ({progress.images_seen:,} images); choose another, or raise --train.images"
-            raise Refused("run.name", config.run.name, rule)
+            seen = f"{progress.images_seen:,} images"
+            raise Refused("run.name", config.run.name, f"is finished ({seen}); choose another, or raise --train.images")
         self.report(f"resuming from {path}")
         before = checkpoint.describe(path)[1].train.images
         if config.optim.schedule == "cosine" and config.train.images != before:
-            self.report(
-                f"train.images: {before:,} before, {config.train.images:,} now; the cosine schedule jumps there"
-            )
+            lengths = f"{before:,} before, {config.train.images:,} now"
+            self.report(f"train.images: {lengths}; the learning rate of the cosine schedule jumps here")
         state.load(tensors)
         return state, progress
 
@@ -166,7 +166,7 @@ class Trainer:
     def _train(self, file: MetricsFile, stop: StopRequest) -> dict[str, Any]:
         """Steps until the last image or a signal, then a checkpoint. Returns the last row of metrics."""
         config, batch_size = self.config, self.config.train.batch
-        steps = -(-config.train.images // batch_size)  # the last batch is a complete one
+        steps = -(-config.train.images // batch_size)  # the last batch is a full one
         clock = Clock(self.progress.train_s)
         log = StepLog(file, config, self.state, clock)
         saver = Saver(self.checkpoints, config, self.progress)
@@ -179,7 +179,7 @@ class Trainer:
             while self.progress.step < steps and not stop.signal:
                 try:
                     batch = next(stream)
-                except Refused:  # the data cannot be read any more; what was learned so far is kept
+                except Refused:  # the data cannot be read any more: save before stopping
                     self._save(saver, log, clock)
                     raise
                 images_seen = self.progress.images_seen
@@ -265,7 +265,7 @@ class Trainer:
     def _evaluate(self) -> Report:
         config = self.config
         with Progress(2 * config.evaluate.samples, "evaluating") as bar:
-            return evaluation.evaluate(
+            return evaluate(
                 self._ema_network(),
                 self.source.pixels(self.source.train),
                 self.source.pixels(self.source.held_out),
