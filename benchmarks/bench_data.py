@@ -37,8 +37,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks.harness import options
-from benchmarks.harness.rows import Row, Samples, folder, row, write
-from benchmarks.harness.stamp import stamp
+from benchmarks.harness.rows import Row, Samples, folder, row, stamp, write
 from benchmarks.harness.tables import show
 from benchmarks.harness.timing import Call, CpuClock, GateFailed, measure
 from benchmarks.rivals.loaders import JpegFiles, PublicFiles

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import options
-from benchmarks.harness.rows import Row, Samples, folder, row, write
-from benchmarks.harness.stamp import stamp
+from benchmarks.harness.rows import Row, Samples, folder, row, stamp, write
 from benchmarks.harness.tables import finish
 from benchmarks.harness.timing import GateFailed, measure, roofs
 from benchmarks.kernel_cases import OPS, Case, check, make_case, prepared, truth
@@ -37,33 +36,29 @@ def defaults(device: torch.device) -> dict[str, Any]:
     return {"sizes": ["s"], "batch": 4, "dtype": "fp32", "repeats": 30, "warmup": 3}
 
 
-def measure_case(case: Case, which: str, device: torch.device, repeats: int, warmup: int) -> dict[str, Samples]:
-    """Interleaved samples of the implementations that agree with the reference; those of the others hold an error."""
+def case_rows(
+    case: Case, which: str, args: argparse.Namespace, size: str, device_roofs: dict[str, float] | None = None
+) -> list[Row]:
+    """Rows of all implementations of a case in one pass; `args` are those of the command. Those that agree with the
+    reference are interleaved, the others have an error."""
+    torch._dynamo.reset()  # its limit of recompilations is per function, not per shape
     right = truth(case, which)
-    calls, failed = {}, {}
+    calls, taken = {}, {}
     for name in case.implementations:
         try:
             check(case, name, which, right)
             calls[name] = prepared(case, name, which)
         except GateFailed as error:
-            failed[name] = Samples(error=f"disagrees with the reference: {error}")
+            taken[name] = Samples(error=f"disagrees with the reference: {error}")
     del right
-    taken = measure(calls, device=device, graph=device.type == "cuda", repeats=repeats, warmup=warmup)
-    return {name: taken.get(name) or failed[name] for name in case.implementations}
-
-
-def case_rows(
-    case: Case, which: str, args: argparse.Namespace, size: str, device_roofs: dict[str, Any] | None = None
-) -> list[Row]:
-    """Rows of all implementations of a case in one pass; `args` are those of the command."""
-    torch._dynamo.reset()  # its limit of recompilations is per function, not per shape
-    taken = measure_case(case, which, args.device, args.repeats, args.warmup)
+    graph = args.device.type == "cuda"
+    taken |= measure(calls, device=args.device, graph=graph, repeats=args.repeats, warmup=args.warmup)
     now = stamp(args.device)
     shared = {"size": size, "batch": args.batch, "dtype": "fp32" if case.op == "perturb" else args.dtype, "pass": which}
     amounts = {"bytes": case.bytes(which), "flops": case.flops(which) or None}
     return [
-        row(case.op, {**shared, "implementation": name}, samples, stamp=now, roofs=device_roofs, **amounts)
-        for name, samples in taken.items()
+        row(case.op, {**shared, "implementation": name}, taken[name], stamp=now, roofs=device_roofs, **amounts)
+        for name in case.implementations
     ]
 
 

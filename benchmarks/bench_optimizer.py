@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import options
-from benchmarks.harness.rows import Row, Samples, folder, row, write
-from benchmarks.harness.stamp import stamp
+from benchmarks.harness.rows import Row, Samples, folder, row, stamp, write
 from benchmarks.harness.tables import finish
 from benchmarks.harness.timing import GateFailed, measure, roofs
 from benchmarks.rivals.optimizers import Way, apex_way, rival_way
@@ -197,7 +196,7 @@ def measure_rows(
     count = sum(gradient.numel() for gradient in gradients[torch.float32])
     architecture = Hardware(device, torch.float32).architecture
     calls: dict[str, Callable[[], object]] = {}
-    failed: dict[str, Samples] = {}
+    errors: dict[str, str] = {}
     for name in names:
         try:
             if name.startswith("ours") and (reason := why_unavailable("adamw_ema", architecture)):
@@ -208,24 +207,22 @@ def measure_rows(
             gate(name, way, start)
             calls[name] = way.call
         except Refused as error:
-            failed[name] = Samples(error=str(error))
+            errors[name] = str(error)
         except GateFailed as error:
-            failed[name] = Samples(error=f"disagrees with fp64: {error}")
+            errors[name] = f"disagrees with fp64: {error}"
         except torch.OutOfMemoryError as error:
-            failed[name] = Samples(error=f"out of memory ({str(error).splitlines()[0]})")
+            errors[name] = f"out of memory ({str(error).splitlines()[0]})"
     del start
     touch, touched = roof(count, device)
     taken = measure({ROOF: touch} | calls, device=device, repeats=repeats, warmup=warmup)
     now = stamp(device)
-    gb_per_s = touched / (taken[ROOF].median_ms or math.inf) / 1e6
-    limits = roofs(device) | {"copy_gb_per_s": gb_per_s}
+    limits = roofs(device) | {"copy_gb_per_s": touched / (taken[ROOF].median_ms or math.inf) / 1e6}
     params = {"size": size, "parameters": min(count, MAX_ROOF_ELEMENTS), "way": ROOF}
     rows = [row("optimizer", params, taken[ROOF], stamp=now, bytes=touched)]
     for name in names:
-        gradient_bytes = 2 if name.endswith("bf16 gradients") else 4
+        moved = count * (FIXED_BYTES + GRADIENT_READS * (2 if name.endswith("bf16 gradients") else 4))
+        samples = Samples(error=errors[name]) if name in errors else taken[name]
         params = {"size": size, "parameters": count, "way": name}
-        moved = count * (FIXED_BYTES + GRADIENT_READS * gradient_bytes)
-        samples = taken.get(name) or failed[name]
         rows.append(row("optimizer", params, samples, stamp=now, bytes=moved, roofs=limits))
     return rows
 

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.harness import options
-from benchmarks.harness.rows import folder, row, write
-from benchmarks.harness.stamp import stamp
+from benchmarks.harness.rows import folder, row, stamp, write
 from benchmarks.harness.tables import finish
 from benchmarks.harness.timing import measure, operations
 

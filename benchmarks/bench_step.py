@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import options
-from benchmarks.harness.rows import Row, Samples, folder, row, write
-from benchmarks.harness.stamp import stamp
+from benchmarks.harness.rows import Row, Samples, folder, row, stamp, write
 from benchmarks.harness.tables import finish
 from benchmarks.harness.timing import GateFailed, measure, roofs
 from benchmarks.rivals.recipe import RUNGS, PublicStep
 from sra_fast.config import SIZES, Config
 from sra_fast.data.stream import Batch
+from sra_fast.errors import Refused
 from sra_fast.flops import dense_peak_flops, training_flops
 from sra_fast.hardware import Hardware, set_deterministic
 from sra_fast.kernels.philox import Draw, normals
@@ -216,6 +216,8 @@ def _measure_group(
     for name in group:
         try:
             steps[name] = build(name, config, device)
+        except Refused as error:  # a kernel that this machine lacks
+            taken[name] = Samples(error=str(error))
         except torch.OutOfMemoryError as error:
             taken[name] = Samples(error=f"out of memory ({str(error).splitlines()[0]})")
     calls = {name: make_call(step, batch, device) for name, step in steps.items()}

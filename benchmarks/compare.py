@@ -178,13 +178,12 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def _judge(old: list[dict[str, Any]], new: list[dict[str, Any]], threshold: float, confidence: float) -> list[str]:
     """Cells of one row: old, new, ratio, interval and verdict."""
-    before, after = (next((run["error"] for run in runs if run.get("error")), "") for runs in (old, new))
-    if before or after:
-        if (before and after) or "not run" in (before[:7], after[:7]):
-            verdict = "not compared"
-        else:  # losing its time is worse than any slow-down
-            verdict = "slower" if after else "faster"
-        return [before or "ran", after or "ran", "", "", verdict]
+    before, after = (next((run["error"] for run in runs if run.get("error")), "ran") for runs in (old, new))
+    if {before, after} != {"ran"}:
+        verdict = "not compared"
+        if "ran" in (before, after) and not any(error.startswith("not run") for error in (before, after)):
+            verdict = "slower" if before == "ran" else "faster"  # losing its time is worse than any slow-down
+        return [before, after, "", "", verdict]
     result = change([run["samples_ms"] for run in old], [run["samples_ms"] for run in new], confidence)
     interval = f"{result.low - 1:+.1%} ... {result.high - 1:+.1%}"
     numbers = [f"{result.old_ms:.4g} ms", f"{result.new_ms:.4g} ms", f"{result.ratio:.3f}", interval]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.harness.stamp import stamp
+from benchmarks.harness.rows import stamp
 
 
 @pytest.hookimpl(optionalhook=True)

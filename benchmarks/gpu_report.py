@@ -35,8 +35,7 @@ from typing import Any
 
 from benchmarks.harness import options, tables
 from benchmarks.harness.parts import FAILED, NOT_RUN, OK, ROOT, Outcome, Part, run_parts
-from benchmarks.harness.rows import RESULTS, Row, folder, markdown, read, write
-from benchmarks.harness.stamp import circumstances, command
+from benchmarks.harness.rows import RESULTS, Row, circumstances, command, folder, markdown, read, write
 from sra_fast.files import write_json, write_text
 
 MAX_TRACES = 2
@@ -186,7 +185,7 @@ def stamp_of(device: str) -> dict[str, Any]:
     Raises:
         subprocess.CalledProcessError: if there is no such device.
     """
-    code = f"import json; from benchmarks.harness.stamp import stamp; print(json.dumps(stamp({device!r})))"
+    code = f"import json; from benchmarks.harness.rows import stamp; print(json.dumps(stamp({device!r})))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     return {**json.loads(result.stdout.splitlines()[-1]), "command": command()}
 

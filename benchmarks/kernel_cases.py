@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from benchmarks.harness.options import sit
 from benchmarks.harness.timing import GateFailed
-from sra_fast.config import Config, preset
+from sra_fast.config import Config
 from sra_fast.kernels import registry
-from sra_fast.kernels.perturb import Settings, Stored
+from sra_fast.kernels.perturb import Stored
 from sra_fast.model.attention import attention, available
+from sra_fast.model.backends import REFERENCE
+from sra_fast.step.step import TrainingStep
 
 TOKENS = 256
 # Without a reference in fp64: random words agree in every bit, but logarithm and cosine differ between libraries by a
@@ -72,23 +75,21 @@ def make_case(
     op: str, size: str, batch: int, device: torch.device, dtype: torch.dtype, names: Sequence[str] | None = None
 ) -> Case:
     """One of `OPS` at the shape it has in a preset of that size on 256 tokens: eager, compiled and, on a GPU, fused;
-    for attention, every backend that supports the shape on this device. `names` are the
-    implementations to keep besides the reference. perturb draws in fp32 whatever the dtype."""
+    for attention, every backend that supports the shape on this device. `names` are the implementations to keep besides
+    the reference. perturb draws in fp32 whatever the dtype."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         # Random numbers: zeros draw less power and run faster than real data.
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    config = preset(f"sit-{size}-2")
+    config = sit(size)
     if op in NORMS:
         case = _norm(op, config, batch, normal)
     else:
         case = {"alignment": _alignment, "perturb": _perturb, "attention": _attention}[op](config, batch, normal)
-    for name in list(case.implementations):
-        if names is not None and name not in (*names, case.reference):
-            del case.implementations[name]
-    return case
+    kept = case.implementations if names is None else (*names, case.reference)
+    return replace(case, implementations={name: call for name, call in case.implementations.items() if name in kept})
 
 
 def _implementations(
@@ -133,18 +134,10 @@ def _alignment(config: Config, batch: int, normal: Callable[..., Tensor]) -> Cas
 
 
 def _perturb(config: Config, batch: int, normal: Callable[..., Tensor]) -> Case:
-    side = 2 * round(TOKENS**0.5)  # latents of 4 channels in patches of 2
+    side = config.model.input_size
     x = normal(batch, 4, side, side).float()
     labels, number = (torch.arange(batch, device=x.device) for _ in range(2))
-    settings = Settings(
-        seed=0,
-        path=config.objective.path,
-        times=config.objective.times,
-        t_max=config.align.t_max,
-        null_label=1000,
-        label_dropout=config.objective.label_dropout,
-        shared_label_dropout=config.align.shared_label_dropout,
-    )
+    settings = TrainingStep(config, REFERENCE, x.device).settings
     stored = Stored(True, torch.zeros(4, device=x.device), torch.full((4,), 0.18215, device=x.device))
     moments = torch.cat([x, x.abs()], dim=1).half()
 

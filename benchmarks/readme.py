@@ -15,8 +15,7 @@ from itertools import chain
 from pathlib import Path
 
 from benchmarks.harness import options, tables
-from benchmarks.harness.rows import Row, digits, markdown
-from benchmarks.harness.stamp import ROOT, circumstances
+from benchmarks.harness.rows import ROOT, Row, circumstances, digits, markdown
 from sra_fast.files import read_json, replacing
 
 OTHER_QUESTIONS = re.compile("-depth|auto-check")  # a model cut short for a quick look; which batches fit

@@ -28,8 +28,7 @@ from benchmarks.bench_data import (
     write_jpegs,
     write_latents,
 )
-from benchmarks.harness.rows import read
-from benchmarks.harness.stamp import stamp
+from benchmarks.harness.rows import read, stamp
 from benchmarks.harness.timing import GateFailed
 from benchmarks.rivals.loaders import PublicFiles
 from sra_fast.data.decoders import DaliDecoder, PillowDecoder

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks.compare import Change, change, main, student_quantile
-from benchmarks.harness.rows import Samples, row, write
-from benchmarks.harness.stamp import stamp
+from benchmarks.harness.rows import Samples, row, stamp, write
 
 NOISE = {k: v for k, v in json.loads(Path(__file__).with_name("timing_noise.json").read_text()).items() if k != "about"}
 KERNEL, STEP = 0.03, 0.015

@@ -16,8 +16,7 @@ from benchmarks import compare, gpu_report
 from benchmarks.bench_step import NAMES
 from benchmarks.gpu_report import gather
 from benchmarks.harness.parts import FAILED, NOT_HERE, NOT_RUN, OK, Part, run_parts
-from benchmarks.harness.rows import Samples, read, row, write
-from benchmarks.harness.stamp import stamp
+from benchmarks.harness.rows import Samples, read, row, stamp, write
 
 HERE = stamp("cpu")
 

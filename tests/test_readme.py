@@ -7,8 +7,7 @@ import subprocess
 import pytest
 
 from benchmarks import readme
-from benchmarks.harness.rows import Samples, row, write
-from benchmarks.harness.stamp import stamp
+from benchmarks.harness.rows import Samples, row, stamp, write
 
 HERE = stamp("cpu") | {"dirty": False}
 H200 = {"kind": "cuda", "device": "NVIDIA H200", "power_limit_w": 700.0, "driver": "580.1"}

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.harness.rows import FORMAT_VERSION, Samples, folder, markdown, read, row, write
-from benchmarks.harness.stamp import parse_query, stamp
+from benchmarks.harness.rows import FORMAT_VERSION, Samples, folder, markdown, parse_query, read, row, stamp, write
 from benchmarks.harness.tables import show
 from benchmarks.harness.timing import GateFailed, measure, roofs
 from sra_fast.errors import Refused
@@ -156,7 +155,7 @@ def test_the_commit_is_that_of_the_environment_or_of_git_or_unknown(monkeypatch,
     told = stamp("cpu")
     assert (told["commit"], told["dirty"]) == ("abc123", True)
     monkeypatch.delenv("SRA_FAST_COMMIT")
-    monkeypatch.setattr("benchmarks.harness.stamp.ROOT", tmp_path)
+    monkeypatch.setattr("benchmarks.harness.rows.ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     told = stamp("cpu")
     assert (told["commit"], told["dirty"]) == (None, None)

@@ -14,11 +14,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from benchmarks.harness.stamp import ROOT
+from benchmarks.harness.rows import ROOT
 
 LAUNCHER = ROOT / "benchmarks" / "in_tree.py"
 OK, FAILED, NOT_RUN, NOT_HERE = "ok", "failed", "not run (time)", "not run"
@@ -45,8 +44,8 @@ class Outcome:
 
     name: str
     command: str
-    seconds: float = 0.0
-    outcome: str = NOT_RUN  # or OK, FAILED, NOT_HERE
+    seconds: float
+    outcome: str  # OK, FAILED, NOT_RUN or NOT_HERE
     reason: str = ""
     stderr: tuple[str, ...] = ()  # its last lines, if the part failed
 
@@ -67,20 +66,19 @@ def run_parts(
         results = folder / f"{number:02d}-{part.module.rpartition('.')[2]}"
         results.mkdir(parents=True, exist_ok=True)
         arguments = [argument.replace("{folder}", str(results)) for argument in part.arguments]
-        outcome = Outcome(part.name, shlex.join(["python", "-m", part.module, *arguments]))
+        command = shlex.join(["python", "-m", part.module, *arguments])
         if limit < MIN_SECONDS:
-            outcome = replace(outcome, reason=f"{remaining:.0f} s were left")
+            outcomes.append(Outcome(part.name, command, 0.0, NOT_RUN, f"{remaining:.0f} s were left"))
         else:
             print(f"\n== {part.name} (up to {limit:.0f} s)", flush=True)
-            outcome = replace(outcome, **_run(part, arguments, limit, results))
-            print(f"== {part.name}: {outcome}", flush=True)
-        outcomes.append(outcome)
+            outcomes.append(Outcome(part.name, command, *_run(part, arguments, limit, results)))
+            print(f"== {part.name}: {outcomes[-1]}", flush=True)
         after_each(outcomes)
     return outcomes
 
 
-def _run(part: Part, arguments: list[str], limit_s: float, results: Path) -> dict[str, Any]:
-    """The fields of its outcome."""
+def _run(part: Part, arguments: list[str], limit_s: float, results: Path) -> tuple[float, str, str, tuple[str, ...]]:
+    """The last four fields of its outcome."""
     start = time.monotonic()
     with tempfile.TemporaryFile() as file:
         process = subprocess.Popen(
@@ -102,13 +100,11 @@ def _run(part: Part, arguments: list[str], limit_s: float, results: Path) -> dic
         file.seek(0)
         stderr = file.read().decode(errors="replace").splitlines()[-STDERR_LINES:]
     if code == 0:
-        return {"seconds": seconds, "outcome": OK}
-    if code == UNAVAILABLE:
-        return {"seconds": seconds, "outcome": NOT_HERE, "reason": stderr[-1] if stderr else f"exit code {code}"}
-    outcome = FAILED
+        return seconds, OK, "", ()
     if code is None:
-        outcome = FAILED if part.must_end else NOT_RUN
         reason = f"killed after {seconds:.0f} s, its share of the time"
-    else:
-        reason = f"exit code {code}" if code > 0 else f"ended by signal {-code} ({signal.Signals(-code).name})"
-    return {"seconds": seconds, "outcome": outcome, "reason": reason, "stderr": tuple(stderr)}
+        return seconds, FAILED if part.must_end else NOT_RUN, reason, tuple(stderr)
+    if code == UNAVAILABLE:
+        return seconds, NOT_HERE, stderr[-1] if stderr else f"exit code {code}", ()
+    reason = f"exit code {code}" if code > 0 else f"ended by signal {-code} ({signal.Signals(-code).name})"
+    return seconds, FAILED, reason, tuple(stderr)

@@ -1,9 +1,5 @@
 """Candidates timed against each other in one process: A B C B C A C A B ...
 
-- No number without a passed gate: results must agree with the reference first.
-- Candidates are interleaved, so a falling clock or a busy neighbour affects all of them.
-- Every sample is kept; the summary is the median with the 20th and 80th percentile, not the mean.
-
 The cold cache and the quantiles are those of triton.testing.do_bench; interleaving and graph replay follow the
 benchmark guide of Dao-AILab/quack ("interleave variants at single-launch granularity and compare medians").
 """
