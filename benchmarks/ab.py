@@ -25,11 +25,8 @@ SIDES = ("base", "change")
 
 
 def run(tree: Path, command: Sequence[str], out: Path, prefix: str) -> None:
-    """Run a tree's benchmark once and copy its files of results to `out` as <prefix>-<name>.json.
-
-    Raises:
-        Refused: if its exit code is not 0, or it wrote no file.
-    """
+    """Run a tree's benchmark once and copy its files of results to `out` as <prefix>-<name>.json. Raises Refused if its
+    exit code is not 0, or it wrote no file."""
     with tempfile.TemporaryDirectory(prefix="sra-fast-ab-") as results:
         environment = {**os.environ, "SRA_FAST_RESULTS": results}
         code = subprocess.run([sys.executable, str(LAUNCHER), str(tree), *command], env=environment).returncode

@@ -2,11 +2,11 @@
 
     python -m benchmarks.bench_data                         on generated JPEGs of ImageNet's sizes
     python -m benchmarks.bench_data --jpegs DIR             on all .jpg and .JPEG files below a folder
-    python -m benchmarks.bench_data --vae DIR_OR_ID         also the rate of a VAE's encoder
+    python -m benchmarks.bench_data --vae DIR_OR_ID         also the rate of a VAE's encoder, on a GPU always measured
 
 A sample is one epoch or several, from the page cache, by wall clock and by CPU time including workers: beside a GPU,
 loaders share the cores with everything else the host does. The public loader starts its workers anew in every epoch, as
-the public code does. On a GPU the encoder is always measured; without --vae with random weights.
+the public code does.
 
 Gates: loaders of latents must deliver the same rows in the same order, and a decoder's pixels may differ from Pillow's
 by 0.5 grey levels in the mean and 1.0 in one image.
@@ -25,7 +25,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from itertools import islice, product
 from pathlib import Path
 from typing import Any, Literal
@@ -125,18 +124,6 @@ def write_jpegs(root: Path, count: int, divisor: int = 1) -> list[Path]:
         planes += generator.normal(0, 6, planes.shape)
         Image.fromarray(planes.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)).save(path, quality=90)
     return paths
-
-
-def write_vae(root: Path) -> None:
-    """Write an AutoencoderKL of Stable Diffusion's shape, 83.7 M parameters, with random weights. Needs diffusers."""
-    from diffusers import AutoencoderKL
-
-    AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),  # pyright: ignore[reportArgumentType]
-        down_block_types=("DownEncoderBlock2D",) * 4,  # pyright: ignore[reportArgumentType]
-        up_block_types=("UpDecoderBlock2D",) * 4,  # pyright: ignore[reportArgumentType]
-        layers_per_block=2,
-    ).save_pretrained(root)
 
 
 def check_rows(name: str, batches: Iterator, reference: Iterator, count: int) -> None:
@@ -255,10 +242,17 @@ def bench_encoding(args: argparse.Namespace, device: torch.device, root: Path) -
     """The row of a VAE's encoder; without --vae, of one with random weights if diffusers is installed."""
     is_gpu = device.type == "cuda"
     if not args.vae:
-        if find_spec("diffusers") is None:
+        try:
+            from diffusers import AutoencoderKL
+        except ImportError:
             print("encoder not run: needs `pip install diffusers`")
             return []
-        write_vae(root)
+        AutoencoderKL(  # of Stable Diffusion's shape, 83.7 M parameters
+            block_out_channels=(128, 256, 512, 512),  # pyright: ignore[reportArgumentType]
+            down_block_types=("DownEncoderBlock2D",) * 4,  # pyright: ignore[reportArgumentType]
+            up_block_types=("UpDecoderBlock2D",) * 4,  # pyright: ignore[reportArgumentType]
+            layers_per_block=2,
+        ).save_pretrained(root)
     vae = open_vae(args.vae or str(root), device, torch.bfloat16 if is_gpu else torch.float32)
     side = args.resolution
     x = torch.rand(args.decode_batch if is_gpu else 4, 3, side, side, device=device) * 2 - 1

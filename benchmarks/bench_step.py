@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -168,14 +169,6 @@ def build(name: str, config: Config, device: torch.device) -> Step:
     return step
 
 
-def make_call(step: Step, batch: Batch, device: torch.device) -> Callable[[], None]:
-    """One step on the batch. Ours copies it from the host every time, as in training; rivals find it on the device."""
-    if isinstance(step, OurStep):
-        return lambda: step(batch)
-    x, labels, _ = on_device(batch, device)
-    return lambda: step(x, labels)
-
-
 def groups(names: Sequence[str], interleave: str) -> list[list[str]]:
     """Which steps live at the same time and take turns: all; pairs, each with the first of ours; or none."""
     if interleave == "all" or len(names) == 1:
@@ -220,7 +213,9 @@ def _measure_group(
             taken[name] = Samples(error=str(error))
         except torch.OutOfMemoryError as error:
             taken[name] = Samples(error=f"out of memory ({str(error).splitlines()[0]})")
-    calls = {name: make_call(step, batch, device) for name, step in steps.items()}
+    # Ours copies the batch from the host every time, as in training; rivals find it on the device.
+    there = on_device(batch, device)
+    calls = {name: partial(step, batch if isinstance(step, OurStep) else there) for name, step in steps.items()}
     try:
         taken |= measure(calls, device=device, repeats=repeats, warmup=warmup, gate=lambda: gate(steps))
     except RuntimeError as error:  # ends this group only

@@ -180,11 +180,8 @@ def _text(outcomes: Sequence[Outcome], rows: Sequence[Row], stamp: dict[str, Any
 
 
 def stamp_of(device: str) -> dict[str, Any]:
-    """The device's stamp, taken in another process: this one must not occupy GPU memory.
-
-    Raises:
-        subprocess.CalledProcessError: if there is no such device.
-    """
+    """The device's stamp, taken in another process: this one must not occupy GPU memory. Raises CalledProcessError if
+    there is no such device."""
     code = f"import json; from benchmarks.harness.rows import stamp; print(json.dumps(stamp({device!r})))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     return {**json.loads(result.stdout.splitlines()[-1]), "command": command()}

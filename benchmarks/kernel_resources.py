@@ -41,8 +41,7 @@ from sra_fast.kernels import adaln, alignment, perturb
 RECORD = Path(__file__).with_name("kernel_resources.json")
 WIDTHS = sorted({hidden for _, hidden, _ in SIZES.values()})
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-DTYPES = {"bf16": (BF16, BF16), "fp32": (FP32, FP32), "fp16": (FP16, FP16)}  # of rows and of modulation
-MIXED = {"bf16 and fp32": (BF16, FP32)}
+DTYPES = {"bf16": BF16, "fp32": FP32, "fp16": FP16}
 DISTANCES = ("cosine", "cosine_channel", "smooth_l1")  # l1 and l2 differ from the last by an instruction or two
 ARCHITECTURES = (80, 90, 100)
 POINTERS = {
@@ -171,7 +170,8 @@ Launchers = Iterator[tuple[str, list[Launch]]]  # (shape, launches at this shape
 
 def _norms() -> Launchers:
     """As the model calls them: modulations are views into one tensor."""
-    for width, (name, (dtype, modulation)) in product(WIDTHS, (DTYPES | MIXED).items()):
+    dtypes = [(name, dtype, dtype) for name, dtype in DTYPES.items()] + [("bf16 and fp32", BF16, FP32)]
+    for width, (name, dtype, modulation) in product(WIDTHS, dtypes):
         x, per_token = torch.empty(BATCH, TOKENS, width, dtype=dtype), torch.empty(BATCH, TOKENS)
         vector = torch.empty(BATCH, 6 * width, dtype=modulation)[:, :width]
         with recorded() as launches:
@@ -183,7 +183,7 @@ def _norms() -> Launchers:
 
 
 def _distances() -> Launchers:
-    for width, (name, (dtype, _)) in product(WIDTHS, DTYPES.items()):
+    for width, (name, dtype) in product(WIDTHS, DTYPES.items()):
         x = torch.empty(BATCH, TOKENS, width, dtype=dtype)
         with recorded() as launches, patch.object(alignment, "_check"):  # tensors are on the CPU; nothing reads them
             for distance in DISTANCES:

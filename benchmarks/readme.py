@@ -90,11 +90,7 @@ def long_section(devices: Devices) -> str:
 
 
 def replaced(text: str, section: str) -> str:
-    """A README with this section between its markers.
-
-    Raises:
-        ValueError: if the markers do not occur once each.
-    """
+    """A README with this section between its markers. Raises ValueError if they do not occur once each."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"README.md: must hold {BEGIN} and {END} once each")
     before, _, rest = text.partition(BEGIN)

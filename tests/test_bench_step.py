@@ -77,10 +77,10 @@ def test_gradients_of_the_rival_are_ours(config):
 
 def test_a_step_of_the_public_recipe_trains(config):
     step = PublicStep(config, RUNGS[0], CPU)
-    x, labels, _ = make_batch(config)
+    batch = make_batch(config)
     before = {name: parameter.clone() for name, parameter in step.model.named_parameters()}
     for _ in range(2):
-        step(x, labels)
+        step(batch)
     changed = [name for name, parameter in step.model.named_parameters() if not torch.equal(parameter, before[name])]
     assert "final_layer.linear.weight" in changed
     assert "pos_embed" not in changed

@@ -228,11 +228,7 @@ def write(directory: Path, name: str, rows: Sequence[Row], stamp: dict[str, Any]
 
 
 def read(file: Path) -> dict[str, Any]:
-    """`format_version`, `name`, `stamp` and `rows` of a file from `write`.
-
-    Raises:
-        Refused: if it is anything else.
-    """
+    """`format_version`, `name`, `stamp` and `rows` of a file from `write`. Raises Refused if it is anything else."""
     content = read_json(file)
     if not (isinstance(content, dict) and {"format_version", "name", "stamp", "rows"} <= set(content)):
         raise Refused(str(file), "other content", "must be a file of results")

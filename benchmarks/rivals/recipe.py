@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sra_fast.config import Config, ModelConfig
+from sra_fast.data.stream import Batch
 from sra_fast.kernels.alignment import alignment_ref
 from sra_fast.kernels.perturb import NoisedBatch, interpolate
 from sra_fast.model.initial import initial_weights
@@ -172,19 +173,19 @@ class PublicStep:
         self._captured: Captured | None = None
         if rung.graph:
             stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
-            self._captured = Captured(lambda: self._step(*self._batch), stream, pool)
+            self._captured = Captured(self._step, stream, pool)
 
     @property
     def failure(self) -> str | None:
         """Why the step is not a CUDA graph although it should be."""
         return self._captured.failure if self._captured else None
 
-    def __call__(self, x: Tensor, labels: Tensor) -> None:
-        """One optimizer step: x (B, C, H, W) float32, labels (B,) int64, the same tensors in every call."""
+    def __call__(self, batch: Batch) -> None:
+        """One optimizer step on a batch that is on the device, the same tensors in every call."""
+        self._batch = batch
         if self._captured is None:
-            self._step(x, labels)
+            self._step()
         else:
-            self._batch = x, labels
             self._captured()
 
     def draw(self, x: Tensor, labels: Tensor) -> NoisedBatch:
@@ -220,8 +221,8 @@ class PublicStep:
     def _autocast(self) -> AbstractContextManager:
         return nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
 
-    def _step(self, x: Tensor, labels: Tensor) -> None:
-        velocity, alignment = self.losses(self.draw(x, labels))
+    def _step(self) -> None:
+        velocity, alignment = self.losses(self.draw(self._batch.x, self._batch.labels))
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(velocity + self.config.align.weight * alignment).backward()
         self.scaler.unscale_(self.optimizer)
