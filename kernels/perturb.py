@@ -14,7 +14,8 @@ Denoising diffusion (DiT), integer steps of `diffusion_steps`:
 
     t_teacher = clamp(t - floor(t_max diffusion_steps U), 1, diffusion_steps - 1)
 
-as in the published code, in which the teacher of t = 0 is at t = 1, that is, noisier. The noise levels are read from tables (objective/ddpm.py), without a kernel.
+as in the published code, in which the teacher of t = 0 is at t = 1, that is, noisier. The noise levels are read from
+tables (objective/ddpm.py), without a kernel.
 
 Sources: Ma et al., "SiT", 2024, section 2; Jiang et al., "SRA", arXiv 2505.02831, section 3 (teacher times); Rombach et
 al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2022, appendix G (posterior and scale).
