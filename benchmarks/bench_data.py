@@ -301,7 +301,7 @@ def without_paths(command: str, arguments: Sequence[Path | str | None]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 1 if a gate failed or a part could not be measured."""
-    parser = options.parser("bench_data", __doc__)
+    parser = options.parser("bench_data", __doc__, needs_device=True)
     parser.add_argument("--jpegs", type=Path, help="folder of JPEG files; default: generated ones")
     parser.add_argument("--vae", help="also measure this VAE's encoder: a folder or an id on the hub")
     parser.add_argument("--rows", type=options.positive, default=8192, help="of the generated latents")
@@ -310,7 +310,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--decode-batch", type=options.positive, default=32)
     parser.add_argument("--passes", type=options.positive, default=3, help="over the JPEGs in a sample")
     parser.add_argument("--repeats", type=options.positive, default=7, help="samples of each")
-    parser.add_argument("--device", type=options.device, default=options.default_device())
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs; writes nothing")
     args = parser.parse_args(arguments)
     count, divisor = 96, 1
@@ -324,10 +323,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.jpegs:
             paths = sorted(path for path in args.jpegs.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
             files = [path for path in paths if path.is_file()]
+            if not files:
+                parser.error(f"--jpegs: {str(args.jpegs)!r} given; has no .jpg or .jpeg files")
         else:
             files = write_jpegs(temporary / "jpegs", count, divisor)
-        if args.jpegs and not files:
-            parser.error(f"--jpegs: {str(args.jpegs)!r} given; has no .jpg or .jpeg files")
         is_gpu = args.device.type == "cuda"
         parts = [lambda: bench_latents(args, temporary / "latents")]
         for device in [torch.device("cpu"), args.device] if is_gpu else [args.device]:
@@ -347,8 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(show(rows))
     if rows and (not args.quick or "SRA_FAST_RESULTS" in os.environ):
         now = stamp(args.device) | {"command": rows[0]["command"]}
-        path = write(folder(now), "data-jpegs" if args.jpegs else "data", rows, now)
-        print(f"raw samples in {path}")
+        print(f"raw samples in {write(folder(now), 'data-jpegs' if args.jpegs else 'data', rows, now)}")
     return int(failed)
 
 

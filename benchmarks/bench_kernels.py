@@ -64,7 +64,7 @@ def case_rows(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 1 if an implementation disagrees with the reference."""
-    parser = options.parser("bench_kernels", __doc__)
+    parser = options.parser("bench_kernels", __doc__, needs_device=True)
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=", ".join(OPS))
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="default: s and xl on a GPU, s on a CPU")
     parser.add_argument("--batch", type=options.positive, help="images; default: 32 on a GPU, 4 on a CPU")
@@ -74,7 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--warmup", type=options.positive, help="calls before sampling; default: 5 on a GPU, 3 on a CPU"
     )
-    parser.add_argument("--device", type=options.device, default=options.default_device())
     args = parser.parse_args(arguments)
     for name, value in defaults(args.device).items():
         if getattr(args, name) is None:

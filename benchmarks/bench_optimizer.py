@@ -229,14 +229,12 @@ def measure_rows(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 1 if a way fails the gate."""
-    device = options.default_device()
-    parser = options.parser("bench_optimizer", __doc__)
-    parser.add_argument("--size", choices=list(SIZES), default="xl" if device.type == "cuda" else "s")
+    parser = options.parser("bench_optimizer", __doc__, needs_device=True)
+    parser.add_argument("--size", choices=list(SIZES), default="xl" if torch.cuda.is_available() else "s")
     parser.add_argument("--depth", type=options.depth, default=0, help="blocks, for a quick look; 0 = the size's")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY")
     parser.add_argument("--repeats", type=options.positive, default=20)
     parser.add_argument("--warmup", type=options.positive, default=2)
-    parser.add_argument("--device", type=options.device, default=device)
     args = parser.parse_args(arguments)
     config = replace(options.sit(args.size, depth=args.depth), optim=SETTINGS)
     rows = measure_rows(config, args.size, args.ways, args.device, args.repeats, args.warmup)

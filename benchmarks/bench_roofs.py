@@ -18,10 +18,8 @@ from benchmarks.harness.timing import measure, operations
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program. Returns its exit code."""
-    parser = options.parser("bench_roofs", __doc__)
+    parser = options.parser("bench_roofs", __doc__, needs_device=True)
     parser.add_argument("--repeats", type=options.positive, default=30)
-    parser.add_argument("--device", type=options.device, default=options.default_device())
     args = parser.parse_args(arguments)
     torch.set_float32_matmul_precision("high")  # TF32 for fp32 products on a GPU, as in training
     measured = operations(args.device)
@@ -29,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     taken = measure(calls, device=args.device, repeats=args.repeats, warmup=3)
     now = stamp(args.device)
     rows = [
-        row("roof", {"of": name}, taken[name], stamp=now, bytes=operation.bytes, flops=operation.flops)
+        row("roof", {"of": name}, taken[name], stamp=now, bytes=operation.bytes or None, flops=operation.flops or None)
         for name, operation in measured.items()
     ]
     return finish(rows, write(folder(now), "roofs", rows, now))

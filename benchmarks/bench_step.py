@@ -185,15 +185,13 @@ def measure_steps(
 ) -> Iterator[dict[str, Samples]]:
     """Samples of all steps so far, after each group that lived together. A step that is unavailable, fails or does not
     fit has an error instead."""
-    missing = [name for name in names if device.type != "cuda" and name in GPU_ONLY]
-    taken = {name: Samples(error="needs a GPU") for name in missing}
-    available = [name for name in names if name not in missing]
+    taken = {name: Samples(error="needs a GPU") for name in names if device.type != "cuda" and name in GPU_ONLY}
+    available = [name for name in names if name not in taken]
     batch = make_batch(config)
     gate = Gate(config, batch, device)
     for group in groups(available, interleave) if available else [[]]:
         for name, samples in _measure_group(group, config, batch, gate, device, repeats, warmup).items():
-            previous = taken.get(name, Samples())
-            taken[name] = previous.joined(samples) if previous.ms else samples
+            taken[name] = taken[name].joined(samples) if name in taken and taken[name].ms else samples
         gc.collect()
         torch.compiler.reset()  # compiled code keeps networks alive, and a function may be compiled only so often
         if device.type == "cuda":
@@ -255,7 +253,7 @@ def choose_interleave(args: argparse.Namespace, batch: int) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns its exit code: 1 if the gate fails."""
-    parser = options.parser("bench_step", __doc__)
+    parser = options.parser("bench_step", __doc__, needs_device=True)
     parser.add_argument("--size", choices=list(SIZES), default="xl")
     parser.add_argument("--tokens", type=int, choices=(256, 1024), default=256)
     parser.add_argument(
@@ -267,7 +265,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--warmup", type=options.positive, default=5, help="a CUDA graph is captured in the fourth step"
     )
-    parser.add_argument("--device", type=options.device, default=options.default_device())
     parser.add_argument("--depth", type=options.depth, default=0, help="blocks, for a quick look; 0 = the size's")
     args = parser.parse_args(arguments)
     torch.set_float32_matmul_precision("high")  # TF32 for fp32 products on a GPU, as the public code sets it

@@ -214,7 +214,6 @@ def report(parts: Sequence[Part], budget_s: float, device: str, results: Path) -
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program. Returns its exit code."""
     parser = options.parser("gpu_report", __doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--budget-s", type=float, default=480, help="seconds for all parts; default: %(default)s")
@@ -231,8 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return report(chosen, args.budget_s, args.device, args.out)
     except subprocess.CalledProcessError as error:
         *_, reason = ["no reason given", *(error.stderr or "").splitlines()]
-        hint = "--device cpu runs the same programs at small sizes"
-        print(f"no {args.device} device is usable here ({reason}); {hint}", file=sys.stderr)
+        print(f"no {args.device} device is usable here ({reason}); try --device cpu", file=sys.stderr)
         return 1
 
 

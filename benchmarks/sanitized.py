@@ -62,7 +62,6 @@ def run(*command: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program. Returns its exit code."""
     parser = options.parser("sanitized", __doc__)
     parser.add_argument("tool", choices=(*TOOLS, "plain"))
     tool = parser.parse_args(arguments).tool

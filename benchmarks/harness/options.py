@@ -16,9 +16,12 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
-    """The parser of a program: its module and the module's docstring."""
-    return argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=str(doc).splitlines()[0])
+def parser(name: str, doc: str | None, needs_device: bool = False) -> argparse.ArgumentParser:
+    """The parser of a program, from its module's name and docstring; with --device if it needs one."""
+    result = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=str(doc).splitlines()[0])
+    if needs_device:
+        result.add_argument("--device", type=device, default=default_device(), help="default: the GPU if there is one")
+    return result
 
 
 def positive(text: str) -> int:

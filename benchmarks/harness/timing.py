@@ -184,15 +184,15 @@ class Operation(NamedTuple):
     """A call with the bytes or the FLOPs (2 per multiply-add) that it takes."""
 
     call: Call
-    bytes: int | None = None
-    flops: int | None = None
+    bytes: int = 0
+    flops: int = 0
 
 
-def operations(device: torch.device, copy_bytes: int = 0, matmul_size: int = 0) -> dict[str, Operation]:
+def operations(device: torch.device) -> dict[str, Operation]:
     """A large copy (bytes read + written) and square matrix product, of random numbers: zeros draw less power."""
-    source = torch.randn((copy_bytes or COPY_BYTES[device.type]) // 8, device=device)  # half is read, half written
+    source = torch.randn(COPY_BYTES[device.type] // 8, device=device)  # half is read, half written
     target = torch.empty_like(source)
-    size = matmul_size or MATMUL_SIZE[device.type]
+    size = MATMUL_SIZE[device.type]
     full = [torch.randn(size, size, device=device) for _ in range(3)]
     half = [operand.bfloat16() for operand in full]
     return {
@@ -202,16 +202,12 @@ def operations(device: torch.device, copy_bytes: int = 0, matmul_size: int = 0) 
     }
 
 
-def roofs(device: torch.device | str, copy_bytes: int = 0, matmul_size: int = 0) -> dict[str, float]:
-    """Measure `copy_gb_per_s` (1e9 bytes, read + written) and `matmul_tflop_per_s` (1e12 FLOP, bf16) now; for the sizes
-    see `operations`."""
-    device = torch.device(device)
-    measured = operations(device, copy_bytes, matmul_size)
-    calls = {name: measured[name].call for name in ("copy", "matmul bf16")}
-    samples = measure(calls, device=device, repeats=20, warmup=3)
+def roofs(device: torch.device) -> dict[str, float]:
+    """Measure `copy_gb_per_s` (1e9 bytes, read + written) and `matmul_tflop_per_s` (1e12 FLOP, bf16) now."""
+    measured = operations(device)
+    copy, matmul = measured["copy"], measured["matmul bf16"]
+    samples = measure({"copy": copy.call, "matmul": matmul.call}, device=device, repeats=20, warmup=3)
     return {
-        "copy_gb_per_s": (measured["copy"].bytes or 0) / (samples["copy"].median_ms or math.inf) / 1e6,
-        "matmul_tflop_per_s": (measured["matmul bf16"].flops or 0)
-        / (samples["matmul bf16"].median_ms or math.inf)
-        / 1e9,
+        "copy_gb_per_s": copy.bytes / (samples["copy"].median_ms or math.inf) / 1e6,
+        "matmul_tflop_per_s": matmul.flops / (samples["matmul"].median_ms or math.inf) / 1e9,
     }
