@@ -3,7 +3,7 @@
 `sra_fast/kernels` is a symbolic link to `kernels/`, so that imports, editors and type checkers know the folder by one
 name, `sra_fast.kernels`, whether or not the project is installed.
 
-The library uses LibTorch's stable ABI and no Python API: one wheel, py3-none-<platform>, works with torch 2.10 and
+The library uses LibTorch's stable ABI and no Python API: one wheel, py3-none-<platform>, works with torch 2.11 and
 later. If it cannot be built, the package installs without it and reports at run time what is missing.
 """
 

@@ -1,4 +1,4 @@
-// The optimizer as PyTorch operators on LibTorch's stable ABI: one library for every torch from 2.10 on, with or
+// The optimizer as PyTorch operators on LibTorch's stable ABI: one library for every torch from 2.11 on, with or
 // without a GPU. Defines schemas, validates arguments and calls cpu.h or cuda.h; kernels/adamw_ema.py documents the
 // operators.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

@@ -73,7 +73,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     print(json.dumps(report.as_dict(), indent=2))
     failures = report.failures(command.evaluate)
     for failure in failures:
-        print(f"below the bar: {failure}", file=sys.stderr)
+        print(f"threshold missed: {failure}", file=sys.stderr)
     return 1 if failures else 0
 
 
@@ -184,6 +184,7 @@ def _print_resolved(config: Config) -> int:
         "precision": hardware.precision,
         "ops": backends.names,
         "execution": backends.execution,
+        "notes": backends.notes,
     }
     print(json.dumps({**to_dict(config), "resolved": resolved}, indent=2))
     return 0

@@ -40,16 +40,13 @@ def sync(path: Path) -> None:
     """fsync a file or a folder: its content, or its list of names, survives a power failure from here on.
 
     Raises:
-        Refused: if the disk reports an error.
+        OSError: if the disk reports an error.
     """
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise Refused(f"{path}: could not be written ({error.strerror})") from error
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -18,10 +18,10 @@ from sra_fast.sampling.ddpm import chain, ddim, ddpm, kept_steps
 
 
 def abar() -> list[float]:
-    kept, result = 1.0, []
+    abar, result = 1.0, []
     for i in range(1000):
-        kept *= 1 - (1e-4 + (0.02 - 1e-4) * i / 999)
-        result.append(kept)
+        abar *= 1 - (1e-4 + (0.02 - 1e-4) * i / 999)
+        result.append(abar)
     return result
 
 
@@ -30,8 +30,8 @@ ABAR = abar()
 
 def noise_prediction(x: Tensor, step: int) -> Tensor:
     """E[noise | x_t = x] of data N(MEAN, STD^2)."""
-    kept = ABAR[step]
-    return math.sqrt(1 - kept) * (x - math.sqrt(kept) * MEAN) / (kept * STD**2 + 1 - kept)
+    abar = ABAR[step]
+    return math.sqrt(1 - abar) * (x - math.sqrt(abar) * MEAN) / (abar * STD**2 + 1 - abar)
 
 
 def test_published_spacing() -> None:
@@ -55,16 +55,16 @@ def test_impossible_spacing_is_refused(steps: int) -> None:
 def test_respaced_betas_reproduce_abar(steps: int) -> None:
     product = 1.0
     for now in chain(steps):
-        assert now.kept_before == pytest.approx(product, rel=1e-12)
+        assert now.abar_before == pytest.approx(product, rel=1e-12)
         product *= 1 - now.beta
         assert product == pytest.approx(ABAR[now.step], rel=1e-12)
-        assert now.kept == pytest.approx(ABAR[now.step], rel=1e-12)
+        assert now.abar == pytest.approx(ABAR[now.step], rel=1e-12)
 
 
-def exact_variance(before: float, kept: float) -> float:
+def exact_variance(before: float, abar: float) -> float:
     """Var[x_{k-1} | x_k] of Gaussian data, by joint Gaussians: x_k is x_{k-1} scaled, plus noise."""
     prior = before * STD**2 + 1 - before
-    scale_squared = kept / before
+    scale_squared = abar / before
     return 1 / (1 / prior + scale_squared / (1 - scale_squared))
 
 
@@ -72,23 +72,23 @@ def test_ddpm_is_exact_with_the_exact_variance() -> None:
     """With the true variance in v, every transition is the true one: in 20 steps the moments hold to rounding."""
     steps = 20
     told = []
-    kept = [ABAR[round(i * 999 / 19)] for i in range(steps)]
-    before = [1.0, *kept[:-1]]
+    abar = [ABAR[round(i * 999 / 19)] for i in range(steps)]
+    before = [1.0, *abar[:-1]]
 
     def prediction(x: Tensor, step: int) -> Tensor:
         k = round(step * 19 / 999)
         told.append(step)
-        beta = 1 - kept[k] / before[k]
+        beta = 1 - abar[k] / before[k]
         v = 0.0
         if k > 0:
-            low, high = math.log(beta * (1 - before[k]) / (1 - kept[k])), math.log(beta)
-            v = 2 * (math.log(exact_variance(before[k], kept[k])) - low) / (high - low) - 1
+            low, high = math.log(beta * (1 - before[k]) / (1 - abar[k])), math.log(beta)
+            v = 2 * (math.log(exact_variance(before[k], abar[k])) - low) / (high - low) - 1
             assert -1 <= v <= 1  # the true variance lies in the published range
         return torch.cat([noise_prediction(x, step), torch.full_like(x, v)], dim=1)
 
     start = torch.zeros(steps + 1, 1, 1, 1, dtype=torch.float64)  # rows as in test_sde.moments
-    start[1] = math.sqrt(kept[-1] * STD**2 + 1 - kept[-1])
-    start += math.sqrt(kept[-1]) * MEAN  # the true marginal at the noisy end, which is not quite N(0, 1)
+    start[1] = math.sqrt(abar[-1] * STD**2 + 1 - abar[-1])
+    start += math.sqrt(abar[-1]) * MEAN  # the true marginal at the noisy end, which is not quite N(0, 1)
 
     def noise(j: int) -> Tensor:
         impulse = torch.zeros_like(start)
@@ -100,15 +100,15 @@ def test_ddpm_is_exact_with_the_exact_variance() -> None:
     assert float(result[0]) == pytest.approx(MEAN, abs=1e-10)
     variance = float((result[1:] - result[0]).square().sum())
     # The last step returns the mean of the data given x_0: it lacks their remaining variance.
-    remaining = 1 / (1 / STD**2 + kept[0] / (1 - kept[0]))
+    remaining = 1 / (1 / STD**2 + abar[0] / (1 - abar[0]))
     assert variance == pytest.approx(STD**2 - remaining, rel=1e-9)
 
 
 def test_ddpm_variance_at_both_ends_of_its_range() -> None:
     """One noise of one, no prediction of noise: v = 1 is beta, v = -1 the posterior variance; two steps, by hand."""
-    kept, before = ABAR[999], ABAR[0]
-    beta = 1 - kept / before
-    for v, variance in ((1.0, beta), (-1.0, beta * (1 - before) / (1 - kept))):
+    abar, before = ABAR[999], ABAR[0]
+    beta = 1 - abar / before
+    for v, variance in ((1.0, beta), (-1.0, beta * (1 - before) / (1 - abar))):
         x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
         result = ddpm(
             lambda x, step, v=v: torch.cat([torch.zeros_like(x), torch.full_like(x, v)], dim=1),
@@ -133,8 +133,8 @@ def test_ddim_of_a_point_is_exact_in_two_steps() -> None:
 def test_ddim_converges_to_the_flow_of_a_gaussian() -> None:
     """The flow keeps the quantile: x_T's standard score under its marginal is the data's."""
     x = torch.linspace(-3, 3, 7, dtype=torch.float64).view(7, 1, 1, 1)
-    kept = ABAR[999]
-    exact = MEAN + STD * (x - math.sqrt(kept) * MEAN) / math.sqrt(kept * STD**2 + 1 - kept)
+    abar = ABAR[999]
+    exact = MEAN + STD * (x - math.sqrt(abar) * MEAN) / math.sqrt(abar * STD**2 + 1 - abar)
 
     def prediction(x: Tensor, step: int) -> Tensor:
         return torch.cat([noise_prediction(x, step), torch.zeros_like(x)], dim=1)

@@ -119,7 +119,7 @@ def test_it_survives_kill_9(command, out):
     DAMAGES["two of three"](out)
     for _ in range(4):
         process = start(command)
-        while process.is_alive() and not (out / ".repair").exists():
+        while process.is_alive() and not (out / ".mending").exists():
             time.sleep(0.001)
         time.sleep(moments.uniform(0, 0.02))
         process.kill()

@@ -230,13 +230,13 @@ def test_evaluation_fills_the_summary_and_fails_below_the_thresholds_now_and_lat
     written = summary(root / "runs/a")
     assert all(math.isfinite(written[name]) for name in FIGURES.split())
     assert written["real_accuracy"] == 1.0
-    failures = [line for line in capfd.readouterr().err.splitlines() if line.startswith("below the bar: ")]
+    failures = [line for line in capfd.readouterr().err.splitlines() if line.startswith("threshold missed: ")]
     assert any("class_accuracy" in line for line in failures)
     assert cli.main(["evaluate", "--weights", str(root / "runs/a")]) == 1
     output, error = capfd.readouterr()
     for name in FIGURES.split():
         assert f'"{name}": {written[name]!r}' in output
-    assert [line for line in error.splitlines() if line.startswith("below the bar: ")] == failures
+    assert [line for line in error.splitlines() if line.startswith("threshold missed: ")] == failures
 
 
 def test_an_evaluation_that_is_not_possible_is_refused_before_training(root):

@@ -167,7 +167,10 @@ def _open_images(data: DataConfig, device: torch.device) -> tuple[ImageSource, i
     if ignored := images.ignored():
         print(f"data.images: {ignored}", file=sys.stderr)
     train, held_out = folder.split(images, data.held_out)
-    decoder = open_decoder(data, device)
+    try:
+        decoder = open_decoder(data, device)
+    except Refused as error:
+        raise Refused(f"data.{error}") from error
     return ImageSource(train, held_out, images.fingerprint(), decoder), data.resolution, data.channels
 
 

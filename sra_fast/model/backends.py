@@ -140,7 +140,10 @@ def choose_execution(choice: str, device: torch.device) -> str:
 def _why_not_compiled(device: torch.device) -> str:
     """What torch.compile lacks on this machine; '' if nothing."""
     if device.type == "cuda":
-        return "" if language.AVAILABLE else "Triton (pip install triton)"
+        if not language.AVAILABLE:
+            return "Triton (pip install triton)"
+        is_supported = torch.cuda.get_device_capability(device) >= (7, 0)
+        return "" if is_supported else "a GPU of compute capability 7.0 or later"
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # Inductor's choice
     return "" if shutil.which(compiler) else f"a C++ compiler ({compiler})"
 

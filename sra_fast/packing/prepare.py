@@ -48,7 +48,7 @@ from sra_fast.packing.shards import (
 )
 from sra_fast.progress import Progress
 
-REPAIR_FOLDER = ".repair"
+REPAIR_FOLDER = ".mending"
 SETTINGS_VERSION = 1
 
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sra_fast.data.manifest import NAME, Manifest, Shard, Skipped, read_manifest
-from sra_fast.errors import Damaged
+from sra_fast.errors import Damaged, Refused
 from sra_fast.files import replacing, sync, write_text
 
 LOCK = ".prepare.lock"
@@ -142,7 +142,10 @@ def write_shard(
         flip = (names[1], hashes[names[1]]) if flips else ("", "")
         shard = Shard(names[0], len(all_labels), hashes[names[0]], names[-1], hashes[names[-1]], *flip)
         record = Record(len(all_labels), sizes, shard, tuple(skipped))
-    sync(root)  # the names of the files must reach the disk before the record does
+    try:
+        sync(root)  # the names of the files must reach the disk before the record does
+    except OSError as error:
+        raise Refused(f"{root}: could not be written ({error.strerror})") from error
     write_text(root / _record_name(number), json.dumps({"version": RECORD_VERSION, **asdict(record)}))
     return record
 

@@ -32,8 +32,8 @@ class Transition(NamedTuple):
     """Coefficients of the step from x_k to x_{k-1}."""
 
     step: int  # the original step, as the network gets it
-    kept: float  # abar_k
-    kept_before: float  # abar_{k-1}; 1 at k = 0
+    abar: float  # abar_k
+    abar_before: float  # abar_{k-1}; 1 at k = 0
     beta: float
     variance: float  # beta~_k; 0 at k = 0, where no noise is drawn
     mean_of_x0: float
@@ -56,14 +56,14 @@ def kept_steps(steps: int) -> list[int]:
 def chain(steps: int) -> list[Transition]:
     """The respaced chain in ascending order of noise: `steps` transitions in float64."""
     original = kept_steps(steps)
-    kept = (1 - betas()).cumprod(0)[original]
-    columns = (column.tolist() for column in (kept, *posterior(kept)))
+    abar = (1 - betas()).cumprod(0)[original]
+    columns = (column.tolist() for column in (abar, *posterior(abar)))
     return [Transition(*row) for row in zip(original, *columns, strict=True)]
 
 
-def _data(x: Tensor, noise: Tensor, kept: float) -> Tensor:
+def _data(x: Tensor, noise: Tensor, abar: float) -> Tensor:
     """x_0 implied by x_k and its noise."""
-    return (x - (1 - kept) ** 0.5 * noise) / kept**0.5
+    return (x - (1 - abar) ** 0.5 * noise) / abar**0.5
 
 
 def ddpm(prediction: Prediction, x: Tensor, *, steps: int, noise: Callable[[int], Tensor]) -> Tensor:
@@ -80,7 +80,7 @@ def ddpm(prediction: Prediction, x: Tensor, *, steps: int, noise: Callable[[int]
     """
     for j, now in enumerate(reversed(chain(steps))):
         predicted_noise, v = prediction(x, now.step).chunk(2, dim=1)  # each (B, C, H, W)
-        x = now.mean_of_x0 * _data(x, predicted_noise, now.kept) + now.mean_of_xt * x
+        x = now.mean_of_x0 * _data(x, predicted_noise, now.abar) + now.mean_of_xt * x
         if j < steps - 1:
             log_beta, log_posterior = math.log(now.beta), math.log(now.variance)
             share = (v + 1) / 2
@@ -92,6 +92,6 @@ def ddim(prediction: Prediction, x: Tensor, *, steps: int) -> Tensor:
     """Deterministic sampling (eta = 0). Arguments as in `ddpm`; v is ignored."""
     for now in reversed(chain(steps)):
         predicted_noise = prediction(x, now.step).chunk(2, dim=1)[0]
-        data = _data(x, predicted_noise, now.kept)
-        x = now.kept_before**0.5 * data + (1 - now.kept_before) ** 0.5 * predicted_noise
+        data = _data(x, predicted_noise, now.abar)
+        x = now.abar_before**0.5 * data + (1 - now.abar_before) ** 0.5 * predicted_noise
     return x

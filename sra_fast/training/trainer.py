@@ -73,7 +73,7 @@ class Trainer:
             check_inputs(values, model.classes, self.source.train, self.source.held_out)
 
     def run(self) -> int:
-        """Train, evaluate, write the summary. Returns the exit code: 0, 1 below a bar, 128 + signal when stopped."""
+        """Train, evaluate, write the summary. Returns the exit code: 0, 1 below a threshold, 128 + a signal."""
         with checkpoint.locked(self.folder):
             self.state, self.progress = self._start()
             for line in self._introduction():
@@ -259,7 +259,7 @@ class Trainer:
         self.report(f"samples, metrics and checkpoints are in {self.folder}")
         failures = report.failures(self.config.evaluate) if report else []
         for failure in failures:
-            print(f"below the bar: {failure}", file=sys.stderr)
+            print(f"threshold missed: {failure}", file=sys.stderr)
         return 1 if failures else 0
 
     def _evaluate(self) -> Report:
