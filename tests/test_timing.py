@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import torch
 
 from benchmarks.harness import timing
-from benchmarks.harness.rows import FORMAT_VERSION, Samples, folder, markdown, parse_query, read, row, stamp, write
+from benchmarks.harness.rows import FORMAT_VERSION, Samples, folder, parse_query, read, row, stamp, write
 from benchmarks.harness.tables import show
 from benchmarks.harness.timing import GateFailed, measure, roofs
 from sra_fast.errors import Refused
@@ -98,24 +97,10 @@ def test_other_errors_are_not_swallowed():
         measure({"a": broken}, device="cpu", repeats=1, warmup=1)
 
 
-@pytest.mark.parametrize("wrong", [{"repeats": 0}, {"warmup": 0}, {"graph": True}])
-def test_wrong_arguments_are_refused(wrong):
-    with pytest.raises(ValueError, match=r"at least 1|needs a CUDA device"):
-        measure({"a": lambda: None}, **({"device": "cpu", "repeats": 1, "warmup": 1} | wrong))
-
-
-@pytest.mark.parametrize("ms", [tuple(range(101)), (4.0,), (1.0, 5.0, 2.0, 4.0)])
-def test_percentiles_are_those_of_the_samples(here, ms):
-    made = row("a", {}, Samples(ms=ms, host_samples_ms=(1.0, 2.0, 9.0)), stamp=here)
-    wanted = [float(np.quantile(ms, quantile)) for quantile in (0.2, 0.5, 0.8)]
-    assert [made[field] for field in ("p20_ms", "median_ms", "p80_ms")] == pytest.approx(wanted)
-    assert made["host_ms"] == 2
-
-
 def test_a_row_has_the_contracts_fields(here):
-    made = row("adaln", {"rows": 8}, Samples(ms=(1.0, 2.0, 3.0), host_samples_ms=(1.0,)), stamp=here, bytes=10**8)
+    made = row("a", {"rows": 8}, Samples(tuple(range(11)), host_samples_ms=(1.0, 2.0, 9.0)), stamp=here, bytes=10**8)
     assert set(made) == ROW_FIELDS
-    assert (made["samples_ms"], made["median_ms"]) == ([1.0, 2.0, 3.0], 2.0)
+    assert [made[name] for name in ("p20_ms", "median_ms", "p80_ms", "host_ms")] == [2, 5, 8, 2]
     assert made["roof_share"] is None
     for field in ("device", "versions", "clocks", "commit", "command"):
         assert made[field] == here[field]
@@ -195,8 +180,3 @@ def test_the_folder_of_results(here, tmp_path):
     assert folder(cpu, tmp_path) == tmp_path / "cpu-2026-11-21-ebcf046"
     gpu = cpu | {"kind": "cuda", "device": "NVIDIA H100 80GB HBM3"}
     assert folder(gpu, tmp_path).name == "h100-80gb-hbm3-2026-11-21-ebcf046"
-
-
-def test_tables_are_markdown():
-    head, line, cells = markdown(("a", "b", "c"), [["1", "x|y"]]).splitlines()
-    assert (head, line, cells) == ("| a | b    | c |", "| - | ---- | - |", "| 1 | x\\|y |   |")
