@@ -61,7 +61,7 @@ def correctness(share: float, kernels: bool = False) -> Part:
 
 def sanitizer(tool: str) -> Part:
     """The kernels under a tool of compute-sanitizer."""
-    return Part(tool, "benchmarks.sanitized", (tool,), 0.3, max_seconds=45)
+    return Part(tool, "benchmarks.sanitized", (tool,), 0.3, max_seconds=90)
 
 
 def steps(size: str, tokens: int, batch: int | str, rungs: Sequence[str] = ENDS, *more: str, label: str = "") -> Part:

@@ -43,8 +43,8 @@ def compute_sanitizer() -> str | None:
 def run(*command: str) -> int:
     """Run the tests in a process, under a tool if there is one. Returns the exit code."""
     tests = [sys.executable, str(LAUNCHER), str(ROOT), "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
-    # One allocation per tensor, so that a read beyond its end is an error.
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    # One allocation per tensor, of its size (tests/interpreter.py), so that a read beyond its end is an error.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "SRA_FAST_EXACT_ALLOCATIONS": "1"}
     result = subprocess.run(
         [*command, *tests], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
