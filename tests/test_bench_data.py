@@ -213,26 +213,21 @@ def planted(monkeypatch):
     monkeypatch.setattr(bench_data, "bench_encoding", lambda *_: part("encode"))
 
 
-def test_a_part_that_cannot_run_costs_only_its_own_numbers(planted, results, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(torch.OutOfMemoryError("first\nsecond"), "not run: first\n"), (GateFailed("pixels"), "no number: pixels\n")],
+)
+def test_a_part_that_cannot_run_costs_its_own_numbers_and_a_failing_gate_all(
+    planted, results, monkeypatch, capsys, error, message
+):
     def fail(*_):
-        raise torch.OutOfMemoryError("first line\nsecond")
+        raise error
 
     monkeypatch.setattr(bench_data, "bench_encoding", fail)
     assert bench_data.main(["--quick", "--device", "cuda"]) == 1
-    printed = capsys.readouterr().out
-    assert printed.startswith("not run: first line\n")
-    assert "second" not in printed
-    assert [row["name"] for row in read(results)["rows"]] == ["latents", "decode, cpu", "decode, cuda"]
-
-
-def test_a_failing_gate_leaves_no_result(planted, results, monkeypatch, capsys):
-    def fail(*_):
-        raise GateFailed("ours: pixels are off")
-
-    monkeypatch.setattr(bench_data, "bench_decoding", fail)
-    assert bench_data.main(["--quick", "--device", "cpu"]) == 1
-    assert capsys.readouterr().out == "no number: ours: pixels are off\n"
-    assert not results.parent.exists()
+    assert capsys.readouterr().out.startswith(message)
+    names = [row["name"] for row in read(results)["rows"]] if results.exists() else []
+    assert names == ([] if isinstance(error, GateFailed) else ["latents", "decode, cpu", "decode, cuda"])
 
 
 def test_wrong_options_are_refused(results, tmp_path, capsys):

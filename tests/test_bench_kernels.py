@@ -121,4 +121,5 @@ def test_pytest_benchmark_records_the_same_samples(tmp_path):
         assert [1e3 * seconds for seconds in entry["stats"]["data"]] == pytest.approx(row["samples_ms"])
     stamp, rows = load(path)
     assert stamp["kind"] in ("cpu", "cuda")
-    assert len(rows) == 2
+    recorded = [entry["extra_info"]["row"]["samples_ms"] for entry in saved["benchmarks"]]
+    assert [runs[0]["samples_ms"] for runs in rows.values()] == [pytest.approx(samples) for samples in recorded]

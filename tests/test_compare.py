@@ -177,30 +177,3 @@ def test_stamps_that_do_not_match_are_refused_by_field(results, capsys, changed,
     assert named in refused(capsys, old, new)
     assert main([str(old), str(new), "--allow-different-stamp"]) == 0
     assert f"different stamps, compared all the same: {named}" in capsys.readouterr().out
-
-
-def test_folders_hold_several_runs_and_other_files(results, tmp_path, capsys):
-    for number, scale in enumerate((1.0, 1.0, 1.2, 1.2)):
-        path = results(f"run{number}", [("adaln", {}, samples(scale, seed=number))])
-        place = tmp_path / ("old" if number < 2 else "new")
-        place.mkdir(exist_ok=True)
-        path.rename(place / path.name)
-    (tmp_path / "new" / "profile.json").write_text('{"kernels": []}')
-    assert main([str(tmp_path / "old"), str(tmp_path / "new")]) == 1
-    assert capsys.readouterr().out.splitlines()[-1] == "slower: adaln"
-
-
-def test_pytest_benchmark_files(tmp_path, capsys):
-    """Seconds, saved with --benchmark-save-data; without that there is no "data" and nothing to compare."""
-
-    def saved(name, data):
-        entry = {"name": "test_adaln[8]", "params": {"rows": 8}, "stats": {"median": 1.0} | data}
-        content = {"machine_info": {"cpu": {"brand_raw": "some CPU"}}, "benchmarks": [entry]}
-        path = tmp_path / name
-        path.write_text(json.dumps(content))
-        return path
-
-    old = saved("old.json", {"data": list(samples() / 1e3)})
-    assert main([str(old), str(saved("new.json", {"data": list(samples(1.1) / 1e3)}))]) == 1
-    assert f"{np.median(samples()):.4g} ms" in capsys.readouterr().out
-    assert "raw samples" in refused(capsys, old, saved("bare.json", {}))

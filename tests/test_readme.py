@@ -118,14 +118,11 @@ def test_a_stale_readme_is_found_and_print_writes_nothing(results, capsys, stale
     written(results)
     path = results.root / stale
     path.write_text(path.read_text().replace("| 320 ", "| 321 "))
-    before = path.read_text()
     assert readme.main(["--check"], results.root) == 1
     assert capsys.readouterr().err.startswith(f"{stale} is stale")
     assert readme.main(["--print"], results.root) == 0
     assert "| 320 " in capsys.readouterr().out
-    assert path.read_text() == before
-    written(results)
-    assert readme.main(["--check"], results.root) == 0
+    assert "| 321 " in path.read_text()
 
 
 def test_the_check_knows_only_results_under_version_control(results):
@@ -142,9 +139,3 @@ def test_the_check_knows_only_results_under_version_control(results):
     assert readme.main(["--check"], results.root) == 0
     git("add", ".")
     assert readme.main(["--check"], results.root) == 1
-
-
-def test_a_readme_without_markers_is_refused(results):
-    (results.root / "README.md").write_text("# Bare\n")
-    with pytest.raises(ValueError, match="once each"):
-        readme.main([], results.root)

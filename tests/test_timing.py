@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.harness import timing
-from benchmarks.harness.rows import FORMAT_VERSION, Samples, folder, parse_query, read, row, stamp, write
+from benchmarks.harness.rows import Samples, parse_query, read, row, stamp
 from benchmarks.harness.tables import show
 from benchmarks.harness.timing import GateFailed, measure, roofs
 from sra_fast.errors import Refused
@@ -60,16 +60,11 @@ def test_a_failing_gate_leaves_no_number():
     assert calls == []
 
 
-def too_large():
-    torch.empty(2**50)
-
-
 def python_runs_out():
     raise MemoryError
 
 
-@pytest.mark.parametrize("fail", [too_large, python_runs_out])
-@pytest.mark.parametrize("after", [0, 5])
+@pytest.mark.parametrize(("fail", "after"), [(lambda: torch.empty(2**50), 0), (python_runs_out, 5)])
 def test_out_of_memory_is_a_row_and_the_others_go_on(here, fail, after):
     """While warming up, and in the middle of the samples."""
     calls = []
@@ -83,18 +78,10 @@ def test_out_of_memory_is_a_row_and_the_others_go_on(here, fail, after):
     assert len(taken["fits"].ms) == 6
     params = {"rung": "grows", "size": "s", "tokens": 256, "batch": 1}
     made = row("step", params, taken["grows"], stamp=here, flops=10, roofs=ROOFS)
-    assert (made["samples_ms"], made["median_ms"], made["roof_share"], made["host_ms"]) == ([], None, None, None)
+    assert (made["samples_ms"], made["median_ms"], made["roof_share"]) == ([], None, None)
     assert made["error"].startswith("out of memory")
     assert "out of memory" in show([made])
     assert len(calls) == after + 1
-
-
-def test_other_errors_are_not_swallowed():
-    def broken():
-        raise RuntimeError("shape mismatch")
-
-    with pytest.raises(RuntimeError, match="shape mismatch"):
-        measure({"a": broken}, device="cpu", repeats=1, warmup=1)
 
 
 def test_a_row_has_the_contracts_fields(here):
@@ -129,42 +116,28 @@ def test_roofs_are_measured_and_count_what_they_say(monkeypatch):
 
 
 def test_the_stamp_of_a_cpu_is_whole(here):
-    gpu_only = {"clocks", "power_limit_w", "throttle_reasons", "driver"}
-    others = {"kind", "device", "cores", "threads", "versions", "commit", "dirty", "command", "date"}
-    assert set(here) == others | gpu_only
-    assert all(here[field] is None for field in gpu_only)
-    assert set(here["versions"]) == {"python", "torch", "triton", "cudnn", "cuda"}
+    unknown = {"clocks", "power_limit_w", "throttle_reasons", "driver"}
+    known = {"kind", "device", "cores", "threads", "versions", "commit", "dirty", "command", "date"}
+    assert set(here) == known | unknown
+    assert all(here[field] is None for field in unknown)
     assert "pytest" in here["command"]
     json.dumps(here)
 
 
-def test_the_commit_is_that_of_the_environment_or_of_git_or_unknown(monkeypatch, tmp_path):
+def test_the_commit_is_that_of_the_environment(monkeypatch):
     monkeypatch.setenv("SRA_FAST_COMMIT", "abc123-dirty")
-    told = stamp("cpu")
-    assert (told["commit"], told["dirty"]) == ("abc123", True)
-    monkeypatch.delenv("SRA_FAST_COMMIT")
-    monkeypatch.setattr("benchmarks.harness.rows.ROOT", tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    told = stamp("cpu")
-    assert (told["commit"], told["dirty"]) == (None, None)
+    made = stamp("cpu")
+    assert (made["commit"], made["dirty"]) == ("abc123", True)
 
 
 def test_an_answer_of_nvidia_smi_is_read():
-    told = parse_query("1755, 1980, 3201, 41, 512.33, 700.00, 0x0000000000000024, 580.159.04")
-    assert told["sm_mhz"] == 1755
-    assert told["power_limit_w"] == 700
-    assert told["throttle_reasons"] == ["sw_power_cap", "sw_thermal_slowdown"]
-    assert told["driver"] == "580.159.04"
-    partly = parse_query("[N/A], 1980, 3201, 41, [Not Supported], 700.00, 0x0, 580.159.04")
-    assert (partly["sm_mhz"], partly["power_w"], partly["throttle_reasons"]) == (None, None, [])
+    gpu = parse_query("1755, 1980, 3201, 41, 512.33, 700.00, 0x0000000000000024, 580.159.04")
+    assert (gpu["sm_mhz"], gpu["power_limit_w"], gpu["driver"]) == (1755, 700, "580.159.04")
+    assert gpu["throttle_reasons"] == ["sw_power_cap", "sw_thermal_slowdown"]
+    gpu = parse_query("[N/A], 1980, 3201, 41, [Not Supported], 700.00, 0x0, 580.159.04")
+    assert (gpu["sm_mhz"], gpu["power_w"], gpu["throttle_reasons"]) == (None, None, [])
     for nothing in (None, "", "No devices were found"):
         assert set(parse_query(nothing).values()) == {None}
-
-
-def test_files_come_back_as_they_were_written(tmp_path, here):
-    rows = [row("adaln", {"rows": 8}, Samples(ms=(1.25, 2.5)), stamp=here)]
-    path = write(tmp_path / "new" / "folder", "kernels", rows, here)
-    assert read(path) == {"format_version": FORMAT_VERSION, "name": "kernels", "stamp": here, "rows": rows}
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"format_version": 99, "name": "", "stamp": {}, "rows": []}', "{"])
@@ -173,10 +146,3 @@ def test_other_files_are_refused_by_name(tmp_path, content):
     path.write_text(content)
     with pytest.raises(Refused, match=r"other\.json"):
         read(path)
-
-
-def test_the_folder_of_results(here, tmp_path):
-    cpu = here | {"commit": "ebcf046aaaa", "date": "2026-11-21T10:00:00+00:00"}
-    assert folder(cpu, tmp_path) == tmp_path / "cpu-2026-11-21-ebcf046"
-    gpu = cpu | {"kind": "cuda", "device": "NVIDIA H100 80GB HBM3"}
-    assert folder(gpu, tmp_path).name == "h100-80gb-hbm3-2026-11-21-ebcf046"
