@@ -72,6 +72,8 @@ def test_a_planted_slow_down_is_found_and_equals_are_equal(trees, tmp_path, caps
         assert [path.name for path in files] == [f"round{number}-fake.json" for number in (1, 2, 3)]
         command = json.loads(files[0].read_text())["stamp"]["command"]
         assert command.endswith(f"-m benchmarks.fake {tmp_path / 'log'}")
+    _, rows = compare.load(tmp_path / "out" / "base")
+    assert [len(runs) for runs in rows.values()] == [3]
     assert compare.main([str(tmp_path / "out" / side) for side in ("base", "change")]) == code
     assert ("slower: step" in capsys.readouterr().out) == bool(code)
 

@@ -79,6 +79,12 @@ def test_the_quantile_of_students_t():
         assert student_quantile(0.995, freedom) == pytest.approx(tabled, rel=0.015)
 
 
+def test_several_runs_of_a_row_are_pooled():
+    rng = np.random.default_rng(0)
+    first, second = draw("kernel", 40, rng), 3 * draw("kernel", 40, rng)
+    assert change([first, second], [first]).old_ms == np.median(np.concatenate([first, second]))
+
+
 @pytest.fixture(scope="module")
 def here():
     return stamp("cpu")
