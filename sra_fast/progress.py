@@ -41,6 +41,7 @@ class Progress(tqdm):
                 "file": _LineFile(),
                 "delay": SECONDS_BETWEEN_LINES,
                 "mininterval": SECONDS_BETWEEN_LINES,
+                "miniters": 1,  # otherwise a thread of tqdm prints more lines where updates slow down
                 "position": 0,  # tqdm would place a second bar by moving the cursor
                 "bar_format": "{desc}: {percentage:.0f} %, {n_fmt}/{total_fmt} in {elapsed}, {remaining} left, "
                 "{rate_fmt}{postfix}",
