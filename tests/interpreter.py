@@ -29,8 +29,8 @@ ROOT = Path(__file__).parents[1]
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 # The files that a copy with a fault needs.
 SOURCES = ("language", "rows", "philox", "adaln", "alignment", "perturb")
-# Under compute-sanitizer (benchmarks/sanitized.py), which sees reads and writes outside of allocations and of memory that
-# nobody wrote, tensors have allocations of exactly their size, and new ones stay as they are.
+# Under compute-sanitizer (benchmarks/sanitized.py), which sees reads and writes outside of allocations, and reads of
+# memory that nobody wrote, tensors have allocations of exactly their size, and new ones stay as they are.
 EXACT = os.environ.get("SRA_FAST_EXACT_ALLOCATIONS") == "1"
 GUARD = 0 if EXACT else 1 << 14  # elements before and after each tensor of `surrounded` and `guarded`
 
