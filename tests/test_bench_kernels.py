@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -110,8 +111,10 @@ def test_pytest_benchmark_records_the_same_samples(tmp_path):
     path = tmp_path / "saved.json"
     words = ["-q", "--benchmark-only", "--benchmark-save-data", f"--benchmark-json={path}", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", "benchmarks/bench_kernels.py", *words, "-k", "gated_residual and eager"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:]
+    # A worker of pytest-xdist turns pytest-benchmark off by its environment.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
     saved = json.loads(path.read_text())
     assert {entry["params"]["which"] for entry in saved["benchmarks"]} == {"forward", "forward+backward"}
     for entry in saved["benchmarks"]:
