@@ -125,7 +125,8 @@ def test_load_gives_rows_in_their_order(sets):
 
 
 def test_memory_stays_flat_over_thousands_of_batches(tmp_path):
-    """3,000 batches of 32 KiB, of which the first 500 fill what is kept. A leak makes the process grow repeatedly."""
+    """3,000 batches of 32 KiB, of which the first 500 fill what is kept. With a leak the process grows again and again,
+    while the allocator takes a step or two."""
     pack(tmp_path, shape=(8, 8, 8), flips=True)
     chosen, resident = Rows(open_row_set(tmp_path), np.arange(80)), []
     with LatentStream(chosen, seed=0, batch=32, first_image=0) as stream:
@@ -134,5 +135,4 @@ def test_memory_stays_flat_over_thousands_of_batches(tmp_path):
             if number >= 500 and number % 100 == 0:
                 resident.append(resident_kib())
         assert len(os.listdir("/proc/self/fd")) < 100
-    growth = np.diff(resident)  # KiB
-    assert growth.sum() - growth.max() < 512
+    assert np.count_nonzero(np.diff(resident) > 0) < len(resident) / 2, resident  # KiB
