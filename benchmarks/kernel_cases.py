@@ -55,7 +55,7 @@ class Case:
     backward_bytes: int = 0
     forward_flops: int = 0  # 2 per multiply-add; the backward pass has twice as many, without recomputation
     reference: str = "eager"  # the implementation that the others must agree with
-    in_fp64: bool = True  # whether the truth is the reference in fp64; else it is the reference as it stands
+    in_fp64: bool = True  # compare with the reference in fp64; otherwise with the reference in the case's dtype
 
     @property
     def passes(self) -> tuple[str, ...]:

@@ -1,5 +1,4 @@
-"""Every random draw of a training step, and what student and teacher see. (The order of images, flips and replacements
-are drawn in sra_fast/data.)
+"""Every random draw of a training step, and what student and teacher see. (sra_fast/data draws the order of images.)
 
 From a VAE's moments, a sample of the posterior; then the latents' own scale, per channel:
 
@@ -300,10 +299,9 @@ def _check(data: Tensor, labels: Tensor, number: Tensor, settings: Settings, sto
     """Raise ValueError, with the argument's name, for what the kernel does not support."""
     if reason := why_unavailable():
         raise ValueError(f"a fused kernel cannot run: {reason}")
-    if settings.path not in PATHS:
-        raise ValueError(f"path: {settings.path!r} given; must be one of {', '.join(PATHS)}")
-    if settings.times not in TIME_DISTRIBUTIONS:
-        raise ValueError(f"times: {settings.times!r} given; must be one of {', '.join(TIME_DISTRIBUTIONS)}")
+    for name, value, choices in (("path", settings.path, PATHS), ("times", settings.times, TIME_DISTRIBUTIONS)):
+        if value not in choices:
+            raise ValueError(f"{name}: {value!r} given; must be one of {', '.join(choices)}")
     if data.ndim < 2 or data.numel() == 0 or data[0].numel() >= 1 << 31:
         raise ValueError(
             f"data: shape {tuple(data.shape)} given; must be (B, C, ...), not empty, below 2^31 values per image"
@@ -346,8 +344,7 @@ def _launch(
     data: Tensor, labels: Tensor, number: Tensor, shift: Tensor | None, scale: Tensor | None, posterior: bool,
     seed: int, path: str, times: str, t_max: float, null_label: int, label_dropout: float, shared: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The fields of `NoisedBatch` but x; the teacher's labels are empty if the dropout is shared. seed: as a signed
-    64-bit integer."""
+    """The fields of `NoisedBatch` but x; teacher labels are empty if dropout is shared. seed: signed 64-bit."""
     out = _allocate(data, posterior, shared)
     x_t = out[2]
     count = x_t[0].numel()

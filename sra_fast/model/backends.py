@@ -60,7 +60,7 @@ class Backends:
         """What `kernels.*`, `model.attention` and `train.execution` come to on this machine.
 
         Raises:
-            Refused: if something that is asked for by name cannot be had.
+            Refused: if an option names an implementation that is not available.
         """
         names = {op: _implementation(op, config, hardware.architecture) for op in OPS}
         functions = {op: getattr(OPS[op], name) for op, name in names.items()}
