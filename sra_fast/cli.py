@@ -234,7 +234,7 @@ def _find_refused(error: BaseException | None) -> Refused | None:
 
 
 def _one_line(message: str) -> str:
-    """The text inside tyro's frame up to its first rule, worded like our own refusals."""
+    """The text inside tyro's frame up to the first horizontal line, worded like our own refusals."""
     lines = []
     for line in message.splitlines()[1:]:
         text = line.strip("│╰╯ ")
