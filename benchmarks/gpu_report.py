@@ -30,6 +30,7 @@ import tempfile
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,17 @@ from benchmarks.harness.parts import FAILED, NOT_RUN, OK, ROOT, Outcome, Part, r
 from benchmarks.harness.rows import RESULTS, Row, circumstances, command, folder, markdown, read, write
 from sra_fast.files import write_json, write_text
 
+SMOKE = ("--size", "s", "--depth", "3", "--batch", "32", "--repeats", "3")
 MAX_TRACES = 2
 MAX_BYTES = 16 * 2**20
 PROFILE = "profile.json"
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
-# bench_step writes after each pair: both ends and the strongest rival come before the variants between them.
-ENDS = ("public", "+ CUDA graph", "ours", "ours, fused ops", "ours, plain SiT")
+# bench_step writes after each pair: ours and the public recipe come before the strongest rival, which takes longest to
+# compile, and before the variants between them.
+ENDS = ("ours", "ours, fused ops", "public", "+ CUDA graph")
 BETWEEN = ("bf16 teacher to its tap", "+ torch.compile", "+ fused AdamW, foreach EMA", "+ no host reads")
 BETWEEN += ("+ cuDNN attention",)
-VARIANTS = ("ours compiled", "ours eager", "ours fp32", "ours deterministic")
+VARIANTS = ("ours compiled", "ours eager", "ours fp32", "ours deterministic", "ours, plain SiT")
 
 
 def correctness(share: float, kernels: bool = False) -> Part:
@@ -56,6 +59,8 @@ def correctness(share: float, kernels: bool = False) -> Part:
     marked = {file for file, text in texts.items() if "mark.gpu" in text or "@kernel" in text}
     of_kernels = {file for file in marked if "kernel" in file or "@kernel" in texts[file]}
     arguments = ("-v", "--durations=0", "-m", "gpu", *sorted(of_kernels if kernels else marked - of_kernels))
+    if find_spec("xdist"):  # most of the time is compilation, on the host
+        arguments = ("-n", "auto", "--maxprocesses", "8", *arguments)
     return Part("kernels" if kernels else "correctness", "pytest", arguments, share, must_end=True)
 
 
@@ -75,22 +80,27 @@ def parts_for_gpu() -> list[Part]:
     """The most important first. Each may use its share of the time that is then left."""
     profile = ("profile", "sit-xl-2", "--train.batch", "32", "--profile.out", "{folder}")
     return [
-        correctness(0.45),
-        correctness(0.45, kernels=True),
+        # Seconds: does anything run at all?
+        Part("smoke", "benchmarks.bench_step", (*SMOKE, "--rungs", *ENDS[:3]), 0.3, max_seconds=60),
+        steps("xl", 256, 32),
+        steps("xl", 256, 128, ENDS[:3]),
+        correctness(0.5),
+        correctness(0.5, kernels=True),
+        Part("profile", "sra_fast.cli", profile, 0.6, max_seconds=90),
+        Part("ops", "benchmarks.bench_kernels", ("--sizes", "xl", "--batch", "32"), 0.4),
+        Part("update", "benchmarks.bench_optimizer", ("--size", "xl"), 0.4),
+        Part("roofs", "benchmarks.bench_roofs", share=0.3),
         *(sanitizer(tool) for tool in SANITIZERS),
-        Part("roofs", "benchmarks.bench_roofs", share=0.15),
-        Part("ops", "benchmarks.bench_kernels", ("--sizes", "xl", "--batch", "32"), 0.3),
-        Part("update", "benchmarks.bench_optimizer", ("--size", "xl"), 0.3),
-        *(steps("xl", 256, batch) for batch in (32, 256)),
-        *(steps("xl", 256, batch, ("ours", *BETWEEN), label="between") for batch in (32, 256)),
-        Part("profile", "sra_fast.cli", profile, 0.6),
         Part("data", "benchmarks.bench_data", ("--repeats", "3", "--passes", "1"), 0.4, max_seconds=90),
+        steps("xl", 256, 256),
+        *(steps("xl", 256, batch, ("ours", *BETWEEN), label="between") for batch in (32, 256)),
         *(steps("xl", 256, batch, VARIANTS, label="variants") for batch in (32, 256)),
         *(steps(size, 256, batch) for size in ("s", "b", "l") for batch in (32, 256)),
         steps("xl", 1024, 32),
         steps("xl", 256, "auto-check", ("ours", "public")),
         Part("ops of SiT-S", "benchmarks.bench_kernels", ("--sizes", "s", "--batch", "32")),
-        *(steps(size, 256, batch) for size in ("s", "b", "l", "xl") for batch in (64, 128)),
+        *(steps(size, 256, batch) for size in ("s", "b", "l") for batch in (64, 128)),
+        *(steps("xl", 256, batch, ("+ CUDA graph",), label="strongest rival") for batch in (64, 128)),
         *(steps(size, 1024, 32) for size in ("l", "b", "s")),
     ]
 

@@ -290,7 +290,7 @@ class OnDevice {
   explicit OnDevice(const Tensor& tensor) {
     const int device = tensor.get_device_index();
     if (!current_stream()) refuse("this torch has no CUDA");
-    STABLE_TORCH_ERROR_CODE_CHECK(current_stream()(device, &stream));
+    TORCH_ERROR_CODE_CHECK(current_stream()(device, &stream));
     check(cudaGetDevice(&before_));
     check(cudaSetDevice(device));
   }

@@ -24,6 +24,7 @@ from sra_fast.data.stream import Batch
 from sra_fast.hardware import Hardware, set_deterministic
 from sra_fast.kernels.registry import OPS, why_unavailable
 from sra_fast.model.attention import attention, available
+from sra_fast.step.graph import Captured
 from sra_fast.step.inputs import Prefetch
 from sra_fast.step.runner import StepRunner
 from sra_fast.step.state import TrainState
@@ -191,6 +192,24 @@ def test_a_step_that_cannot_be_captured_goes_on_and_reports_why(config, awake, m
     assert lines[0].startswith("no CUDA graph: ")
     assert "previous error" not in lines[0]  # the cause, not its consequence
     assert torch.cuda.current_stream() == before
+
+
+def test_a_failed_capture_returns_its_memory() -> None:
+    """The step that goes on without a graph needs it."""
+
+    def step() -> None:
+        activations = torch.empty(2**28, dtype=torch.uint8, device=GPU)
+        activations[:1].cpu()  # what no graph can record
+
+    torch.cuda.empty_cache()
+    before, pool = torch.cuda.memory_reserved(), torch.cuda.MemPool()
+    captured = Captured(step, torch.cuda.Stream(), pool, warm_up=1, report=lambda line: None)
+    for _ in range(2):
+        captured()
+    assert captured.failure
+    assert pool.use_count() == 1
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() == before
 
 
 @pytest.mark.parametrize("backend", available(GPU, BF16, 72) if torch.cuda.is_available() else [])

@@ -20,6 +20,8 @@ class FakeCuda:
         self.done: list[str] = []
         self.log: list[str] = []
         self.error = ""  # of the capture
+        self.pool_users = 1
+        self.pool = SimpleNamespace(id=(0, 1), use_count=lambda: self.pool_users)
         self.the_stream = SimpleNamespace(device=torch.device("cuda"), wait_stream=lambda _: self.log.append("wait"))
 
     def run(self, kernel: str) -> None:
@@ -37,6 +39,13 @@ class FakeCuda:
     def synchronize(self, device: torch.device) -> None:
         self.log.append("synchronize")
 
+    def empty_cache(self) -> None:
+        self.log.append(f"empty_cache with {self.pool_users}")
+
+    def release(self, index: int | None, pool: object) -> None:
+        assert pool == self.pool.id
+        self.pool_users -= 1
+
     def CUDAGraph(self) -> object:
         kernels: list[str] = []
         return SimpleNamespace(kernels=kernels, replay=lambda: self.done.extend(kernels))
@@ -45,6 +54,8 @@ class FakeCuda:
     def graph(self, graph, pool: object, stream: object, capture_error_mode: str):
         assert capture_error_mode == "thread_local"
         self.log.append("capture")
+        assert pool == self.pool.id
+        self.pool_users += 1  # the graph's reference; a capture that fails keeps it
         self.launch = graph.kernels.append
         try:
             yield
@@ -59,14 +70,16 @@ class FakeCuda:
 @pytest.fixture
 def cuda(monkeypatch) -> FakeCuda:
     fake = FakeCuda()
-    for name in ("current_stream", "stream", "set_stream", "synchronize", "CUDAGraph", "graph"):
+    for name in ("current_stream", "stream", "set_stream", "synchronize", "empty_cache", "CUDAGraph", "graph"):
         monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", fake.release, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda index, pool: fake.log.append("end"), raising=False)
     return fake
 
 
 def test_every_call_works_once(cuda) -> None:
     calls = []
-    captured = Captured(lambda: (calls.append(0), cuda.launch("k")), cuda.the_stream, (1, 2))
+    captured = Captured(lambda: (calls.append(0), cuda.launch("k")), cuda.the_stream, cuda.pool)
     for k in range(1, 8):
         captured()
         assert cuda.done == ["k"] * k
@@ -78,7 +91,7 @@ def test_every_call_works_once(cuda) -> None:
 
 def test_a_failed_capture_is_reported_once_and_calls_go_on(cuda) -> None:
     cuda.error, lines = "operation not permitted when stream is capturing\nmore", []
-    captured = Captured(lambda: cuda.launch("k"), cuda.the_stream, (1, 2), warm_up=1, report=lines.append)
+    captured = Captured(lambda: cuda.launch("k"), cuda.the_stream, cuda.pool, warm_up=1, report=lines.append)
     for k in range(1, 6):
         captured()
         assert cuda.done == ["k"] * k
@@ -86,3 +99,6 @@ def test_a_failed_capture_is_reported_once_and_calls_go_on(cuda) -> None:
     assert len(lines) == 1
     assert captured.failure in lines[0]
     assert cuda.log.count("capture") == cuda.log.count("set_stream") == cuda.log.count("synchronize") == 1
+    # The graph's reference is returned before the cache is emptied, else the pool's memory would be lost.
+    assert [line for line in cuda.log if line.startswith("e")] == ["end", "empty_cache with 1"]
+    assert cuda.pool_users == 1

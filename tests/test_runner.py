@@ -94,7 +94,7 @@ def test_steps_over_fixed_buffers_are_bitwise_the_same(tiny, awake, monkeypatch,
     monkeypatch.setattr(runner, "Prefetch", FakePrefetch)
     monkeypatch.setattr(runner, "Captured", FakeCaptured)
     monkeypatch.setattr(FakeCaptured, "graphs", [])
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "MemPool", object)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
     fixed = advance(start(config, weights, "graph"), stop=3)
     assert fixed.ring.last(3) == plain.ring.last(3)

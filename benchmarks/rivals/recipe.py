@@ -172,7 +172,7 @@ class PublicStep:
             self.ema.compile()
         self._captured: Captured | None = None
         if rung.graph:
-            stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+            stream, pool = torch.cuda.Stream(device), torch.cuda.MemPool()
             self._captured = Captured(self._step, stream, pool)
 
     @property

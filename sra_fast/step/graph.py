@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 import torch
 
@@ -23,7 +22,7 @@ class Captured:
         function: without arguments or results; reads and writes buffers that are never reallocated.
         stream: for warm-up and capture. The default stream cannot be captured, and autograd remembers streams, so that
             both need the same one. Graphs that share a pool also share the stream.
-        pool: of memory, from `torch.cuda.graph_pool_handle`; graphs that run one after the other can share it.
+        pool: of memory; graphs that run one after the other can share it.
         warm_up: calls before the capture.
         report: called with one line if the capture fails; None = print it to stderr.
 
@@ -35,7 +34,7 @@ class Captured:
         self,
         function: Callable[[], None],
         stream: torch.cuda.Stream,
-        pool: Any,
+        pool: torch.cuda.MemPool,
         warm_up: int = WARM_UP,
         report: Callable[[str], None] | None = None,
     ) -> None:
@@ -43,7 +42,6 @@ class Captured:
         self._report = report or (lambda line: print(line, file=sys.stderr))
         self._warm_up_left = warm_up
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._broken_graph: torch.cuda.CUDAGraph | None = None
         self.failure: str | None = None
 
     @property
@@ -65,32 +63,50 @@ class Captured:
         current.wait_stream(self._stream)
 
     def _capture(self) -> None:
-        current, graph = torch.cuda.current_stream(self._stream.device), torch.cuda.CUDAGraph()
+        current, users = torch.cuda.current_stream(self._stream.device), self._pool.use_count()
+        graph = torch.cuda.CUDAGraph()
         try:
             # thread_local: in the default mode, CUDA calls of the data reader's thread would invalidate the capture.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool.id, stream=self._stream, capture_error_mode="thread_local"):
                 self._function()
         except Exception as error:  # of any kind: what cannot be captured can still be run
-            self._recover(error, graph, current)
+            self.failure = _first_line(error)
         else:
             self._graph = graph
-
-    def _recover(self, error: BaseException, graph: torch.cuda.CUDAGraph, current: torch.cuda.Stream) -> None:
-        """Report the failure and restore what torch.cuda.graph leaves behind if ending the capture fails too: the
-        current stream, the allocator's pool, and the state of the random generator."""
-        while error.__context__ is not None:  # the last error only says that the capture is invalid
-            error = error.__context__
-        self.failure = (str(error) or type(error).__name__).splitlines()[0]
+            return
+        del graph
         self._report(f"no CUDA graph: {self.failure}; steps are launched kernel by kernel, which is slower")
-        self._broken_graph = graph  # the allocator may still refer to it
+        self._recover(current, users)
+
+    def _recover(self, current: torch.cuda.Stream, users: int) -> None:
+        """Restore what torch.cuda.graph leaves behind if a capture fails: the current stream, the allocator's pool, and
+        the state of the random generator.
+
+        Args:
+            current: the stream that was current before the capture.
+            users: of the pool before the capture.
+        """
         torch.cuda.set_stream(current)
         torch.cuda.synchronize(current.device)
         index = current.device.index
         with suppress(Exception):
-            # CUDAGraph.capture_end raises before it stops allocating from the pool, and no public function does only
-            # that. Without this call, all later allocations of this stream would come from the graph's pool.
-            torch._C._cuda_endAllocateToPool(index, self._pool)
+            # CUDAGraph.capture_end raises before it stops allocating from the pool (until torch 2.12), and no public
+            # function does only that. Without this call, all later allocations of this stream would come from the pool.
+            torch._C._cuda_endAllocateToPool(index, self._pool.id)
+        with suppress(Exception):
+            # The graph took a reference to the pool, which keeps all of the step's activations, and returns it only
+            # after a capture that succeeded (https://github.com/pytorch/pytorch/pull/190348).
+            for _ in range(self._pool.use_count() - users):
+                torch._C._cuda_releasePool(index, self._pool.id)
         with suppress(Exception):
             # The default generator still counts as captured, and would refuse to draw.
             generator = torch.cuda.default_generators[index]
             generator.graphsafe_set_state(generator.clone_state())
+        torch.cuda.empty_cache()
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of the error that invalidated the capture: the last one only says that it is invalid."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -85,7 +85,7 @@ class StepRunner:
         """The functions as CUDA graphs, which share a stream and a memory pool; unchanged without graphs."""
         if not self._use_graph:
             return functions
-        stream, pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
+        stream, pool = torch.cuda.Stream(self.device), torch.cuda.MemPool()
         self._graphs = [Captured(function, stream, pool, report=self._report_failure) for function in functions]
         return self._graphs
 
