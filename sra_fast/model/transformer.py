@@ -201,8 +201,7 @@ class Transformer(nn.Module):
         Returns:
             (prediction (B, C_out, H, W), features (B, T, D) or None), in the weights' dtype.
         """
-        x, vectors = self._embed(x, t, labels, [*[2, 4] * self.config.depth, PER_FINAL_LAYER])
-        h = self.backends.adaln(x, *vectors[0].unbind(1))  # (B, T, D)
+        x, h, vectors = self.begin(x, t, self.y_embedder(labels), [*[2, 4] * self.config.depth, PER_FINAL_LAYER])
         features = None
         for number, block in enumerate(self.blocks, start=1):
             x, h = self._run(block, number, x, h, vectors[2 * number - 1], vectors[2 * number])  # 2 x (B, T, D)
@@ -213,8 +212,7 @@ class Transformer(nn.Module):
     def features(self, x: Tensor, t: Tensor, labels: Tensor, tap: int) -> Tensor:
         """Output of block `tap` (1-based), (B, T, D). Later blocks, head and final layer are not run. Arguments as
         `forward`."""
-        x, vectors = self._embed(x, t, labels, [2, 4] * tap)
-        h = self.backends.adaln(x, *vectors[0].unbind(1))
+        x, h, vectors = self.begin(x, t, self.y_embedder(labels), [2, 4] * tap)
         for number, block in enumerate(self.blocks[:tap], start=1):
             next_modulation = vectors[2 * number] if number < tap else None
             x, h = self._run(block, number, x, h, vectors[2 * number - 1], next_modulation)
@@ -237,14 +235,28 @@ class Transformer(nn.Module):
         model.load_state_dict(tensors, assign=True)
         return model.eval().requires_grad_(False)
 
-    def _embed(self, x: Tensor, t: Tensor, labels: Tensor, groups: list[int]) -> tuple[Tensor, Sequence[Tensor]]:
-        """Tokens (B, T, D), and the first modulation vectors in groups of these sizes, (B, 2, D) or (B, 4, D), as
-        `Block` takes them: shift and scale of block 1's attention, its other four, shift and scale of block 2's, ..."""
+    def begin(
+        self, x: Tensor, t: Tensor, label_vectors: Tensor, groups: list[int]
+    ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+        """What precedes the first block's attention. The label table is looked up outside: its gradient, if compiled,
+        adds in varying order.
+
+        Args:
+            x, t: as `forward`.
+            label_vectors: (B, D).
+            groups: sizes of the groups of modulation vectors, as `Block` takes them: shift and scale of block 1's
+                attention, its other four, shift and scale of block 2's, ...
+
+        Returns:
+            (tokens (B, T, D), the same normalised and modulated for block 1, the groups (B, 2, D) or (B, 4, D)).
+        """
         tokens = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # (B, T, D)
-        condition = F.silu(self.t_embedder(t) + self.y_embedder(labels))  # (B, D)
-        rows = sum(groups) * self.config.hidden
-        vectors = F.linear(condition, self.modulation.weight[:rows], self.modulation.bias[:rows])
-        return tokens, vectors.unflatten(-1, (sum(groups), -1)).split(groups, dim=1)
+        condition = F.silu(self.t_embedder(t) + label_vectors)  # (B, D)
+        weight, bias, rows = self.modulation.weight, self.modulation.bias, sum(groups) * self.config.hidden
+        if rows < len(weight):  # a slice of all rows would cost the backward pass a copy of the gradient
+            weight, bias = weight[:rows], bias[:rows]
+        vectors = F.linear(condition, weight, bias).unflatten(-1, (sum(groups), -1)).split(groups, dim=1)
+        return tokens, self.backends.adaln(tokens, *vectors[0].unbind(1)), vectors
 
     def _run(
         self, block: nn.Module, number: int, x: Tensor, h: Tensor, modulation: Tensor, next_modulation: Tensor | None

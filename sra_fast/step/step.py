@@ -118,8 +118,8 @@ class TrainingStep:
         return self.backends.alignment(student, teacher, self.config.align.distance)
 
     def compile(self, state: TrainState) -> None:
-        """Compile the blocks of both networks, the head, the draws, the distance and, if it is the reference, a
-        parameter's update. torch.compile runs during the first steps.
+        """Compile the beginning and the blocks of both networks, the head, the draws, the distance and, if it is the
+        reference, a parameter's update. torch.compile runs during the first steps.
 
         Blocks share one compiled function, and so do the parameters' updates: compile time does not grow with depth.
 
@@ -129,6 +129,7 @@ class TrainingStep:
         # torch.compile does not trace into attention packages, so a block that uses one has a graph break.
         fullgraph = self.backends.names["attention"] not in PACKAGES
         for network in (state.student, state.teacher):
+            network.begin = torch.compile(network.begin, fullgraph=True, dynamic=False)
             for block in network.blocks:
                 block.compile(fullgraph=fullgraph, dynamic=False)
         state.student.ap_head.compile(fullgraph=True, dynamic=False)
