@@ -70,8 +70,12 @@ def store(pointer, main, tail, WIDTH: tl.constexpr, MAIN: tl.constexpr, TAIL: tl
 
 @triton.jit
 def mean(main, tail, WIDTH: tl.constexpr):
-    """Mean of a row whose tail is zero beyond the width."""
-    return (tl.sum(main, axis=0) + tl.sum(tail, axis=0)) / WIDTH
+    """Mean of a row whose tail is zero beyond the width.
+
+    Not a division, which is approximate on GPUs: the mean of a row of one element would not be that element, and the
+    normalisation would multiply the difference by up to 1 / sqrt(eps).
+    """
+    return (tl.sum(main, axis=0) + tl.sum(tail, axis=0)) * (1.0 / WIDTH)
 
 
 @triton.jit

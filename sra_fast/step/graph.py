@@ -38,7 +38,8 @@ class Captured:
         warm_up: int = WARM_UP,
         report: Callable[[str], None] | None = None,
     ) -> None:
-        self._function, self._stream, self._pool = function, stream, pool
+        self._function, self._stream = function, stream
+        self._pool: torch.cuda.MemPool | None = pool
         self._report = report or (lambda line: print(line, file=sys.stderr))
         self._warm_up_left = warm_up
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -63,46 +64,51 @@ class Captured:
         current.wait_stream(self._stream)
 
     def _capture(self) -> None:
-        current, users = torch.cuda.current_stream(self._stream.device), self._pool.use_count()
+        pool, self._pool = self._pool, None
+        assert pool is not None, "there is only one attempt"
+        current, users = torch.cuda.current_stream(self._stream.device), pool.use_count()
         graph = torch.cuda.CUDAGraph()
         try:
             # thread_local: in the default mode, CUDA calls of the data reader's thread would invalidate the capture.
-            with torch.cuda.graph(graph, pool=self._pool.id, stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool.id, stream=self._stream, capture_error_mode="thread_local"):
                 self._function()
         except Exception as error:  # of any kind: what cannot be captured can still be run
             self.failure = _first_line(error)
         else:
-            self._graph = graph
+            self._graph, self._pool = graph, pool
             return
         del graph
-        self._report(f"no CUDA graph: {self.failure}; steps are launched kernel by kernel, which is slower")
-        self._recover(current, users)
-
-    def _recover(self, current: torch.cuda.Stream, users: int) -> None:
-        """Restore what torch.cuda.graph leaves behind if a capture fails: the current stream, the allocator's pool, and
-        the state of the random generator.
-
-        Args:
-            current: the stream that was current before the capture.
-            users: of the pool before the capture.
-        """
-        torch.cuda.set_stream(current)
-        torch.cuda.synchronize(current.device)
-        index = current.device.index
-        with suppress(Exception):
-            # CUDAGraph.capture_end raises before it stops allocating from the pool (until torch 2.12), and no public
-            # function does only that. Without this call, all later allocations of this stream would come from the pool.
-            torch._C._cuda_endAllocateToPool(index, self._pool.id)
-        with suppress(Exception):
-            # The graph took a reference to the pool, which keeps all of the step's activations, and returns it only
-            # after a capture that succeeded (https://github.com/pytorch/pytorch/pull/190348).
-            for _ in range(self._pool.use_count() - users):
-                torch._C._cuda_releasePool(index, self._pool.id)
-        with suppress(Exception):
-            # The default generator still counts as captured, and would refuse to draw.
-            generator = torch.cuda.default_generators[index]
-            generator.graphsafe_set_state(generator.clone_state())
+        _recover(pool, users, current)
+        del pool  # its memory was for the activations of the whole step, which the next calls need elsewhere
         torch.cuda.empty_cache()
+        self._report(f"no CUDA graph: {self.failure}; steps are launched kernel by kernel, which is slower")
+
+
+def _recover(pool: torch.cuda.MemPool, users: int, current: torch.cuda.Stream) -> None:
+    """Restore what torch.cuda.graph leaves behind if a capture fails: the current stream, the allocator's pool, and the
+    state of the random generator.
+
+    Args:
+        pool: of the capture.
+        users: of the pool before the capture.
+        current: the stream that was current before the capture.
+    """
+    torch.cuda.set_stream(current)
+    torch.cuda.synchronize(current.device)
+    index = current.device.index
+    with suppress(Exception):
+        # CUDAGraph.capture_end raises before it stops allocating from the pool (until torch 2.12), and no public
+        # function does only that. Without this call, all later allocations of this stream would come from the pool.
+        torch._C._cuda_endAllocateToPool(index, pool.id)
+    with suppress(Exception):
+        # The graph took a reference to the pool, and returns it only after a capture that succeeded
+        # (https://github.com/pytorch/pytorch/pull/190348).
+        for _ in range(pool.use_count() - users):
+            torch._C._cuda_releasePool(index, pool.id)
+    with suppress(Exception):
+        # The default generator still counts as captured, and would refuse to draw.
+        generator = torch.cuda.default_generators[index]
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 def _first_line(error: BaseException) -> str:
