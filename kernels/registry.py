@@ -26,17 +26,17 @@ class Op(NamedTuple):
 
 
 OPS: dict[str, Op] = {
-    "adaln": Op(adaln.adaln_ref, adaln.adaln),
-    "gated_adaln": Op(adaln.gated_adaln_ref, adaln.gated_adaln),
+    "adaln": Op(adaln.adaln_ref, adaln.adaln, faster_on=("sm_90",)),
+    "gated_adaln": Op(adaln.gated_adaln_ref, adaln.gated_adaln, faster_on=("sm_90",)),
     # No kernel: torch.compile fuses it with the ops around it, and a kernel of ours would break that fusion.
     "gated_residual": Op(adaln.gated_residual_ref),
-    "alignment": Op(alignment.alignment_ref, alignment.alignment),
-    "perturb": Op(perturb.perturb_ref, perturb.perturb),
+    "alignment": Op(alignment.alignment_ref, alignment.alignment, faster_on=("sm_90",)),
+    "perturb": Op(perturb.perturb_ref, perturb.perturb, faster_on=("sm_90",)),
     # Measured together: benchmarks/results/*/optimizer-*.json.
     "gradient_norm": Op(
-        gradient_norm.gradient_norm_ref, gradient_norm.gradient_norm, compiled=True, faster_on=("cpu",)
+        gradient_norm.gradient_norm_ref, gradient_norm.gradient_norm, compiled=True, faster_on=("cpu", "sm_90")
     ),
-    "adamw_ema": Op(adamw_ema.adamw_ema_ref, adamw_ema.adamw_ema, compiled=True, faster_on=("cpu",)),
+    "adamw_ema": Op(adamw_ema.adamw_ema_ref, adamw_ema.adamw_ema, compiled=True, faster_on=("cpu", "sm_90")),
 }
 
 

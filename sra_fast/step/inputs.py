@@ -73,6 +73,8 @@ class Prefetch:
         self.fixed = Inputs(shape, device, dtype=dtype)
         self._lanes = [_Lane(shape, device, dtype) for _ in range(2)]
         self._stream = torch.cuda.Stream(device)
+        # The buffers' zeros are written on the current stream, and must not overwrite what this one copies there.
+        self._stream.wait_stream(torch.cuda.current_stream(device))
 
     def __call__(self, batch: Batch, lr: float, weight: float) -> None:
         """Copy a batch to the fixed buffer, ordered on the current stream."""
