@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def saved(stopped):
 def test_layout(saved):
     assert sorted(path.name for path in saved.iterdir()) == FILES
     state = json.loads((saved / "state.json").read_text())
-    assert (state["images_seen"], state["step"], state["adam_step"], state["format_version"]) == (40, 5, 5, 1)
+    assert (state["images_seen"], state["step"], state["adam_step"], state["format_version"]) == (40, 5, 5, 2)
     model = state["config"]["model"]
     assert (model["input_size"], model["channels"], model["classes"]) == (8, 1, 4)  # as the data says
     expected = shapes(ModelConfig(**model))
@@ -66,22 +67,22 @@ def full_state(tiny):
             bits = torch.randint(-(2**31), 2**31, value.shape, generator=generator).int()
             value.copy_(bits.view(torch.float32).nan_to_num(0.0))
             value.view(-1)[0] = -0.0
-    for name, value in zip(checkpoint.COUNTERS, (2**40, 3, 2), strict=True):
+    for name, value in zip(checkpoint.COUNTERS, (2**40 - 3, 3, 2), strict=True):
         getattr(state, name).fill_(value)
     return config, state
 
 
 def test_a_round_trip_keeps_every_bit(full_state, tmp_path):
     config, state = full_state
-    progress = RunProgress(images_seen=2**45, step=2**37, train_s=0.1 + 0.2, data_fingerprint="abc")
+    progress = RunProgress(images_seen=2**43, step=2**40, train_s=0.1 + 0.2, data_fingerprint="abc")
     path = checkpoint.save(tmp_path / "checkpoints", state, config, progress)
-    assert path.name == f"{2**45:012d}"
+    assert path.name == f"{2**43:012d}"
     loaded, loaded_progress = checkpoint.load(path, config, "abc", CPU)
     assert loaded_progress == progress
     for name in TENSORS:
         for key, value in getattr(state, name).items():
             assert torch.equal(loaded[name][key].view(torch.int32), value.view(torch.int32)), f"{name}: {key}"
-    assert [int(loaded[name]) for name in checkpoint.COUNTERS] == [2**40, 3, 2]
+    assert [int(loaded[name]) for name in checkpoint.COUNTERS] == [2**40 - 3, 3, 2]
 
 
 def test_everything_is_on_the_disk_before_the_name_appears(full_state, tmp_path, monkeypatch):
@@ -156,7 +157,8 @@ DAMAGES = {
     "other shape": ("adam_m.safetensors", lambda path: edit(path, lambda t: t | {MATRIX: torch.zeros(5, 7)})),
     "other names": ("ema.safetensors", lambda path: edit(path, lambda t: t | {"other": t.pop(MATRIX)})),
     "half precision": ("weights.safetensors", lambda path: edit(path, lambda t: {k: v.half() for k, v in t.items()})),
-    "later format": ("state.json", lambda path: edit(path, lambda state: state | {"format_version": 2})),
+    "later format": ("state.json", lambda path: edit(path, lambda state: state | {"format_version": 3})),
+    "version true": ("state.json", lambda path: edit(path, lambda state: state | {"format_version": True})),
     "no object": ("state.json", lambda path: path.write_text("[]")),
     **{f"no {name}": (name, Path.unlink) for name in FILES},
     **{f"half of {name}": (name, lambda path: os.truncate(path, 200)) for name in FILES},
@@ -169,6 +171,85 @@ def test_a_damaged_checkpoint_is_refused_by_name(saved, stopped, refused, damage
     spoil(saved / name)
     assert str(saved) in refused(arguments(stopped))
     assert checkpoints(stopped / "runs/a") == [FIRST]
+
+
+def flip(path: Path, offset: int) -> None:
+    """Flip the lowest bit of a byte."""
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def exchange(folder: Path) -> None:
+    first, second = (folder / f"adam_{name}.safetensors" for name in "mv")
+    first.rename(folder / "x")
+    second.rename(first)
+    (folder / "x").rename(second)
+
+
+@pytest.fixture(scope="module")
+def older(template, tmp_path_factory):
+    """A checkpoint of the same run after four steps."""
+    folder = tmp_path_factory.mktemp("older")
+    config = small(template, run__dir=str(folder))
+    assert run(config, stop_after=4)[0] == 143
+    return folder / "a/checkpoints/000000000032"
+
+
+CHANGES = {
+    **{f"a bit of {name}": lambda saved, older, name=name: flip(saved / name, -5) for name in FILES[:4]},
+    "a page of zeros": lambda saved, older: (saved / "ema.safetensors").open("r+b").write(bytes(4096)),
+    "two files exchanged": lambda saved, older: exchange(saved),
+    "a file of an older checkpoint": lambda saved, older: shutil.copy(older / "adam_v.safetensors", saved),
+    "the state of an older checkpoint": lambda saved, older: shutil.copy(older / "state.json", saved),
+    "an older checkpoint under this name": lambda saved, older: shutil.copytree(older, saved, dirs_exist_ok=True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_not_saved_is_not_loaded(saved, older, stopped, refused, change):
+    CHANGES[change](saved, older)
+    assert str(saved) in refused(arguments(stopped))
+    assert checkpoints(stopped / "runs/a") == [FIRST]
+
+
+@pytest.mark.parametrize("key", ["ema", "model"])
+def test_damaged_weights_are_neither_sampled_nor_exported(saved, stopped, refused, tmp_path, key):
+    flip(saved / ("ema.safetensors" if key == "ema" else "weights.safetensors"), -5)
+    out = tmp_path / "x.safetensors"
+    for command in ("sample", "export"):
+        line = refused([command, "--weights", stopped / "runs/a", "--weights-key", key, "--out", out])
+        assert "state.json has another size or SHA-256" in line
+    assert not out.exists()
+
+
+COUNTERS = {
+    "images_seen": 48, "step": 6, "adam_step": 4, "skipped_steps": 1, "skipped_in_a_row": 1, "replaced_images": -1,
+    "train_s": float("nan"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COUNTERS)
+def test_counters_that_contradict_each_other_are_refused(saved, name):
+    edit(saved / "state.json", lambda state: state | {name: COUNTERS[name]})
+    with pytest.raises(Refused, match=f"{saved}.*{name}"):
+        checkpoint.describe(saved)
+
+
+def test_a_renamed_checkpoint_is_refused_and_a_copy_under_a_name_of_its_own_is_not(saved):
+    assert checkpoint.describe(saved.rename(saved.with_name("best")))[0]["images_seen"] == 40
+    renamed = saved.with_name("best").rename(saved.with_name(f"{48:012d}"))
+    with pytest.raises(Refused, match="the folder is named 000000000048"):
+        checkpoint.describe(renamed)
+
+
+def test_the_line_about_a_damaged_checkpoint_says_how_to_go_on_from_the_one_before(root, refused):
+    run(small(root, train__save_every_images=8), stop_after=5)
+    newest, before = (root / "runs/a/checkpoints" / f"{images:012d}" for images in (40, 32))
+    flip(newest / "adam_m.safetensors", -5)
+    assert refused(arguments(root)).endswith(f"to go on from {before}, remove {newest}")
+    shutil.rmtree(newest)
+    assert run(small(root))[0] == 0
 
 
 def test_a_state_file_without_one_of_its_fields_is_refused(saved):
@@ -196,18 +277,3 @@ def test_a_flipped_bit_is_refused_or_harmless(saved):
             with contextlib.suppress(Refused):
                 checkpoint.load(saved, config, state["data_fingerprint"], CPU)
         path.write_bytes(original)
-
-
-# The run directory
-
-
-def test_a_run_in_use_is_refused(stopped, refused):
-    with checkpoint.locked(stopped / "runs/a"):
-        assert "in use by another process" in refused(arguments(stopped))
-    assert checkpoints(stopped / "runs/a") == [FIRST]
-    assert run(small(stopped))[0] == 0
-
-
-def test_a_folder_that_cannot_be_written_is_refused(root, refused):
-    (root / "file").write_text("")
-    assert str(root / "file") in refused(arguments(root, run__dir=str(root / "file")))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 import sys
 import time
-from contextlib import closing
+from unittest import mock
 
 import pytest
 from small_run import full_disk, metrics, run, small
 
-from sra_fast.errors import Refused
 from sra_fast.training.metrics import MetricsFile
 
 
@@ -47,10 +48,39 @@ def test_a_line_that_a_crash_cut_is_dropped(tmp_path, plain, tail):
     assert written(tmp_path, 40, []) == ROWS
 
 
-def test_a_full_disk_is_refused_by_name(tmp_path, plain):
+def test_damaged_lines_are_left_out_and_the_others_kept(tmp_path, plain, capsys):
+    written(tmp_path, 0, ROWS)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    damaged = [b"{}", b"[1]", b"5", b"\xff\xfe", b"[" * 100_000, lines[3][:9]]
+    damaged.append(b'{"images_seen": ' + b"1" * 5_000 + b"}")  # more digits than Python converts
+    path.write_bytes(b"\n".join([*lines[:3], *damaged, *lines[3:]]))
+    assert written(tmp_path, 40, []) == ROWS
+    assert f"{len(damaged)} damaged lines left out" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_reported_once_and_training_goes_on(tmp_path, plain, capsys):
     file = MetricsFile(tmp_path, 0)
-    with full_disk(10), pytest.raises(Refused, match=r"metrics\.jsonl: could not be written"), closing(file):
-        file.write(ROWS[0])
+    with full_disk(10):
+        for row in ROWS[:3]:
+            file.write(row)
+    file.write(ROWS[3])
+    file.close()
+    assert capsys.readouterr().err.count("metrics.jsonl: a line could not be written") == 1
+    assert written(tmp_path, 40, ROWS[4:]) == ROWS[3:]
+
+
+@pytest.mark.parametrize("when", ["open", "write"])
+def test_tensorboard_never_ends_a_run(root, capfd, monkeypatch, when):
+    writer = pytest.importorskip("tensorboard.summary.writer.event_file_writer")
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    target = (writer.EventFileWriter, "__init__") if when == "open" else (writer.RecordWriter, "write")
+    monkeypatch.setattr(*target, mock.Mock(side_effect=error))
+    code, rows = run(small(root))
+    assert (code, len(rows)) == (0, 10)
+    output = capfd.readouterr().err
+    assert output.count("No space left on device") == 1
+    assert "Traceback" not in output
 
 
 def test_without_tensorboard_one_line_says_so(tmp_path, plain, capsys):

@@ -22,14 +22,14 @@ from sra_fast.sampling.decoding import find_latent_space, image_decoder, latent_
 from sra_fast.sampling.generate import balanced_labels, generate
 from sra_fast.sampling.guidance import prediction_only
 from sra_fast.sampling.images import grid_columns, save_images, save_latents
-from sra_fast.training import checkpoint
+from sra_fast.training import checkpoint, run_folder
 
 
 def _load_network(
     command: SampleCommand | EvaluateCommand,
 ) -> tuple[public_weights.Weights, Transformer, torch.device]:
     """(weights, their network, its device)."""
-    weights = checkpoint.read_weights(Path(command.weights), command.weights_key)
+    weights = run_folder.read_weights(Path(command.weights), command.weights_key)
     for note in weights.notes:
         print(note, file=sys.stderr)
     device = Hardware.choose(command.device).device
@@ -90,12 +90,12 @@ def export(command: ExportCommand) -> None:
     """Write one set of weights as .safetensors, or both sets as .pt in the public layout."""
     source, out = Path(command.weights), Path(command.out)
     if out.suffix == ".safetensors":
-        weights = checkpoint.read_weights(source, command.weights_key)
+        weights = run_folder.read_weights(source, command.weights_key)
         checkpoint.export(weights.tensors, out, weights.config, weights.objective or ObjectiveConfig())
         return
     if not source.is_dir():
         raise Refused("weights", command.weights, "must be a run or a checkpoint to write a .pt file")
-    folder = checkpoint.locate(source)
+    folder = run_folder.locate(source)
     state, config = checkpoint.describe(folder)
-    model, ema = (checkpoint.read_weights(folder, key).tensors for key in ("model", "ema"))
+    model, ema = (run_folder.read_weights(folder, key).tensors for key in ("model", "ema"))
     public_weights.write_public(out, model, ema, steps=state["adam_step"], epoch=0, args=to_dict(config))

@@ -2,19 +2,21 @@
 
     runs/<name>/checkpoints/<images_seen:012d>/
         weights, ema, adam_m, adam_v .safetensors     fp32, under the public parameter names
-        state.json                                    counters, the whole configuration, the data's fingerprint
+        state.json                                    counters, the whole configuration, the data's fingerprint,
+                                                      size and SHA-256 of the other files
 
-Written to `<name>.tmp`, fsynced, then renamed. Nothing here is a pickle.
+Written to `<name>.tmp`, fsynced, then renamed. Nothing here is a pickle. What is read must have the sums that were
+written, and counters that agree. Checkpoints of format 1 have no sums and are read for ever.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
+import hashlib
+import math
+import re
 import shutil
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,12 +32,13 @@ from sra_fast.files import read_json, replacing, sync, write_json
 from sra_fast.model import public_weights
 from sra_fast.model.layout import from_public, to_public
 from sra_fast.step.state import HEAD, TrainState
-from sra_fast.training.rhythm import Every
 
-FORMAT_VERSION = 1
-LOCK = ".lock"
+FORMAT_VERSION = 2
+FIRST_FORMAT = 1  # without sums
 TENSORS = ("weights", "ema", "adam_m", "adam_v")
+FILES = tuple(f"{name}.safetensors" for name in TENSORS)
 COUNTERS = ("adam_step", "skipped_steps", "skipped_in_a_row")
+MAX_IMAGES = 1 << 62  # image numbers from here on are those of held-out images
 
 # What may change when a run resumes: where and how it is computed and observed, not the recipe. Some of these may
 # change last bits, or pixels by a fraction of a grey level (data.reader).
@@ -82,33 +85,6 @@ class RunProgress:
     undecodable_files: dict[str, str] = field(default_factory=dict)  # name -> reason
 
 
-class Saver:
-    """Writes checkpoints when `train.save_*` asks for one, and removes old ones.
-
-    Args:
-        folder: of the checkpoints.
-        config: of the run.
-        progress: at the start; it is not saved again.
-    """
-
-    def __init__(self, folder: Path, config: Config, progress: RunProgress) -> None:
-        self._folder, self._config = folder, config
-        self._every = Every(config.train.save_every_images, config.train.batch)
-        self._saved_step, self._last_save = progress.step, time.monotonic()
-
-    def due(self, progress: RunProgress) -> bool:
-        minutes = (time.monotonic() - self._last_save) / 60
-        return self._every.due(progress.images_seen) or minutes > self._config.train.save_every_minutes
-
-    def save(self, state: TrainState, progress: RunProgress) -> None:
-        """Write a checkpoint, unless this step has been saved already."""
-        if progress.step == self._saved_step:
-            return
-        save(self._folder, state, self._config, progress)
-        prune(self._folder, self._config.train.keep_checkpoints, self._config.train.keep_every_images)
-        self._saved_step, self._last_save = progress.step, time.monotonic()
-
-
 def save(folder: Path, state: TrainState, config: Config, progress: RunProgress) -> Path:
     """Write a checkpoint below `folder` and return its path.
 
@@ -123,16 +99,19 @@ def save(folder: Path, state: TrainState, config: Config, progress: RunProgress)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         metadata = public_weights.metadata(config.model, config.objective)
-        for name in TENSORS:
+        for name, file in zip(TENSORS, FILES, strict=True):
             tensors = {key: value.contiguous() for key, value in to_public(getattr(state, name)).items()}
-            save_file(tensors, partial / f"{name}.safetensors", metadata)
+            save_file(tensors, partial / file, metadata)
+        description["files"] = {file: _sum(partial / file) for file in FILES}
         write_json(partial / "state.json", description)
         for path in partial.iterdir():
             path.chmod((partial / "state.json").stat().st_mode)  # safetensors makes its files private
             sync(path)
         sync(partial)
-        if target.exists():  # an earlier checkpoint of the same step; `prune` removes it
-            target.rename(target.with_name(target.name + ".old.tmp"))
+        if target.exists():  # an earlier checkpoint of the same step, or what is left of one
+            replaced = target.with_name(target.name + ".old.tmp")
+            shutil.rmtree(replaced, ignore_errors=True)
+            target.rename(replaced)
         partial.rename(target)
         sync(folder)
     except (OSError, SafetensorError, Refused) as error:
@@ -141,40 +120,74 @@ def save(folder: Path, state: TrainState, config: Config, progress: RunProgress)
     return target
 
 
-def newest(folder: Path) -> Path | None:
-    """The checkpoint with the most images below `folder`, if any."""
-    complete = _complete(folder)
-    return complete[-1] if complete else None
-
-
-def _complete(folder: Path) -> list[Path]:
-    return sorted(folder.glob("[0-9]" * 12))
-
-
-def prune(folder: Path, keep: int, keep_every_images: int) -> None:
-    """Remove all but the newest `keep` checkpoints and those at multiples of `keep_every_images`, and what a crash left
-    unfinished."""
-    for path in _complete(folder)[:-keep]:
-        if not keep_every_images or int(path.name) % keep_every_images:
-            shutil.rmtree(path)
-    for path in folder.glob("*.tmp"):
-        shutil.rmtree(path)
-
-
 def describe(path: Path) -> tuple[dict[str, Any], Config]:
-    """(state.json, the configuration in it) of a checkpoint."""
-    if not (path / "state.json").is_file():
+    """(state.json, the configuration in it) of a checkpoint.
+
+    Raises:
+        Refused: if it is no checkpoint, or of a later format.
+        Damaged: if its fields are not those of a checkpoint, or contradict each other or the folder's name.
+    """
+    file = path / "state.json"
+    if not file.is_file():
         raise Refused("checkpoint", str(path), "not a checkpoint: it has no state.json")
-    state = read_json(path / "state.json")
+    state = read_json(file)
     version = state.get("format_version") if isinstance(state, dict) else None
-    if version != FORMAT_VERSION:
-        raise Refused(f"{path}: format_version", version, f"must be {FORMAT_VERSION}")
+    if type(version) is not int or not FIRST_FORMAT <= version <= FORMAT_VERSION:
+        rule = f"must be {FIRST_FORMAT} to {FORMAT_VERSION}; a later one needs a later version of this program"
+        raise Refused(f"{path}: format_version", version, rule)
     defaults = {**dataclasses.asdict(RunProgress()), **dict.fromkeys(COUNTERS, 0), "config": {}}
+    if version > FIRST_FORMAT:
+        defaults["files"] = {}
     for name, default in defaults.items():
         if type(state.get(name)) is not type(default):
             rule = f"must be of type {type(default).__name__}"
-            raise Refused(f"{path}/state.json: {name}", state.get(name), rule)
-    return state, from_dict(Config, state["config"], str(path / "state.json"))
+            raise Refused(f"{file}: {name}", state.get(name), rule)
+    config = from_dict(Config, state["config"], str(file))
+    if contradiction := _contradiction(path, state, config.train.batch):
+        raise Damaged(file, contradiction)
+    return state, config
+
+
+def _contradiction(path: Path, state: dict[str, Any], batch: int) -> str:
+    """What cannot be true of a checkpoint's counters; '' if they agree."""
+    images, step, skipped = state["images_seen"], state["step"], state["skipped_steps"]
+    numbers = {name: state[name] for name in (*COUNTERS, "images_seen", "step", "replaced_images", "train_s")}
+    for name, value in numbers.items():
+        if not (math.isfinite(value) and 0 <= value < MAX_IMAGES):
+            return f"{name} is {value}"
+    if images != step * batch:
+        return f"images_seen is {images}, but step is {step} and the batch {batch}"
+    if state["adam_step"] + skipped != step:
+        return f"step is {step}, but adam_step is {state['adam_step']} and skipped_steps {skipped}"
+    if state["skipped_in_a_row"] > skipped:
+        return f"skipped_in_a_row is {state['skipped_in_a_row']}, but skipped_steps {skipped}"
+    if re.fullmatch("[0-9]{12}", path.name) and int(path.name) != images:
+        return f"images_seen is {images}, but the folder is named {path.name}"
+    return ""
+
+
+def verify(path: Path, state: dict[str, Any], file: str) -> Path:
+    """The path of a checkpoint's file, if it has the size and SHA-256 that state.json says. Format 1 says neither.
+
+    The file is read once for this, and then again, from the page cache if it fits there.
+
+    Raises:
+        Damaged: if it differs.
+    """
+    if state["format_version"] > FIRST_FORMAT:
+        expected = state["files"].get(file)
+        try:
+            actual = _sum(path / file)
+        except OSError as error:
+            raise Damaged(path / file, error.strerror or error) from error
+        if actual != expected:
+            raise Damaged(path / file, "not the file that was saved: state.json has another size or SHA-256")
+    return path / file
+
+
+def _sum(path: Path) -> dict[str, int | str]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def load(path: Path, config: Config, fingerprint: str, device: torch.device) -> tuple[dict[str, Any], RunProgress]:
@@ -197,8 +210,8 @@ def load(path: Path, config: Config, fingerprint: str, device: torch.device) -> 
     if config.align.method == "none":
         moments = {name for name in moments if not name.startswith(HEAD)}
     loaded: dict[str, Any] = {}
-    for name in TENSORS:
-        file = path / f"{name}.safetensors"
+    for name, file_name in zip(TENSORS, FILES, strict=True):
+        file = verify(path, state, file_name)
         tensors, _ = public_weights.read_safetensors(file)
         shapes = {key: shape for key, shape in expected.items() if not name.startswith("adam") or key in moments}
         internal = from_public(_exactly(tensors, shapes, file))
@@ -229,49 +242,6 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> I
             yield from differences(before, after, f"{prefix}{name}.")
         elif before != after:
             yield f"{prefix}{name}", before, after
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Lock a run directory; refuse if another process has locked it. The lock ends with the process, however it ends. A
-    new directory in which nothing was written is removed again."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("w")
-    except OSError as error:
-        raise Refused(f"run.dir: {folder} cannot be written ({error.strerror})") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Refused(f"run.name: {folder} is in use by another process; choose another --run.name") from error
-        try:
-            yield
-        finally:
-            if [path.name for path in folder.iterdir()] == [LOCK]:
-                shutil.rmtree(folder)
-
-
-def read_weights(source: Path, key: str) -> public_weights.Weights:
-    """Weights of a run, of one of its checkpoints, of a safetensors file or of a public .pt file.
-
-    Args:
-        source: the run, checkpoint or file.
-        key: "ema", or "model" for the raw weights. A safetensors file has only one set.
-    """
-    if source.is_dir():
-        source = locate(source) / ("ema.safetensors" if key == "ema" else "weights.safetensors")
-    return public_weights.read(source, key)
-
-
-def locate(source: Path) -> Path:
-    """The checkpoint that a path names: itself, or the newest of a run."""
-    if (source / "state.json").is_file():
-        return source
-    checkpoint = newest(source / "checkpoints")
-    if checkpoint is None:
-        raise Refused("weights", str(source), "must be a run that was saved, or a checkpoint")
-    return checkpoint
 
 
 def export(tensors: dict[str, Tensor], path: Path, model: ModelConfig, objective: ObjectiveConfig) -> None:

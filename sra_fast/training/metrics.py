@@ -1,11 +1,18 @@
-"""The metrics of a run: averages of the device's metrics, written to metrics.jsonl and TensorBoard."""
+"""The metrics of a run: averages of the device's metrics, written to metrics.jsonl and TensorBoard.
+
+No log is worth a run: what cannot be written is reported once, and training goes on.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import sys
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,39 +103,65 @@ class MetricsFile:
 
     def __init__(self, folder: Path, images_seen: int) -> None:
         path = folder / "metrics.jsonl"
-        kept = [row for row in _complete_rows(path) if row["images_seen"] <= images_seen]
+        kept = [row for row in _rows(path) if row["images_seen"] <= images_seen]
         write_text(path, "".join(to_json(row) for row in kept))
-        self._file = path.open("a")
+        self._file = path.open("ab", buffering=0)
+        self._begin_line = False  # whether the last line was written in part
         self._board = _tensorboard(folder, images_seen)
+        self._reported: set[str] = set()
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a line. Raises Refused if the disk is full."""
-        try:
-            self._file.write(to_json(row))
-            self._file.flush()
-        except OSError as error:
-            raise Refused(f"{self._file.name}: could not be written ({error.strerror})") from error
+        """Append a line."""
+        line = to_json(row).encode()
+        with self._going_on(self._file.name):
+            try:
+                written = self._file.write(b"\n" * self._begin_line + line)
+                self._begin_line = written < self._begin_line + len(line)
+                if self._begin_line:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                self._begin_line = True
+                raise
         if self._board:
-            for name, value in row.items():
-                if isinstance(value, int | float) and math.isfinite(value):
-                    self._board.add_scalar(name, value, row["images_seen"])
+            with self._going_on("TensorBoard"):
+                for name, value in row.items():
+                    if isinstance(value, int | float) and math.isfinite(value):
+                        self._board.add_scalar(name, value, row["images_seen"])
 
     def close(self) -> None:
-        # Every line has been flushed; after a failed write, closing would raise the same error without the file's name.
-        with suppress(OSError):
+        with self._going_on(self._file.name):
             self._file.close()
         if self._board:
-            self._board.close()
+            with self._going_on("TensorBoard"):
+                self._board.close()
 
-
-def _complete_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file up to the first incomplete line, which a kill may have left."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    @contextmanager
+    def _going_on(self, what: str) -> Iterator[None]:
+        """Report an error of `what` once, and go on without that line."""
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            yield
+        except Exception as error:  # of any kind: TensorBoard repeats here what failed in its thread
+            if what not in self._reported:
+                reason = getattr(error, "strerror", None) or error
+                print(f"{what}: a line could not be written ({reason}); training goes on", file=sys.stderr)
+            self._reported.add(what)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics file. Lines that are none, such as a kill or a full disk leaves, are left out and counted on
+    stderr."""
+    rows, others = [], 0
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):  # not JSON, or not UTF-8
+            row = None
+        if isinstance(row, dict) and type(row.get("images_seen")) is int:
+            rows.append(row)
+        elif line.strip():
+            others += 1
+    if others:
+        print(f"{path}: {others} damaged {'line' if others == 1 else 'lines'} left out", file=sys.stderr)
     return rows
 
 
@@ -140,4 +173,16 @@ def _tensorboard(folder: Path, images_seen: int) -> Any:
             "TensorBoard is not installed: metrics go to metrics.jsonl only (pip install tensorboard)", file=sys.stderr
         )
         return None
-    return SummaryWriter(str(folder), purge_step=images_seen + 1)
+    usual = threading.excepthook
+    # Its writing thread ends with the error that the next `add_scalar` raises, and would print a traceback of it.
+    threading.excepthook = lambda args: None if _is_tensorboards(args.thread) else usual(args)
+    try:
+        return SummaryWriter(str(folder), purge_step=images_seen + 1)
+    except OSError as error:
+        reason = error.strerror or error
+        print(f"TensorBoard: {folder} could not be written ({reason}); training goes on without it", file=sys.stderr)
+        return None
+
+
+def _is_tensorboards(thread: threading.Thread | None) -> bool:
+    return type(thread).__module__.startswith("tensorboard.")

@@ -14,7 +14,7 @@ import torch
 from sra_fast.config import Config, to_dict
 from sra_fast.data.source import open_source
 from sra_fast.distributed import refuse_several_processes
-from sra_fast.errors import Refused
+from sra_fast.errors import Damaged, Refused
 from sra_fast.evaluation.evaluate import Report, check_inputs, evaluate
 from sra_fast.files import write_json
 from sra_fast.hardware import Hardware, set_deterministic
@@ -27,10 +27,11 @@ from sra_fast.sampling.decoding import latent_space
 from sra_fast.step.runner import StepRunner
 from sra_fast.step.state import HEAD, TrainState, learning_rate
 from sra_fast.step.step import TrainingStep
-from sra_fast.training import checkpoint
-from sra_fast.training.checkpoint import RunProgress, Saver
+from sra_fast.training import checkpoint, run_folder
+from sra_fast.training.checkpoint import RunProgress
 from sra_fast.training.metrics import MetricsFile, StepLog
 from sra_fast.training.rhythm import Clock
+from sra_fast.training.run_folder import Saver
 from sra_fast.training.signals import StopRequest
 from sra_fast.training.validation import Previews, Validation
 
@@ -74,7 +75,7 @@ class Trainer:
 
     def run(self) -> int:
         """Train, evaluate, write the summary. Returns the exit code: 0, 1 below a threshold, 128 + a signal."""
-        with checkpoint.locked(self.folder):
+        with run_folder.locked(self.folder):
             self.state, self.progress = self._start()
             for line in self._introduction():
                 self.report(line)
@@ -104,7 +105,14 @@ class Trainer:
             if config.init_from:
                 self._initialise_from(state, Path(config.init_from))
             return state, RunProgress(data_fingerprint=self.source.fingerprint)
-        tensors, progress = checkpoint.load(path, config, self.source.fingerprint, torch.device("cpu"))
+        try:
+            tensors, progress = checkpoint.load(path, config, self.source.fingerprint, torch.device("cpu"))
+        except Damaged as error:
+            older = [other for other in run_folder.complete(self.checkpoints) if other < path]
+            cure = f"; to go on from {older[-1]}, remove {path}" if older else ""
+            raise Refused(f"{error}{cure}") from error
+        if config.init_from:
+            self.report(f"init-from: {config.init_from} is not read, because the run resumes")
         if progress.images_seen >= config.train.images and self.summary.exists():
             seen = f"{progress.images_seen:,} images"
             raise Refused("run.name", config.run.name, f"is finished ({seen}); choose another, or raise --train.images")
@@ -117,7 +125,7 @@ class Trainer:
         return state, progress
 
     def _checkpoint_to_resume(self) -> Path | None:
-        resume, newest = self.config.resume, checkpoint.newest(self.checkpoints)
+        resume, newest = self.config.resume, run_folder.newest(self.checkpoints)
         if resume == "auto":
             return newest
         if resume == "never":
@@ -131,7 +139,7 @@ class Trainer:
 
     def _initialise_from(self, state: TrainState, path: Path) -> None:
         """Load weights and EMA from a file of weights."""
-        weights = checkpoint.read_weights(path, "ema")
+        weights = run_folder.read_weights(path, "ema")
         for note in weights.notes:
             self.report(note)
         for name, own in to_public(state.weights).items():
@@ -175,6 +183,9 @@ class Trainer:
 
         stream = self.source.stream(config, self.progress.images_seen, self.progress.undecodable_files)
         bar = Progress(steps * batch_size, config.run.name, done=self.progress.images_seen)
+        is_resumed = 0 < self.progress.step < steps
+        if is_resumed and self.previews.due(self.progress.images_seen) and not self._preview_path.exists():
+            self._preview()  # the run was killed between a checkpoint and its preview
         with stream, bar:
             while self.progress.step < steps and not stop.signal:
                 try:
@@ -218,8 +229,12 @@ class Trainer:
         with clock.paused():
             saver.save(self.state, self.progress)
 
+    @property
+    def _preview_path(self) -> Path:
+        return self.folder / "samples" / f"{self.progress.images_seen:012d}.png"
+
     def _preview(self) -> None:
-        self.previews.write(self._ema_network(), self.folder / "samples" / f"{self.progress.images_seen:012d}.png")
+        self.previews.write(self._ema_network(), self._preview_path)
 
     def _ema_network(self) -> Transformer:
         """The EMA as an fp32 network that shares the state's tensors."""

@@ -1,0 +1,168 @@
+"""The folder of a run: its lock, and which checkpoints it has, keeps and loses.
+
+    runs/<name>/.lock
+    runs/<name>/checkpoints/<images_seen:012d>/
+
+A checkpoint is renamed to `<name>.tmp` before it is removed, so that every folder of twelve digits is complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from sra_fast.config import Config
+from sra_fast.errors import Refused
+from sra_fast.model import public_weights
+from sra_fast.step.state import TrainState
+from sra_fast.training import checkpoint
+from sra_fast.training.checkpoint import RunProgress
+from sra_fast.training.rhythm import Every
+
+LOCK = ".lock"
+UNFINISHED = re.compile(r"[0-9]{12}(\.old)?\.tmp")  # being written, or being removed
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Lock a run's folder; the lock ends with the process, however it ends. Folders that are created for it, and in
+    which nothing else was written, are removed again.
+
+    Raises:
+        Refused: if another process has locked it, or it cannot be written.
+    """
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(folder / LOCK)
+    except BlockingIOError as error:
+        raise Refused(f"run.name: {folder} is in use by another process; choose another --run.name") from error
+    except OSError as error:
+        raise Refused(f"run.dir: {folder} cannot be written ({error.strerror})") from error
+    with lock:
+        try:
+            yield
+        finally:
+            if created and os.listdir(folder) == [LOCK]:
+                (folder / LOCK).unlink()
+                with suppress(OSError):  # another process has begun to use it
+                    for path in created:
+                        path.rmdir()
+
+
+def _lock(path: Path) -> IO[str]:
+    """The locked file at `path`. Raises BlockingIOError if another process has locked it."""
+    while True:
+        lock = path.open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Between opening and locking, its last owner may have removed it: others would lock another file.
+            if os.fstat(lock.fileno()).st_ino == path.stat().st_ino:
+                return lock
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except BaseException:
+            lock.close()
+            raise
+        lock.close()
+
+
+class Saver:
+    """Writes checkpoints when `train.save_*` asks for one, and removes old ones.
+
+    Args:
+        folder: of the checkpoints.
+        config: of the run.
+        progress: at the start; it is not saved again.
+    """
+
+    def __init__(self, folder: Path, config: Config, progress: RunProgress) -> None:
+        self._folder, self._config = folder, config
+        self._every = Every(config.train.save_every_images, config.train.batch)
+        self._saved_step, self._last_save = progress.step, time.monotonic()
+
+    def due(self, progress: RunProgress) -> bool:
+        minutes = (time.monotonic() - self._last_save) / 60
+        return self._every.due(progress.images_seen) or minutes > self._config.train.save_every_minutes
+
+    def save(self, state: TrainState, progress: RunProgress) -> None:
+        """Write a checkpoint, unless this step has been saved already."""
+        if progress.step == self._saved_step:
+            return
+        checkpoint.save(self._folder, state, self._config, progress)
+        prune(self._folder, self._config.train.keep_checkpoints, self._config.train.keep_every_images)
+        self._saved_step, self._last_save = progress.step, time.monotonic()
+
+
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints below `folder`, the oldest first."""
+    return [path for path in sorted(folder.glob("[0-9]" * 12)) if (path / "state.json").is_file()]
+
+
+def newest(folder: Path) -> Path | None:
+    """The complete checkpoint with the most images below `folder`, if any. Says on stderr what it passes over.
+
+    Raises:
+        Refused: if there are checkpoints, and none is complete.
+    """
+    checkpoints = complete(folder)
+    last = checkpoints[-1] if checkpoints else None
+    for path in sorted(folder.glob("[0-9]" * 12)):
+        if last is None:
+            raise Refused(f"{path}: not a complete checkpoint (it has no state.json), and there is no other")
+        if path > last:
+            print(f"{path}: not a complete checkpoint (it has no state.json); passed over", file=sys.stderr)
+    return last
+
+
+def prune(folder: Path, keep: int, keep_every_images: int) -> None:
+    """Remove all but the newest `keep` checkpoints and those at multiples of `keep_every_images`, and what a crash left
+    unfinished. What cannot be removed is named on stderr, and stays."""
+    for path in complete(folder)[:-keep]:
+        if not keep_every_images or int(path.name) % keep_every_images:
+            with _named_errors():
+                path.rename(path.with_name(path.name + ".old.tmp"))
+    for path in folder.iterdir():
+        if UNFINISHED.fullmatch(path.name):
+            with _named_errors():
+                shutil.rmtree(path)
+
+
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        print(f"{error.filename}: could not be removed ({error.strerror}); training goes on", file=sys.stderr)
+
+
+def locate(source: Path) -> Path:
+    """The checkpoint that a path names: itself, or the newest of a run."""
+    if (source / "state.json").is_file():
+        return source
+    path = newest(source / "checkpoints")
+    if path is None:
+        raise Refused("weights", str(source), "must be a run that was saved, or a checkpoint")
+    return path
+
+
+def read_weights(source: Path, key: str) -> public_weights.Weights:
+    """Weights of a run, of one of its checkpoints, of a safetensors file or of a public .pt file.
+
+    Args:
+        source: the run, checkpoint or file.
+        key: "ema", or "model" for the raw weights. A safetensors file has only one set.
+    """
+    if source.is_dir():
+        path = locate(source)
+        state, _ = checkpoint.describe(path)
+        source = checkpoint.verify(path, state, "ema.safetensors" if key == "ema" else "weights.safetensors")
+    return public_weights.read(source, key)
