@@ -31,7 +31,7 @@ from sra_fast.config import (
     preset,
     to_dict,
 )
-from sra_fast.errors import Refused
+from sra_fast.errors import Refused, is_out_of_memory
 from sra_fast.files import read_json
 
 T = TypeVar("T")
@@ -138,6 +138,19 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 
+_SMALLER_NETWORK = "lower --train.batch, raise --train.accumulate, or choose a smaller preset"
+LESS_MEMORY = {  # by command
+    "train": _SMALLER_NETWORK,
+    "profile": _SMALLER_NETWORK,
+    "sample": "lower --sample.batch",
+    "evaluate": "lower --sample.batch or --evaluate.samples",
+    "export": "close other programs, or use a machine with more memory",
+    "prepare": "lower --batch or --threads",
+    "inspect": "close other programs, or use a machine with more memory",
+    "doctor": "close other programs",
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code."""
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
@@ -156,12 +169,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has closed it, as in `sra-fast train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        print(f"sra-fast: {error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr)
+    except (MemoryError, RuntimeError, OSError) as error:
+        if is_out_of_memory(error):
+            print(f"sra-fast: out of memory: {_first_line(error)}; {LESS_MEMORY[name]}", file=sys.stderr)
+        elif isinstance(error, OSError):
+            print(f"sra-fast: {error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr)
+        else:
+            raise
         return 1
     except KeyboardInterrupt:
         print("sra-fast: interrupted", file=sys.stderr)
         return 130
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _split_preset(arguments: Sequence[str]) -> tuple[str, list[str]]:

@@ -39,3 +39,18 @@ class Damaged(Refused):
     def __init__(self, path: Path | str, reason: object) -> None:
         super().__init__(f"{path}: {reason}")
         self.path, self.reason = path, str(reason)
+
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "unable to allocate")
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether this error, or one that led to it, is a lack of memory on any device, or of a thread's stack."""
+    while error is not None:
+        text = str(error).lower()
+        if isinstance(error, MemoryError) or "can't start new thread" in text:
+            return True
+        if isinstance(error, RuntimeError | OSError) and any(words in text for words in _OUT_OF_MEMORY):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

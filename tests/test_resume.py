@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import signal
 
 import pytest
+import torch
 from small_run import (
     arguments,
     checkpoints,
+    complaint,
     content,
     metrics,
     process,
@@ -276,3 +279,42 @@ def test_another_runs_checkpoint_begins_a_new_run_and_does_not_enter_one(stopped
 def test_a_path_that_is_no_checkpoint_is_refused(root, refused):
     assert str(root / "data") in refused(arguments(root, resume=str(root / "data")))
     assert not (root / "runs/a").exists()
+
+
+# A lack of memory
+
+
+LACKS = {
+    "CPU": RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."),
+    "GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "Python": MemoryError(),
+    "a thread": RuntimeError("can't start new thread"),
+}
+
+
+@pytest.mark.parametrize("lack", LACKS)
+def test_a_lack_of_memory_saves_and_says_what_to_lower(root, main, monkeypatch, lack):
+    steps, original = itertools.count(1), TrainingStep.gradients
+
+    def gradients(*arguments):
+        if next(steps) == 4:
+            raise LACKS[lack]
+        return original(*arguments)
+
+    monkeypatch.setattr(TrainingStep, "gradients", gradients)
+    code, *output = main(arguments(root))
+    assert (code, "train.batch" in complaint(output)) == (1, True)
+    assert checkpoints(root / "runs/a") == [f"{24:012d}"]
+    monkeypatch.undo()
+    code, rows = run(small(root))
+    assert (code, len(rows)) == (0, 7)
+
+
+def test_a_state_that_a_step_has_begun_to_change_is_not_saved(root, main, monkeypatch):
+    def apply(self, state, *_):
+        state.adam_step += 1
+        raise MemoryError
+
+    monkeypatch.setattr(TrainingStep, "apply", apply)
+    assert "out of memory" in complaint(main(arguments(root))[1:])
+    assert checkpoints(root / "runs/a") == []

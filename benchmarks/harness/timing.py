@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.harness.rows import Samples
+from sra_fast.errors import is_out_of_memory
 
 GIB = 2**30
 COPY_BYTES = {"cuda": 4 * GIB, "cpu": GIB // 4}  # read plus written, well beyond the caches
@@ -73,7 +74,7 @@ def measure(
                 else:
                     taken[name].append(clock.sample(ready[name]))
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 errors[name] = f"out of memory ({(str(error) or type(error).__name__).splitlines()[0]})"
                 ready.pop(name, None)
@@ -169,15 +170,6 @@ class GpuClock:
     def release(self) -> None:
         gc.collect()
         torch.cuda.empty_cache()
-
-
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether this error, or one that led to it (as when a graph capture is torn down), is a lack of memory."""
-    while error is not None:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 class Operation(NamedTuple):

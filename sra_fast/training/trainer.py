@@ -14,7 +14,7 @@ import torch
 from sra_fast.config import Config, to_dict
 from sra_fast.data.source import open_source
 from sra_fast.distributed import refuse_several_processes
-from sra_fast.errors import Damaged, Refused
+from sra_fast.errors import Damaged, Refused, is_out_of_memory
 from sra_fast.evaluation.evaluate import Report, check_inputs, evaluate
 from sra_fast.files import write_json
 from sra_fast.hardware import Hardware, set_deterministic
@@ -195,7 +195,12 @@ class Trainer:
                     raise
                 images_seen = self.progress.images_seen
                 weight = alignment_weight(config.align, epoch=images_seen // len(self.source.train))
-                runner(batch, learning_rate(config, images_seen), weight)
+                try:
+                    runner(batch, learning_rate(config, images_seen), weight)
+                except (MemoryError, RuntimeError) as error:
+                    if is_out_of_memory(error) and self._is_between_steps():
+                        self._save(saver, log, clock)
+                    raise
                 log.add_step()
                 self.progress = dataclasses.replace(
                     self.progress,
@@ -223,6 +228,10 @@ class Trainer:
                         self._preview()
             self._save(saver, log, clock)
         return log.last_row
+
+    def _is_between_steps(self) -> bool:
+        """Whether the state is that of the last step counted, untouched by a step that failed."""
+        return int(self.state.adam_step) + int(self.state.skipped_steps) == self.progress.step
 
     def _save(self, saver: Saver, log: StepLog, clock: Clock) -> None:
         log.write(self.progress)  # a resumed run then writes the same lines as one that was never stopped
