@@ -145,7 +145,7 @@ LESS_MEMORY = {  # by command
     "sample": "lower --sample.batch",
     "evaluate": "lower --sample.batch or --evaluate.samples",
     "export": "close other programs, or use a machine with more memory",
-    "prepare": "lower --batch or --threads",
+    "prepare": "lower --batch or --max-pixels",
     "inspect": "close other programs, or use a machine with more memory",
     "doctor": "close other programs",
 }

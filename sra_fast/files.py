@@ -1,18 +1,86 @@
-"""Files that are written completely or not at all, and JSON."""
+"""Files: read in full and only if they are files, written completely or not at all; and JSON."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
-from collections.abc import Iterator
+import stat
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
 from sra_fast.errors import Damaged, Refused
+
+T = TypeVar("T")
+
+LARGEST = 1 << 30  # bytes of a file that is read into memory
+# Errors that say something about one file. All others are of the machine: its memory, disk, network or limits.
+OF_ONE_FILE = (
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.EINVAL,
+    errno.EFBIG,
+    errno.ENAMETOOLONG,
+)
+PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENFILE, errno.EMFILE, errno.ENOMEM)
+PAUSES_S = (0.1, 0.4, 1.5)  # before the second, third and fourth attempt
+
+
+def retried(call: Callable[[], T]) -> T:
+    """The result of a call. If it fails with an error that may pass, such as that of a network file system, it is
+    repeated a few times."""
+    for pause in PAUSES_S:
+        try:
+            return call()
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            time.sleep(pause)
+    return call()
+
+
+def open_regular(path: Path | str) -> int:
+    """A descriptor to read a file. Raises OSError also for devices, pipes and sockets, which may block or never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return descriptor
+
+
+def read_file(path: Path | str) -> bytes:
+    """The content of a regular file of at most `LARGEST` bytes.
+
+    Raises:
+        OSError: if it cannot be read in full; `is_of_one_file` tells whether other files may be readable.
+    """
+
+    def read() -> bytes:
+        descriptor = open_regular(path)
+        with os.fdopen(descriptor, "rb") as file:
+            size = os.fstat(descriptor).st_size
+            if size > LARGEST:
+                raise OSError(errno.EFBIG, f"larger than {LARGEST >> 20} MiB", str(path))
+            content = file.read(size)
+        if len(content) != size:
+            raise OSError(errno.EIO, "cut short while it was read", str(path))
+        return content
+
+    return retried(read)
+
+
+def is_of_one_file(error: OSError, path: Path | str) -> bool:
+    """Whether an error in reading `path` concerns that file alone: its folder is there, and so is the machine."""
+    return error.errno in OF_ONE_FILE and os.path.isdir(os.path.dirname(path))
 
 
 @contextmanager
@@ -73,9 +141,10 @@ def read_json(path: Path) -> Any:
         Damaged: if it cannot be read or is not JSON.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(read_file(path))
     except (OSError, ValueError, RecursionError) as error:
-        raise Damaged(path, f"not a readable JSON file ({error})") from error
+        reason = getattr(error, "strerror", None) or error
+        raise Damaged(path, f"not a readable JSON file ({reason})") from error
 
 
 def _finite(value: Any) -> Any:

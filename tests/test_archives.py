@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -118,7 +119,9 @@ def test_members_of_all_sorts(tmp_path, kind):
         ({"1.jpg": b"", "1.cls": b""}, "has the label b''"),
         ({"1.jpg": b"", "1.cls": b"-1"}, "has the label b'-1'"),
         ({"1.jpg": b"", "1.cls": b"4000000000"}, "has the label b'4000000000'; must be a number from 0 to 1,048,575"),
-        ({"1.jpg": b"", "1.json": b'{"class": 1}'}, "the .json of 1.jpg: has the label b''"),
+        ({"1.jpg": b"", "1.json": b'{"caption": 1}'}, "the .json of 1.jpg: has the label b''"),
+        ({"1.jpg": b"", "1.json": b"[" * 100_000}, "the .json of 1.jpg: has the label b''"),
+        ({"1.jpg": b"", "1.cls": b"1" * (1 << 21)}, "1.cls: has the label b'1111"),
         ({"1.jpg": b"", "1.json": b'{"label": true}'}, "has the label b'True'"),
         ({"1.jpg": b"", "1.png": b"", "1.cls": b"0"}, "1.png: a second image of the same sample"),
         ([("1.jpg", b""), ("1.cls", b"0"), ("1.jpg", b"")], "1.jpg: a second image of the same sample"),
@@ -181,3 +184,34 @@ def test_fingerprint_follows_names_labels_and_sizes_not_the_place(tmp_path):
     changed = [samples([1, 0]), samples([0, 1, 1]), {**samples([0, 1]), "00001.jpg": b"longer image"}]
     prints = {open_images(str(write_tar(tmp_path / f"{n}" / "a.tar", m))).fingerprint() for n, m in enumerate(changed)}
     assert len(prints | {one}) == 4
+
+
+@pytest.mark.parametrize("text", [b"1", b'{"label": 1}', b'{"cls": "1"}', b'{"class": 1, "x": 2}', b'{"class_id": 1}'])
+def test_labels_in_json_as_writers_have_them(tmp_path, text):
+    members = {"a.jpg": b"a", "a.json": text, "b.jpg": b"b", "b.cls": b"0"}
+    assert open_images(str(write_tar(tmp_path / "t.tar", members))).labels.tolist() == [1, 0]
+
+
+def test_members_that_are_passed_over_are_counted_with_an_example(tmp_path):
+    members = samples((0, 1)) | {f"22.0{i}_i.{kind}": b"0" for i in range(3) for kind in ("jpg", "cls")}
+    data = open_images(str(write_tar(tmp_path / "t.tar", members | {"00000.txt": b"a caption"})))
+    assert len(data) == 2
+    assert data.ignored().startswith(f"{tmp_path}: ignored")
+    assert "1 .00_i.jpg (t.tar/22.00_i.jpg)" in data.ignored()
+
+
+@pytest.mark.parametrize("spoil", ["size", "sparse", "fifo"])
+def test_an_archive_that_promises_more_than_it_has_is_refused_at_once(tmp_path, spoil):
+    path = tmp_path / "t.tar"
+    if spoil == "fifo":
+        os.mkfifo(path)
+    elif spoil == "size":
+        write_tar(path, {"1.jpg": b"x" * 600, "1.cls": b"0"}, format=tarfile.PAX_FORMAT)
+        info = tarfile.TarInfo("1.jpg")
+        info.size, info.pax_headers = 600, {"size": str(1 << 50)}
+        path.write_bytes(info.tobuf(tarfile.PAX_FORMAT) + path.read_bytes()[512:])
+    else:
+        os.truncate(write_tar(path, samples((0,))), 6 << 30)
+        assert len(open_images(str(path))) == 1  # zeros at the end are an archive's end
+        return
+    assert "cannot be read" in refusal(path) or "cut short" in refusal(path)

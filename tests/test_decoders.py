@@ -5,19 +5,22 @@ from __future__ import annotations
 import io
 import struct
 import sys
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from small_data import CPU, refusal
 
 from benchmarks.rivals.loaders import pillow_crop
 from sra_fast.config import DataConfig
-from sra_fast.data.decoders import DaliDecoder, Undecodable, open_decoder
+from sra_fast.data.decoders import DaliDecoder, PixelBudget, Undecodable, open_decoder
+from sra_fast.data.image_file import without_text
 
 
 def picture(width, height, channels=3, seed=0):
@@ -262,3 +265,51 @@ def test_a_dali_that_cannot_start_is_no_bad_file(monkeypatch):
     decoder = DaliDecoder(DataConfig(resolution=32), CPU)
     line = refusal(decoder.decode, [encoded(picture(40, 40), "JPEG")])
     assert "DALI cannot start (driver version is insufficient)" in line
+
+
+def test_an_image_of_too_many_pixels_is_never_decoded(monkeypatch):
+    decoder = reader("pillow", resolution=32, max_pixels=2_000)
+    large, small = encoded(picture(60, 50), "PNG"), encoded(picture(40, 50), "PNG")
+    with pytest.raises(Undecodable, match="60 x 50 pixels, more than max-pixels = 2,000") as caught:
+        decoder.decode([small, large])
+    assert list(caught.value.reasons) == [1]
+
+
+def test_threads_hold_no_more_pixels_together_than_the_bound():
+    budget, held, most = PixelBudget(100), [], []
+
+    def work(pixels):
+        with budget.hold(pixels):
+            held.append(pixels)
+            most.append(sum(held))
+            time.sleep(0.002)
+            held.remove(pixels)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, [30, 60, 50, 10, 90, 40] * 8))
+        assert 60 < max(most) <= 100
+        list(pool.map(work, [250, 30, 250]))  # each of the large ones alone
+    assert {total for total in most if total > 100} == {250}
+
+
+@both
+def test_long_texts_and_many_pixels_are_no_damage(name, recwarn):
+    """Generators of images write prompts of megabytes into their PNGs; Pillow alone refuses them."""
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("prompt", "a" * 3_000_000)
+    texts.add_itxt("workflow", "b" * 3_000_000, zip=True)
+    image = picture(40, 40)
+    decoder = reader(name, resolution=32)
+    plain, long = decoder.decode([encoded(image, "PNG"), encoded(image, "PNG", pnginfo=texts)])
+    assert torch.equal(plain, long)
+    assert not recwarn.list
+
+
+def test_a_png_keeps_the_orientation_that_is_in_a_text():
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("prompt", "a" * 3_000_000)
+    texts.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')
+    file = encoded(picture(40, 30), "PNG", pnginfo=texts)
+    assert b"adobe" in without_text(file, exif=True)
+    assert b"prompt" not in without_text(file, exif=True)
+    assert b"adobe" not in without_text(file, exif=False)

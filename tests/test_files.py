@@ -1,15 +1,18 @@
-"""Files are written completely or not at all, and JSON is strict."""
+"""Files are read in full, written completely or not at all, and JSON is strict."""
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from pathlib import Path
 
 import pytest
 from small_run import full_disk, strict_json
 
+from sra_fast import files
 from sra_fast.errors import Damaged, Refused
-from sra_fast.files import read_json, replacing, write_json, write_text
+from sra_fast.files import is_of_one_file, read_file, read_json, replacing, write_json, write_text
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -47,7 +50,7 @@ def test_a_file_is_replaced_completely_or_not_at_all(tmp_path: Path, write, erro
     assert [path.name for path in path.parent.iterdir()] == ["a.json"]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, None])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"1" * 5_000, None])
 def test_an_unreadable_json_file_is_refused_by_name(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "a.json"
     if content is not None:
@@ -56,3 +59,54 @@ def test_an_unreadable_json_file_is_refused_by_name(tmp_path: Path, content: byt
         read_json(path)
     assert "\n" not in str(refusal.value)
     assert refusal.value.path == path
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Let the next reads fail with these errors, and do not wait between them."""
+
+    def plan(*numbers: int) -> None:
+        left, real = list(numbers), os.open
+
+        def fail(path, flags, *more):
+            if left:
+                number = left.pop(0)
+                raise OSError(number, os.strerror(number), str(path))
+            return real(path, flags, *more)
+
+        monkeypatch.setattr(files.os, "open", fail)
+        monkeypatch.setattr(files, "PAUSES_S", (0.0, 0.0, 0.0))
+
+    return plan
+
+
+def test_an_error_that_passes_is_waited_for(tmp_path: Path, failing) -> None:
+    (tmp_path / "a").write_bytes(b"content")
+    failing(errno.EIO, errno.ESTALE, errno.EMFILE)
+    assert read_file(tmp_path / "a") == b"content"
+
+
+@pytest.mark.parametrize(
+    ("number", "attempts", "of_one"),
+    [(errno.ENOENT, 1, True), (errno.EACCES, 1, True), (errno.EIO, 4, False), (errno.ENFILE, 4, False)],
+)
+def test_an_error_is_of_a_file_or_of_the_machine(tmp_path: Path, failing, number: int, attempts: int, of_one: bool):
+    (tmp_path / "a").write_bytes(b"content")
+    failing(*[number] * attempts)
+    with pytest.raises(OSError, match=os.strerror(number)) as raised:
+        read_file(tmp_path / "a")
+    assert is_of_one_file(raised.value, tmp_path / "a") == of_one
+    assert not is_of_one_file(raised.value, tmp_path / "a mount that is gone/a")
+    assert read_file(tmp_path / "a") == b"content"
+
+
+def test_only_regular_files_of_bearable_size_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    (tmp_path / "sparse").touch()
+    os.truncate(tmp_path / "sparse", 6 << 30)
+    for name, reason in {"pipe": "not a regular", "device": "not a regular", "sparse": "larger than 1024 MiB"}.items():
+        with pytest.raises(OSError, match=reason):
+            read_file(tmp_path / name)
+        with pytest.raises(Damaged, match=reason):
+            read_json(tmp_path / name)

@@ -42,7 +42,7 @@ def test_a_linked_class_is_followed_and_a_link_within_is_not(tmp_path):
     (tmp_path / "data" / "a" / "loop").symlink_to(tmp_path / "data")
     folder = scan(tmp_path / "data")
     assert folder.files == ("a/2.png", "linked/1.png")
-    assert folder.others == (("linked folders", 1),)
+    assert folder.others == (("linked folders", 1, "a/loop"),)
 
 
 def test_what_is_left_out_is_counted_by_kind(tmp_path):
@@ -50,14 +50,25 @@ def test_what_is_left_out_is_counted_by_kind(tmp_path):
     assert (scan(tmp_path).others, scan(tmp_path).ignored()) == ((), "")
     touch(tmp_path, "a/2.webp", "a/b/3.WEBP", "a/4.gif", "a/readme", "loose.jpg", ".hidden.gif", "a/.5.gif", ".c/6.gif")
     folder = scan(tmp_path)
-    assert folder.others == ((".webp", 2), (".gif", 1), (".jpg", 1), ("without extension", 1))
-    line = folder.ignored()
-    assert line.startswith(
-        f"{tmp_path}: ignored, because not JPEG or PNG files in a class folder: 2 .webp, 1 .gif, 1 .jpg, 1 "
+    assert folder.others == (
+        ("hidden", 3, ".c"),
+        (".webp", 2, "a/2.webp"),
+        (".gif", 1, "a/4.gif"),
+        (".jpg", 1, "loose.jpg"),
+        ("without extension", 1, "a/readme"),
     )
+    line = folder.ignored()
+    assert line.startswith(f"{tmp_path}: ignored, because not JPEG or PNG files in a class folder: 3 hidden (.c), 2 ")
     touch(tmp_path, *(f"a/x.{kind}" for kind in ("bmp", "tif", "txt")))
     assert scan(tmp_path).ignored().endswith(", ...")
     assert folder.take(np.array([0])).others == folder.others
+
+
+def test_what_a_storage_system_adds_is_not_trained_on(tmp_path):
+    touch(tmp_path, "a/1.jpg", "a/@eaDir/1.jpg/SYNOPHOTO_THUMB_B.jpg", "@eaDir/2.jpg", "__MACOSX/a/3.jpg")
+    folder = scan(tmp_path)
+    assert (folder.classes, folder.files) == (("a",), ("a/1.jpg",))
+    assert folder.others == (("folders of the storage system", 3, "@eaDir"),)
 
 
 def test_refuses_what_is_no_data_set(tmp_path):
@@ -66,6 +77,8 @@ def test_refuses_what_is_no_data_set(tmp_path):
     touch(tmp_path, "file.png")
     assert "must be a folder" in refusal(scan, tmp_path / "file.png")
     assert "one folder per class" in refusal(scan, tmp_path)
+    touch(tmp_path, "train-0.tar.gz")
+    assert "1 .gz (train-0.tar.gz)" in refusal(scan, tmp_path)
     touch(tmp_path, "good/1.png", "hollow/readme.txt")
     assert refusal(scan, tmp_path).startswith(f"{tmp_path / 'hollow'}: every class folder must hold at least one")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import threading
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,7 +12,9 @@ import torch
 from PIL import Image
 from small_data import CPU, refusal
 
+from sra_fast import files
 from sra_fast.config import DataConfig
+from sra_fast.data import decoders
 from sra_fast.data.decoders import open_decoder
 from sra_fast.data.folder import scan
 from sra_fast.data.image_stream import ImageStream, load
@@ -195,3 +199,29 @@ def test_nothing_is_computed_after_a_failure():
             with pytest.raises(OSError, match="gone"):
                 next(ahead)
     assert computed == [0, 1, 2]
+
+
+def test_an_error_of_the_machine_is_not_one_of_an_image(folder, decoder, monkeypatch, capsys):
+    """It passes, or ends the run; no image is replaced because of it."""
+    errors, real = [OSError(errno.EIO, "Input/output error")], files.open_regular
+
+    def open_regular(path):
+        if str(path).endswith(folder.files[7]) and errors:
+            raise errors.pop()
+        return real(path)
+
+    monkeypatch.setattr(files, "open_regular", open_regular)
+    monkeypatch.setattr(files, "PAUSES_S", (0.0, 0.0))
+    assert sorted(taken(folder, decoder, SIZE, 12)[0]) == list(range(SIZE))
+    errors += [OSError(errno.EIO, "Input/output error")] * 3
+    line = refusal(taken, folder, decoder, SIZE, 12)
+    assert line == f"{folder.root / folder.files[7]}: cannot be read (Input/output error)"
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError("out of memory when reading image file")])
+def test_a_lack_of_memory_is_not_an_error_of_an_image(folder, monkeypatch, error):
+    decoder = open_decoder(DataConfig(resolution=8, channels=1, reader="pillow"), CPU)
+    monkeypatch.setattr(decoders, "adm_crop", mock.Mock(side_effect=error))
+    with pytest.raises(type(error)):
+        taken(folder, decoder, 12, 12)

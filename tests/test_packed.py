@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from small_data import ROW, change, pack, publish, refusal
 
+from sra_fast import files
 from sra_fast.data import packed as packed_module
 from sra_fast.data.packed import PackedSet, open_row_set
 from sra_fast.errors import Refused
@@ -62,6 +63,19 @@ def test_more_shards_than_open_files(tmp_path, monkeypatch):
     assert np.array_equal(row_set.gather(order).numpy(), stored.rows[order])
     del row_set
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_more_shards_than_the_system_lets_open(tmp_path, monkeypatch):
+    stored = pack(tmp_path, shards=(2,) * 40)
+    row_set = open_row_set(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken + 12, limits[1]))
+    monkeypatch.setattr(files, "PAUSES_S", ())
+    try:
+        assert np.array_equal(row_set.gather(np.arange(80)).numpy(), stored.rows[np.arange(80)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_threads_share_a_set_with_few_open_files(tmp_path, monkeypatch):

@@ -47,7 +47,9 @@ def test_a_complete_set_is_left_as_it_is(tmp_path, monkeypatch, capsys):
     assert content(tmp_path / "set") == before
     output, error = capsys.readouterr()
     assert "already complete" in output
-    assert error.startswith(f"images: {root}: ignored, because not JPEG or PNG files in a class folder: 1 .gif\n")
+    assert error.startswith(
+        f"images: {root}: ignored, because not JPEG or PNG files in a class folder: 1 .gif (c0/animation.gif)\n"
+    )
 
 
 def test_ranks_of_a_launcher_start_at_different_shards(images, tmp_path, monkeypatch, capsys):

@@ -115,5 +115,15 @@ def test_ignored_files_are_reported(tmp_path, capsys):
     write_images(tmp_path / "data")
     (tmp_path / "data" / "loose.webp").touch()
     open_source(small(tmp_path), CPU)
-    line = f"data.images: {tmp_path / 'data'}: ignored, because not JPEG or PNG files in a class folder: 1 .webp\n"
-    assert capsys.readouterr().err.endswith(line)
+    line = capsys.readouterr().err
+    assert line.startswith(f"data.images: {tmp_path / 'data'}: ignored, because not JPEG or PNG files in a class folder")
+    assert line.endswith(": 1 .webp (loose.webp)\n")
+
+
+def test_classes_that_are_held_out_as_a_whole_are_named(tmp_path, capsys):
+    write_images(tmp_path / "data", count=30, classes=30)
+    source, _ = open_source(small(tmp_path, data__held_out=0.3), CPU)
+    untrained = sorted(set(range(30)) - set(source.train.labels.tolist()))
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"all images of {len(untrained)} of 30 classes are held out" in line
+    assert f"{untrained[0]} ({source.train.classes[untrained[0]]})" in line

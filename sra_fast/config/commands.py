@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from sra_fast.config.checks import Section
-from sra_fast.config.run import Config, EvaluateConfig, SampleConfig
+from sra_fast.config.run import Config, DataConfig, EvaluateConfig, SampleConfig
 from sra_fast.errors import Refused
 
 
@@ -53,9 +53,11 @@ class PrepareCommand(Section):
     """Compute type of the VAE; auto = bf16 on GPUs that have it, fp32 elsewhere."""
     reader: Literal["auto", "dali", "pillow"] = "auto"
     """Image decoder; auto = DALI if installed, else Pillow."""
+    max_pixels: int = DataConfig.max_pixels
+    """Larger images are left out as undecodable; see data.max-pixels of training."""
 
     def check(self) -> None:
-        self.need_positive("resolution", "batch", "rows_per_shard")
+        self.need_positive("resolution", "batch", "rows_per_shard", "max_pixels")
         self.need(self.out != "", "out", "must be a folder")
         exactly_one = "must be given unless {} is, and only then"
         self.need(bool(self.images) != bool(self.from_public), "images", exactly_one.format("from-public"))

@@ -74,9 +74,12 @@ class DataConfig(Section):
     """Rotate images by their EXIF orientation (ADM does not)."""
     threads: int = 0
     """Decoding threads; 0 = one per core, at most 8."""
+    max_pixels: int = 256_000_000
+    """Larger images count as undecodable, and all threads together hold no more pixels than this (or one image). An
+    image takes up to 8 bytes a pixel while it is decoded."""
 
     def check(self) -> None:
-        self.need_positive("resolution")
+        self.need_positive("resolution", "max_pixels")
         self.need_not_negative("threads")
         self.need(0 < self.held_out < 1, "held_out", "must be in (0, 1)")
         self.need(0 <= self.max_bad_share <= 1, "max_bad_share", "must be in [0, 1]")

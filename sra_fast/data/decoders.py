@@ -4,9 +4,9 @@ On a CPU either library decodes and PyTorch resizes, in a quarter of the time of
 same, except that converting colours to grey differs by up to 0.6 grey levels (of 255) in an image's mean. On a GPU DALI
 also resizes, with its antialiased cubic filter, which differs by 0.2 levels.
 
-DALI leaves two kinds of files to Pillow: images that must be halved, because a batch of them is too large for memory
-and on a GPU there is no box filter (plain cubic differs by up to 28 levels); and PNGs of other than 8 bits, which it
-converts differently.
+DALI leaves two kinds of files to Pillow: images that must be halved or are very large, because a batch of them is too
+large for memory and on a GPU there is no box filter (plain cubic differs by up to 28 levels); and PNGs of other than 8
+bits, which it converts differently.
 
 Both agree on which files are truncated. Pillow detects damage within the compressed data more often than DALI.
 """
@@ -17,11 +17,13 @@ import io
 import os
 import sys
 import threading
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,8 +32,15 @@ from torch import Tensor
 
 from sra_fast.config import DataConfig
 from sra_fast.data.crop import adm_crop
-from sra_fast.errors import Refused
+from sra_fast.data.image_file import Header, read_header, without_text
+from sra_fast.errors import Refused, is_out_of_memory
 
+# The bound on an image's pixels is data.max-pixels, for both readers. What Pillow thinks of a file that it can decode
+# is of no interest to a user.
+Image.MAX_IMAGE_PIXELS = None
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+MAX_DALI_PIXELS = 1 << 24  # DALI holds whole batches; larger images, which must be long and thin, are left to Pillow
 DALI_PACKAGE = f"nvidia-dali-cuda{'120' if (torch.version.cuda or '').startswith('12') else '130'}"
 
 
@@ -43,61 +52,13 @@ class Undecodable(Exception):
         super().__init__("; ".join(f"file {index} of the batch: {reason}" for index, reason in self.reasons.items()))
 
 
-class Header(NamedTuple):
-    """What a file's header says about its image."""
-
-    width: int
-    height: int
-    bits: int
-    """Per channel."""
-
-
-def read_header(file: bytes) -> Header:
-    """Read the header of a JPEG or PNG, and check that the file reaches to the end of its image.
-
-    Raises:
-        ValueError: with the reason, if the file is empty, of another kind, or truncated.
-    """
-    if not file:
-        raise ValueError("empty file")
-    if file.startswith(b"\x89PNG\r\n\x1a\n"):
-        if file[12:16] != b"IHDR" or file.rfind(b"IEND\xaeB`\x82") < 0:  # name and checksum of the last chunk
-            raise ValueError("PNG cut short")
-        return Header(int.from_bytes(file[16:20], "big"), int.from_bytes(file[20:24], "big"), file[24])
-    if file.startswith(b"\xff\xd8\xff"):
-        return _read_jpeg_header(file)
-    raise ValueError("neither JPEG nor PNG")
-
-
-def _read_jpeg_header(file: bytes) -> Header:
-    """Walk the segments (0xFF, marker, length, content) to the compressed data, which must be followed by 0xFF 0xD9.
-
-    Decoders fill a missing rest with grey, some of them silently. Searching the whole file for the end marker would not
-    do: an embedded thumbnail has its own.
-    """
-    header, at = None, 2
-    while 0 <= at < len(file) - 9:
-        marker = file[at + 1]
-        if marker == 0xDA:  # start of scan
-            if header is None or file.rfind(b"\xff\xd9", at) < 0:
-                break
-            return header
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame: length, bits, height, width
-            header = Header(int.from_bytes(file[at + 7 : at + 9]), int.from_bytes(file[at + 5 : at + 7]), file[at + 4])
-        # 0xFF may be repeated before a marker, and restart markers have no content.
-        bare = marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD8
-        step = (1 if marker == 0xFF else 2) if bare else 2 + int.from_bytes(file[at + 2 : at + 4])
-        at = file.find(b"\xff", at + step)
-    raise ValueError("JPEG cut short")
-
-
 def decode_with_pillow(file: bytes, data: DataConfig) -> np.ndarray:
     """Pixels (C, R, R) uint8 of a grey, colour, palette, CMYK or 16-bit file. Transparency is dropped.
 
     Raises:
         Exception: of nearly any kind, if the file is damaged.
     """
-    image = Image.open(io.BytesIO(file), formats=("JPEG", "PNG"))
+    image = Image.open(io.BytesIO(without_text(file, data.exif)), formats=("JPEG", "PNG"))
     if data.exif:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip to white; 257 = 65535 / 255
@@ -108,6 +69,27 @@ def decode_with_pillow(file: bytes, data: DataConfig) -> np.ndarray:
     if image.mode != mode:
         image = image.convert(mode)
     return adm_crop(np.array(image).reshape(image.height, image.width, data.channels), data.resolution)
+
+
+class PixelBudget:
+    """Bounds the pixels of the images that several threads hold together. One image that exceeds the bound by itself
+    is held alone."""
+
+    def __init__(self, pixels: int) -> None:
+        self._pixels, self._held, self._changed = pixels, 0, threading.Condition()
+
+    @contextmanager
+    def hold(self, pixels: int) -> Iterator[None]:
+        """Wait until there is room for `pixels`, which are held during the block."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._held or self._held + pixels <= self._pixels)
+            self._held += pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= pixels
+                self._changed.notify_all()
 
 
 class Decoder(ABC):
@@ -124,6 +106,7 @@ class Decoder(ABC):
         self._on_host = device.type == "cpu"
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
         self._lock = threading.Lock()
+        self._budget = PixelBudget(data.max_pixels)
         # A tensor, because CUDA turns division by a Python number into a multiplication, which rounds differently.
         self._scale = torch.tensor(127.5, device=device)
 
@@ -141,7 +124,11 @@ class Decoder(ABC):
         headers, reasons = {}, {}
         for index, file in enumerate(files):
             try:
-                headers[index] = read_header(file)
+                header = read_header(file)
+                if header.pixels > self.data.max_pixels:
+                    size = f"{header.width:,} x {header.height:,} pixels"
+                    raise ValueError(f"{size}, more than max-pixels = {self.data.max_pixels:,}")
+                headers[index] = header
             except ValueError as error:
                 reasons[index] = str(error)
         with self._lock:
@@ -174,8 +161,11 @@ class Decoder(ABC):
         """Decode the files whose index is in `headers` into pixels (B, C, R, R), float32 in [-1, 1] on the host, uint8
         elsewhere. Returns {index: reason} of the files that failed."""
 
-    def _fill_rows(self, pixels: Tensor, indices: list[int], decode: Callable[[int], np.ndarray]) -> dict[int, str]:
-        """pixels[indices[k]] = decode(k), which is (C, R, R) uint8. Returns {index: reason} of what failed.
+    def _fill_rows(
+        self, pixels: Tensor, indices: list[int], decode: Callable[[int], np.ndarray], headers: dict[int, Header]
+    ) -> dict[int, str]:
+        """pixels[indices[k]] = decode(k), which is (C, R, R) uint8. Returns {index: reason} of what failed. A lack of
+        memory says nothing about an image, and is raised.
 
         Each thread takes every n-th file, because for small images handing over single files costs more than decoding.
         """
@@ -185,8 +175,11 @@ class Decoder(ABC):
         def decode_share(first: int) -> None:
             for place in range(first, len(indices), self.threads):
                 try:
-                    decoded = decode(place)
+                    with self._budget.hold(headers[indices[place]].pixels):
+                        decoded = decode(place)
                 except Exception as error:  # Pillow raises nearly anything for damaged files.
+                    if is_out_of_memory(error):
+                        raise
                     reasons[indices[place]] = _reason(error)
                     continue
                 if self._on_host:
@@ -224,7 +217,9 @@ class PillowDecoder(Decoder):
 
     def _fill(self, pixels: Tensor, files: list[bytes], headers: dict[int, Header]) -> dict[int, str]:
         indices = list(headers)
-        return self._fill_rows(pixels, indices, lambda place: decode_with_pillow(files[indices[place]], self.data))
+        return self._fill_rows(
+            pixels, indices, lambda place: decode_with_pillow(files[indices[place]], self.data), headers
+        )
 
 
 class DaliDecoder(Decoder):
@@ -240,11 +235,16 @@ class DaliDecoder(Decoder):
 
     def _fill(self, pixels: Tensor, files: list[bytes], headers: dict[int, Header]) -> dict[int, str]:
         halved = 2 * self.data.resolution
-        for_pillow = {i: h for i, h in headers.items() if h.bits != 8 or min(h.width, h.height) >= halved}
+        for_pillow = {
+            index: header
+            for index, header in headers.items()
+            if header.bits != 8 or min(header.width, header.height) >= halved or header.pixels > MAX_DALI_PIXELS
+        }
         reasons = self._pillow._fill(pixels, files, for_pillow) if for_pillow else {}
-        return reasons | self._fill_with_dali(pixels, files, [index for index in headers if index not in for_pillow])
+        return reasons | self._fill_with_dali(pixels, files, {i: h for i, h in headers.items() if i not in for_pillow})
 
-    def _fill_with_dali(self, pixels: Tensor, files: list[bytes], indices: list[int]) -> dict[int, str]:
+    def _fill_with_dali(self, pixels: Tensor, files: list[bytes], headers: dict[int, Header]) -> dict[int, str]:
+        indices = list(headers)
         if not indices:
             return {}
         if len(indices) > self._capacity:
@@ -255,7 +255,7 @@ class DaliDecoder(Decoder):
         except RuntimeError as error:
             _raise_if_not_the_file(error)
         else:
-            return self._store(decoded, pixels, indices)
+            return self._store(decoded, pixels, indices, headers)
         # One bad file fails a whole batch without being named, so each is decoded alone. (Asking Pillow instead would
         # make the result depend on a file's neighbours: the two libraries disagree on some damaged files.)
         reasons = {}
@@ -266,7 +266,7 @@ class DaliDecoder(Decoder):
                 _raise_if_not_the_file(error)
                 reasons[index] = self._failure(files[index], error)
             else:
-                reasons |= self._store(decoded, pixels, [index])
+                reasons |= self._store(decoded, pixels, [index], headers)
         return reasons
 
     def _run(self, files: list[bytes], single: bool = False) -> Any:
@@ -284,16 +284,18 @@ class DaliDecoder(Decoder):
         try:
             decode_with_pillow(file, self.data)
         except Exception as pillow_error:
+            if is_out_of_memory(pillow_error):
+                raise
             return _reason(pillow_error)
         lines = _dali_message(error).splitlines()
         return "DALI: " + next((line.strip() for line in lines if line.strip()), type(error).__name__)
 
-    def _store(self, decoded: Any, pixels: Tensor, indices: list[int]) -> dict[int, str]:
+    def _store(self, decoded: Any, pixels: Tensor, indices: list[int], headers: dict[int, Header]) -> dict[int, str]:
         """pixels[indices] = the pipeline's output: whole images on a CPU, cropped ones on a GPU. Returns {index:
         reason} of what failed."""
         if self._on_host:
             return self._fill_rows(
-                pixels, indices, lambda place: adm_crop(np.asarray(decoded[place]), self.data.resolution)
+                pixels, indices, lambda place: adm_crop(np.asarray(decoded[place]), self.data.resolution), headers
             )
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
@@ -352,11 +354,9 @@ def _dali_message(error: RuntimeError) -> str:
 
 def _raise_if_not_the_file(error: RuntimeError) -> None:
     """Re-raise errors of the device or of memory; return from those that a damaged file can cause."""
-    if isinstance(error, torch.OutOfMemoryError):
-        raise error
     message = _dali_message(error).lower()
-    if "out of memory" in message or "bad_alloc" in message:
-        raise Refused("reader: DALI needs more memory than there is; choose pillow, or smaller batches") from error
+    if is_out_of_memory(error):
+        raise error
     if "cuda" in message and "nvjpeg" not in message and "nvimgcodec" not in message:
         raise error
 

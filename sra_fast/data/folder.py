@@ -8,12 +8,47 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from sra_fast.errors import Damaged, Refused
+from sra_fast.files import read_file
 
 EXTENSIONS = (".jpg", ".jpeg", ".png")
+# Folders that storage systems and archivers add, with thumbnails or deleted files in them.
+OF_THE_STORAGE = {"@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information", "__MACOSX"}
+OF_THE_STORAGE |= {"lost+found"}
+
+
+class Other(NamedTuple):
+    """Files of one kind that are passed over."""
+
+    kind: str
+    count: int
+    example: str
+
+
+class Others:
+    """Counts files that are passed over, by kind."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._examples: dict[str, str] = {}
+
+    def add(self, kind: str, name: str) -> None:
+        self._counts[kind] += 1
+        self._examples[kind] = min(name, self._examples.get(kind, name))
+
+    def most_common(self) -> tuple[Other, ...]:
+        ordered = sorted(self._counts.items(), key=lambda other: (-other[1], other[0]))
+        return tuple(Other(kind, count, self._examples[kind]) for kind, count in ordered)
+
+
+def listed(others: tuple[Other, ...]) -> str:
+    """The five most common kinds in words."""
+    kinds = ", ".join(f"{other.count:,} {other.kind} ({other.example})" for other in others[:5])
+    return kinds + (", ..." if others[5:] else "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,16 +62,19 @@ class ImageFolder:
     """Paths below root with forward slashes, sorted by code point."""
     labels: np.ndarray
     """(len(files),) int64."""
-    others: tuple[tuple[str, int], ...] = ()
-    """(kind, count) of files that are not read, the most common first."""
+    others: tuple[Other, ...] = ()
+    """Files that are not read, the most common kind first."""
 
     def __len__(self) -> int:
         return len(self.files)
 
     def read(self, row: int) -> bytes:
         """The undecoded file. Raises OSError if it cannot be read."""
-        with open(os.path.join(self.root, self.files[row]), "rb") as file:
-            return file.read()
+        return read_file(self.path(row))
+
+    def path(self, row: int) -> str:
+        """Where the file is."""
+        return os.path.join(self.root, self.files[row])
 
     def take(self, rows: np.ndarray) -> ImageFolder:
         """The images of some rows, (n,) int64 or a mask, in that order."""
@@ -45,7 +83,7 @@ class ImageFolder:
 
     def ignored(self) -> str:
         """One line about the files that are not read; empty if there are none."""
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.others[:5]) + (", ..." if self.others[5:] else "")
+        kinds = listed(self.others)
         return f"{self.root}: ignored, because not JPEG or PNG files in a class folder: {kinds}" if kinds else ""
 
     def fingerprint(self) -> str:
@@ -59,9 +97,9 @@ class ImageFolder:
 def scan(root: Path | str) -> ImageFolder:
     """Find the images of a data set.
 
-    Classes are the folders directly under root. Extensions are compared case-insensitively. Hidden files and folders
-    are left out silently, other files are counted, and a link to a folder is followed only if it is a class. No file
-    is opened or queried for its status, so that 1.28 million files take seconds.
+    Classes are the folders directly under root. Extensions are compared case-insensitively. Files of other kinds,
+    hidden ones, and what storage systems add (@eaDir and the like) are counted, and a link to a folder is followed only
+    if it is a class. No file is opened or queried for its status, so that 1.28 million files take seconds.
 
     Raises:
         Damaged: if root is not a folder, has no class folders, or one of them has no images or cannot be listed.
@@ -70,12 +108,18 @@ def scan(root: Path | str) -> ImageFolder:
     if not root.is_dir():
         raise Damaged(root, "must be a folder of class folders")
     try:
-        entries = [entry for entry in os.scandir(root) if _visible(entry)]
-        classes = sorted(entry.name for entry in entries if entry.is_dir())
+        others, names = Others(), []
+        with os.scandir(root) as entries:
+            for entry in entries:
+                if entry.is_dir() and _is_of_the_user(entry):
+                    names.append(entry.name)
+                else:
+                    others.add(_kind(entry), entry.name)
+        classes = sorted(names)
         if not classes:
-            raise Damaged(root, "must hold one folder per class")
+            found = f"; it has {listed(others.most_common())}" if others.most_common() else ""
+            raise Damaged(root, f"must hold one folder per class{found}")
         images: list[tuple[str, int]] = []
-        others = Counter(_kind(entry) for entry in entries if not entry.is_dir())
         for label, name in enumerate(classes):
             before = len(images)
             images.extend((file, label) for file in _files(os.path.join(root, name), name, others))
@@ -85,33 +129,34 @@ def scan(root: Path | str) -> ImageFolder:
         raise Damaged(error.filename, f"cannot be listed: {error.strerror}") from error
     images.sort()
     labels = np.array([label for _, label in images], dtype=np.int64)
-    counts = tuple(sorted(others.items(), key=lambda other: (-other[1], other[0])))
-    return ImageFolder(root, tuple(classes), tuple(file for file, _ in images), labels, counts)
+    return ImageFolder(root, tuple(classes), tuple(file for file, _ in images), labels, others.most_common())
 
 
-def _visible(entry: os.DirEntry) -> bool:
-    return not entry.name.startswith(".")
+def _is_of_the_user(entry: os.DirEntry) -> bool:
+    return not entry.name.startswith(".") and entry.name not in OF_THE_STORAGE
 
 
 def _kind(entry: os.DirEntry) -> str:
-    """The kind of a file that is not read: ".gif" and the like."""
+    """The kind of what is not read: ".gif" and the like."""
+    if not _is_of_the_user(entry):
+        return "hidden" if entry.name.startswith(".") else "folders of the storage system"
     if entry.is_symlink() and entry.is_dir():
         return "linked folders"
     return os.path.splitext(entry.name)[1].lower() or "without extension"
 
 
-def _files(path: str, name: str, others: Counter[str]) -> Iterator[str]:
+def _files(path: str, name: str, others: Others) -> Iterator[str]:
     """Images in the folder `path`, as names that start with `name`, in no particular order. Others are counted."""
     with os.scandir(path) as entries:
         for entry in entries:
-            if not _visible(entry):
-                continue
-            if entry.is_dir(follow_symlinks=False):
+            if not _is_of_the_user(entry):
+                others.add(_kind(entry), f"{name}/{entry.name}")
+            elif entry.is_dir(follow_symlinks=False):
                 yield from _files(entry.path, f"{name}/{entry.name}", others)
             elif entry.name.lower().endswith(EXTENSIONS):
                 yield f"{name}/{entry.name}"
             else:
-                others[_kind(entry)] += 1
+                others.add(_kind(entry), f"{name}/{entry.name}")
 
 
 def split(folder: ImageFolder, held_out_share: float) -> tuple[ImageFolder, ImageFolder]:

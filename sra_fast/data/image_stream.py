@@ -22,6 +22,7 @@ from sra_fast.data.folder import ImageFolder
 from sra_fast.data.order import rows
 from sra_fast.data.stream import Batch, Stream
 from sra_fast.errors import Damaged
+from sra_fast.files import is_of_one_file
 from sra_fast.kernels.philox import Draw, below, words
 
 
@@ -130,13 +131,16 @@ def load(folder: ImageFolder, decoder: Decoder, batch: int = 256) -> tuple[Tenso
 
 
 def _read(folder: ImageFolder, chosen: list[int] | range) -> tuple[dict[int, bytes], dict[int, str]]:
-    """({row: undecoded file}, {row: why it cannot be read})."""
+    """({row: undecoded file}, {row: why it cannot be read}). Raises Damaged if not even others could be read."""
     files, unreadable = {}, {}
     for row in chosen:
         try:
             files[row] = folder.read(row)
         except OSError as error:
-            unreadable[row] = error.strerror or str(error)
+            reason, path = error.strerror or str(error), folder.path(row)
+            if not is_of_one_file(error, path):
+                raise Damaged(path, f"cannot be read ({reason})") from error
+            unreadable[row] = reason
     return files, unreadable
 
 

@@ -6,10 +6,13 @@ raises an error with its name, where a map would end the process with SIGBUS. Th
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import resource
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +22,9 @@ from sra_fast.data.manifest import NAME, Manifest, Shard, read_manifest
 from sra_fast.data.public import CHANNELS, PublicSet, is_public
 from sra_fast.data.rows import RowSet, check_classes
 from sra_fast.errors import Damaged
+from sra_fast.files import open_regular, retried
 
-OPEN_FILES = 512  # shards kept open
+OPEN_FILES = 512  # shards kept open; at most half of what the system lets this process open
 CHUNK = 1 << 22  # bytes hashed at a time
 
 
@@ -61,19 +65,32 @@ class PackedSet(RowSet):
             for shard, start, mirrored in zip(shards.tolist(), starts.tolist(), flipped.tolist(), strict=True):
                 name, offset = self._files[shard][mirrored]
                 try:
-                    descriptor = self._open[name] if name in self._open else self._descriptor(name)
-                    count = os.preadv(descriptor, [out[begin : begin + size]], offset + start)
-                except OSError as error:
-                    raise _unreadable(self.root / name, error) from error
+                    count = self._read_row(name, out[begin : begin + size], offset + start)
+                except OSError:
+                    try:
+                        count = retried(partial(self._read_row, name, out[begin : begin + size], offset + start))
+                    except OSError as error:
+                        raise _unreadable(self.root / name, error) from error
                 if count != size:
                     raise Damaged(self.root / name, f"cut short; row {start // size} is incomplete")
                 begin += size
 
+    def _read_row(self, name: str, out: memoryview, offset: int) -> int:
+        descriptor = self._open[name] if name in self._open else self._descriptor(name)
+        return os.preadv(descriptor, [out], offset)
+
     def _descriptor(self, name: str) -> int:
-        """Open a shard, and close the one opened longest ago if there are too many."""
-        if len(self._open) >= OPEN_FILES:
-            os.close(self._open.pop(next(iter(self._open))))
-        self._open[name] = os.open(self.root / name, os.O_RDONLY)
+        """Open a shard, and close those opened longest ago if there are too many, for us or for the system."""
+        allowed = min(OPEN_FILES, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
+        while name not in self._open:
+            while len(self._open) >= allowed:
+                os.close(self._open.pop(next(iter(self._open))))
+            try:
+                self._open[name] = open_regular(self.root / name)
+            except OSError as error:
+                if error.errno != errno.EMFILE or not self._open:
+                    raise
+                allowed = len(self._open)
         return self._open[name]
 
     def close(self) -> None:
@@ -130,7 +147,7 @@ def _read_labels(path: Path, shard: Shard, manifest: Manifest) -> np.ndarray:
 
 def _check_header(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> int:
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             header = npy.read_header(file, os.fstat(file.fileno()).st_size)
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
@@ -142,7 +159,7 @@ def _check_header(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> int:
 def _sha256(path: Path, progress: Callable[[int], object]) -> str:
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             while chunk := file.read(CHUNK):
                 digest.update(chunk)
                 progress(len(chunk))

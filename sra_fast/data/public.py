@@ -18,6 +18,7 @@ import numpy as np
 from sra_fast.data import npy
 from sra_fast.data.rows import RowSet, check_classes
 from sra_fast.errors import Damaged
+from sra_fast.files import read_file
 
 # Of Stable Diffusion's VAE, which made the published files.
 CHANNELS, SCALE, DOWNSAMPLING = 4, 0.18215, 8
@@ -63,7 +64,7 @@ class PublicSet(RowSet):
         """
         path = self.file(row)
         try:
-            file = path.read_bytes()
+            file = read_file(path)
             # Parsing a header takes longer than reading a file, and the headers are usually all the same.
             if self._known_header and file.startswith(self._known_header) and len(file) == self._known_size:
                 x = np.frombuffer(file, self._known_dtype, offset=len(self._known_header)).reshape(self.shape)
@@ -83,7 +84,7 @@ class PublicSet(RowSet):
         reason = ""
         for row in range(len(self)):
             try:
-                return _parse(self.file(row).read_bytes())[0].shape
+                return _parse(read_file(self.file(row)))[0].shape
             except (OSError, ValueError) as error:
                 reason = reason or f"the first, {self.file(row)}: {getattr(error, 'strerror', None) or error}"
         raise Damaged(self.root, f"none of {len(self)} files can be read ({reason})")
@@ -97,7 +98,7 @@ def is_public(root: Path) -> bool:
 def _read_labels(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
     """(files, labels (N,) int64) of dataset.json, sorted by name."""
     try:
-        pairs = [(str(name), label) for name, label in json.loads(path.read_text())["labels"]]
+        pairs = [(str(name), label) for name, label in json.loads(read_file(path))["labels"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         form = 'must be {"labels": [[file, label], ...]}'
         raise Damaged(path, f"{form}; cannot be read ({' '.join(str(error).split())})") from error

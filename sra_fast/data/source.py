@@ -150,12 +150,29 @@ def open_source(config: Config, device: torch.device) -> tuple[Source, Config]:
         source, size, channels = _open_latents(data, device) if data.latents else _open_images(data, device)
     except Damaged as error:
         raise Refused(f"data.{'latents' if data.latents else 'images'}: {error}") from error
+    if line := without_images(source.train, source.held_out):
+        print(f"data.held-out: {line}", file=sys.stderr)
     facts = {"input_size": size, "channels": channels, "classes": len(source.train.classes)}
     for name, fact in facts.items():
         value = getattr(config.model, name)
         if value not in (0, fact):
             raise Refused(f"model.{name.replace('_', '-')}", value, f"must be {fact}, as in the data, or 0")
     return cast(Source, source), replace(config, model=replace(config.model, **facts))
+
+
+def without_images(train: ImageFolder | Rows, held_out: ImageFolder | Rows) -> str:
+    """One line about the classes of which every image is held out, and which training therefore never sees; empty if
+    there are none."""
+    classes = train.classes
+    trained, all_images = (np.bincount(part, minlength=len(classes)) for part in (train.labels, held_out.labels))
+    missing = np.flatnonzero((trained == 0) & (all_images > 0))
+    if not len(missing):
+        return ""
+    names = ", ".join(f"{label} ({classes[label]})" for label in missing[:5]) + (", ..." if missing[5:].size else "")
+    return (
+        f"all images of {len(missing)} of {len(classes)} classes are held out, so that these are not learned: {names}; "
+        "a smaller share holds out fewer"
+    )
 
 
 def _open_images(data: DataConfig, device: torch.device) -> tuple[ImageSource, int, int]:

@@ -1,7 +1,10 @@
 """Images in webdataset archives: .tar files in which the members with the same stem form a sample.
 
     000017.jpg (or .jpeg, .png)     the image
-    000017.cls                      its label, a number in text; or 000017.json with a field "label" or "cls"
+    000017.cls                      its label, a number in text; or 000017.json, a number or an object that has one
+                                    as "label", "cls", "class" or "class_id"
+
+Members of other kinds are counted.
 
 The headers are read once; then an image is read by its offset. DALI's webdataset reader would not need that pass, but
 it can neither start at image n nor name the sample that failed. `prepare` needs both: which rows a shard has, and which
@@ -23,9 +26,12 @@ from pathlib import Path
 
 import numpy as np
 
-from sra_fast.data.folder import EXTENSIONS, ImageFolder, scan
+from sra_fast.data.folder import EXTENSIONS, ImageFolder, Others, listed, scan
 from sra_fast.errors import Damaged, Refused
+from sra_fast.files import open_regular, retried
 
+LABEL_KEYS = ("label", "cls", "class", "class_id")  # of a sample's .json
+MAX_LABEL = 1 << 20  # bytes of a .cls or .json
 MAX_CLASSES = 1 << 20  # per-class counts must fit into memory, whatever a label says
 
 
@@ -48,10 +54,11 @@ class ImageArchives:
         self._paths = paths
         self._lock = threading.Lock()
         self._open: tuple[int, int] | None = None  # (archive, descriptor), kept open for the kernel's read-ahead
+        self._others = Others()
         files, labels, places = [], [], []
         for index, path in enumerate(paths):
             name = path.absolute().relative_to(self.root).as_posix()
-            for member, label, offset, size in _samples(path):
+            for member, label, offset, size in _samples(path, self._others):
                 files.append(f"{name}/{member}")
                 labels.append(label)
                 places.append((index, offset, size))
@@ -74,11 +81,21 @@ class ImageArchives:
         with self._lock:
             if self._open is None or self._open[0] != archive:
                 self.close()
-                self._open = archive, os.open(self._paths[archive], os.O_RDONLY)
-            file = os.pread(self._open[1], size, offset)
+                self._open = archive, open_regular(self._paths[archive])
+            descriptor = self._open[1]
+            file = retried(lambda: os.pread(descriptor, size, offset))
         if len(file) != size:
             raise OSError(errno.EIO, "cut short since it was indexed", str(self._paths[archive]))
         return file
+
+    def path(self, row: int) -> str:
+        """Where the file is."""
+        return f"{self.root}/{self.files[row]}"
+
+    def ignored(self) -> str:
+        """One line about the members that are not read; empty if there are none."""
+        kinds = listed(self._others.most_common())
+        return f"{self.root}: ignored, because not an image or a label of a sample: {kinds}" if kinds else ""
 
     def close(self) -> None:
         """Close the open archive."""
@@ -139,20 +156,27 @@ def _expand(pattern: str) -> Iterator[str]:
         yield from _expand(f"{pattern[: braces.start()]}{number:0{len(first)}}{pattern[braces.end() :]}")
 
 
-def _samples(path: Path) -> list[tuple[str, int, int, int]]:
-    """(name of the image, label, offset and size of the image) of each sample, in the order of the images."""
+def _samples(path: Path, others: Others) -> list[tuple[str, int, int, int]]:
+    """(name of the image, label, offset and size of the image) of each sample, in the order of the images. Counts other
+    members."""
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
     json_files: dict[str, tuple[int, int]] = {}  # read only where there is no .cls
     try:
-        with tarfile.open(path, "r:") as archive:
+        with os.fdopen(open_regular(path), "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            size = os.fstat(file.fileno()).st_size
             while (member := archive.next()) is not None:
                 # tarfile keeps a kilobyte for each of millions of members.
                 archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
                 folder, _, base = member.name.rpartition("/")
                 stem, _, extension = base.partition(".")  # at the first dot, like webdataset
-                if not member.isfile() or not stem:
+                if member.isdir():
                     continue
+                if not member.isfile() or member.sparse is not None or not stem:
+                    others.add("hidden" if member.isfile() and not stem else "links and other special members", base)
+                    continue
+                if member.size < 0 or member.offset_data + member.size > size:
+                    raise Damaged(path, f"{member.name}: cut short, or its header has a wrong size")
                 sample, extension = f"{folder}/{stem}", f".{extension.lower()}"
                 if extension in EXTENSIONS:
                     if sample in images:
@@ -162,11 +186,15 @@ def _samples(path: Path) -> list[tuple[str, int, int, int]]:
                     labels[sample] = _label(_content(archive, member.offset_data, member.size), path, member.name)
                 elif extension == ".json":
                     json_files[sample] = member.offset_data, member.size
+                else:
+                    others.add(extension, f"{path.name}/{member.name}")
             for sample in images.keys() - labels.keys():
                 if sample in json_files:
                     labels[sample] = _json_label(_content(archive, *json_files[sample]), path, images[sample][0])
             _check_end(archive, path)
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError) as error:
+        if isinstance(error, Damaged):
+            raise
         raise Damaged(path, f"cannot be read as an uncompressed tar ({error})") from error
     for sample in sorted(images.keys() ^ labels.keys()):
         lacks = "no .cls and no .json with a label" if sample in images else "a label, but no .jpg, .jpeg or .png"
@@ -175,7 +203,9 @@ def _samples(path: Path) -> list[tuple[str, int, int, int]]:
 
 
 def _content(archive: tarfile.TarFile, offset: int, size: int) -> bytes:
+    """A label's content. A label longer than `MAX_LABEL` is cut, and then refused."""
     archive.fileobj.seek(offset)
+    size = min(size, MAX_LABEL)
     return archive.fileobj.read(size)
 
 
@@ -206,7 +236,7 @@ def _label(text: bytes, path: Path, member: str) -> int:
 def _json_label(text: bytes, path: Path, member: str) -> int:
     try:
         fields = json.loads(text)
-        label = fields["label"] if "label" in fields else fields["cls"]
-    except (ValueError, KeyError, TypeError):
+        label = next(fields[key] for key in LABEL_KEYS if key in fields) if isinstance(fields, dict) else fields
+    except (ValueError, RecursionError, StopIteration):
         label = ""
     return _label(str(label).encode(), path, f"the .json of {member}")

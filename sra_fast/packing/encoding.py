@@ -7,7 +7,6 @@ the order of sums, and so the last bits, would depend on their number.
 
 from __future__ import annotations
 
-import errno
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,14 +23,13 @@ from sra_fast.data.manifest import Skipped
 from sra_fast.data.public import CHANNELS, DOWNSAMPLING, PublicSet
 from sra_fast.data.stream import ReadAhead
 from sra_fast.errors import Damaged, Refused
+from sra_fast.files import is_of_one_file
 from sra_fast.hardware import Hardware
 from sra_fast.packing.archives import ImageArchives
 from sra_fast.packing.shards import Part
 from sra_fast.vae import Vae, absolute_name, open_vae
 
 PUBLIC_BATCH = 64  # files between two updates of the progress bar
-# Errors that concern a single file. Others mean that the disk is gone, and would skip every image.
-SINGLE_FILE_ERRORS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.EIO)
 
 
 class Encoder(ABC):
@@ -77,10 +75,9 @@ class Encoder(ABC):
 
     def _skip(self, row: int, error: OSError) -> Skipped:
         """Skip a file that cannot be read. Raises Damaged if the error concerns more than this file."""
-        reason = error.strerror or str(error)
-        of_many = isinstance(self.source, ImageArchives) or error.errno not in SINGLE_FILE_ERRORS
-        if of_many or not self.source.root.is_dir():
-            raise Damaged(self.source.root / self.source.files[row], f"cannot be read ({reason})") from error
+        reason, path = error.strerror or str(error), self.source.root / self.source.files[row]
+        if isinstance(self.source, ImageArchives) or not is_of_one_file(error, path):
+            raise Damaged(path, f"cannot be read ({reason})") from error
         return Skipped(self.source.files[row], reason)
 
 
@@ -100,7 +97,9 @@ class ImageEncoder(Encoder):
             self._vae = open_vae(config.vae, self._device, hardware.dtype)
             if side % self._vae.downsampling:
                 raise Refused("resolution", side, f"must be a multiple of the VAE's {self._vae.downsampling}")
-        data = DataConfig(resolution=side, channels=3, reader=config.reader, exif=config.exif)
+        data = DataConfig(
+            resolution=side, channels=3, reader=config.reader, exif=config.exif, max_pixels=config.max_pixels
+        )
         self._decoder = open_decoder(data, self._device)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         if vae := self._vae:
@@ -125,6 +124,8 @@ class ImageEncoder(Encoder):
             "rows-per-shard": config.rows_per_shard,
             "no-vae": config.no_vae,
         }
+        if config.max_pixels != PrepareCommand.max_pixels:  # sets begun before the option existed have no such setting
+            settings["max-pixels"] = config.max_pixels
         if self._vae:
             settings |= {"device": self._device.type, "precision": hardware.precision}
             settings |= {"vae-weights": self._vae.fingerprint}

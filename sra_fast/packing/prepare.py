@@ -25,7 +25,6 @@ import numpy as np
 import torch
 
 from sra_fast.config import PrepareCommand
-from sra_fast.data.folder import ImageFolder
 from sra_fast.data.manifest import NAME, SETTINGS, Manifest, Skipped, read_manifest
 from sra_fast.data.packed import find_damage
 from sra_fast.data.public import PublicSet, is_public
@@ -79,7 +78,7 @@ def prepare(config: PrepareCommand) -> Manifest:
             complete = _begin(out, encoder.settings)
             if rank == 0:
                 print(f"{encoder.describe()}; {encoder.shards} shards")
-                if isinstance(encoder.source, ImageFolder) and (ignored := encoder.source.ignored()):
+                if not isinstance(encoder.source, PublicSet) and (ignored := encoder.source.ignored()):
                     print(f"images: {ignored}", file=sys.stderr)
             if complete:
                 encoded = _repair(out, encoder, config) if rank == 0 else 0

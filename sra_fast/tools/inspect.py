@@ -16,8 +16,9 @@ from torch import Tensor
 
 from sra_fast.config import DataConfig, InspectCommand
 from sra_fast.data import folder
-from sra_fast.data.decoders import PillowDecoder, Undecodable, read_header
+from sra_fast.data.decoders import PillowDecoder, Undecodable
 from sra_fast.data.folder import ImageFolder
+from sra_fast.data.image_file import read_header
 from sra_fast.data.manifest import NAME, SETTINGS, Manifest, read_manifest
 from sra_fast.data.packed import PackedSet, find_damage
 from sra_fast.data.public import PublicSet, is_public

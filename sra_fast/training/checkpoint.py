@@ -51,6 +51,7 @@ FREE_ON_RESUME = {
     "data.vae",
     "data.reader",
     "data.threads",
+    "data.max_pixels",
     "data.strict",
     "data.max_bad_share",
     "model.attention",

@@ -190,7 +190,7 @@ class Trainer:
             while self.progress.step < steps and not stop.signal:
                 try:
                     batch = next(stream)
-                except Refused:  # the data cannot be read any more: save before stopping
+                except Exception:  # the data cannot be read any more, whatever the reason: save before stopping
                     self._save(saver, log, clock)
                     raise
                 images_seen = self.progress.images_seen
