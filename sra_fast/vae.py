@@ -18,17 +18,37 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from sra_fast.errors import Refused
+from sra_fast.errors import Damaged, Refused, is_out_of_memory
+from sra_fast.files import read_json
 
 KINDS = ("AutoencoderKL", "AutoencoderTiny")
 Factor = float | tuple[float, ...]  # one for all channels, or one for each
 # What diffusers, huggingface_hub and safetensors raise for files that are missing, damaged or of another kind.
-LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+    SafetensorError,
+)
 
 
 def per_channel(factor: Factor, channels: int) -> np.ndarray:
     """(channels,) float64."""
     return np.broadcast_to(np.asarray(factor, dtype=np.float64), channels)
+
+
+def check_factors(scale: Factor, shift: Factor, channels: int) -> None:
+    """Raise ValueError unless latents of C channels can be scaled and shifted by these."""
+    for name, factor in (("scale", scale), ("shift", shift)):
+        values = np.asarray(factor, dtype=np.float64)
+        if values.ndim and values.shape != (channels,):
+            raise ValueError(f"{len(values)} factors of {name} for {channels} channels")
+        if not np.isfinite(values).all() or (name == "scale" and not values.all()):
+            raise ValueError(f"{name} is {factor}")
 
 
 class Vae:
@@ -57,6 +77,7 @@ class Vae:
         self.name, self.kind, self.posterior = name, kind, kind == "AutoencoderKL"
         self.channels = int(settings.latent_channels)
         self.scale, self.shift = _factors(settings)
+        check_factors(self.scale, self.shift, self.channels)
         blocks = settings.block_out_channels if self.posterior else settings.encoder_block_out_channels
         self.downsampling = 2 ** (len(blocks) - 1)  # every block except one halves the sides
         self.device, self.dtype = device, dtype
@@ -129,12 +150,17 @@ def open_vae(name: str, device: torch.device, dtype: torch.dtype) -> Vae:
                 **options,
             )
     except LOAD_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
         raise Refused("vae", name, f"its weights cannot be loaded ({_one_line(error)}){_hint(place)}") from error
     # diffusers initialises tensors that a file lacks with random numbers.
     missing = sorted([*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])])
     if missing:
         raise Refused("vae", name, f"its weights lack {len(missing)} tensors, the first {missing[0]}")
-    return Vae(name, config, model, device, dtype)
+    try:
+        return Vae(name, config, model, device, dtype)
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise Refused("vae", name, f"{config_file} cannot be used ({_one_line(error)})") from error
 
 
 def _import_diffusers() -> Any:
@@ -169,9 +195,9 @@ def _locate(name: str) -> tuple[str, str, str]:
 def _read_config(diffusers: Any, name: str, place: str, subfolder: str, config_file: str) -> Any:
     if Path(place).is_dir():
         try:
-            return json.loads(Path(config_file).read_text())
-        except (OSError, ValueError) as error:
-            raise Refused("vae", name, f"{config_file} cannot be read ({_one_line(error)})") from error
+            return read_json(Path(config_file))
+        except Damaged as error:
+            raise Refused("vae", name, f"{config_file} cannot be read ({error.reason})") from error
     try:
         with _quiet(diffusers):
             return diffusers.AutoencoderKL.load_config(place, **({"subfolder": subfolder} if subfolder else {}))

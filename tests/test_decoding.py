@@ -67,16 +67,22 @@ def weights_of(run):
 def test_the_space_is_found_from_all_parts_of_a_run(run, tmp_path, written):
     written.write(run)
     for weights in weights_of(run):
-        assert find_latent_space(weights, "", 4) == written
-        assert find_latent_space(weights, "mine", 4) == LatentSpace("mine", written.scale, written.shift)
-    assert LatentSpace.of_run(tmp_path) is None
+        assert find_latent_space(weights, "", 2) == written
+        assert find_latent_space(weights, "mine", 2) == LatentSpace("mine", written.scale, written.shift)
+    assert LatentSpace.of_run(tmp_path, 4) is None
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"vae": "a", "scale": null, "shift": 0}'])
+NO_FACTORS = [
+    f'{{"vae": "a", "scale": {scale}, "shift": {shift}}}'
+    for scale, shift in (("null", 0), ("[1, 2, 3]", 0), ("1", "[1, 2, 3]"), ("0", "0"), ("NaN", 0), ("1" * 400, 0))
+]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", *NO_FACTORS])
 def test_a_damaged_file_is_refused_by_name(tmp_path, content):
     (tmp_path / "latents.json").write_text(content)
     with pytest.raises(Refused, match=re.escape(str(tmp_path / "latents.json"))):
-        LatentSpace.of_run(tmp_path)
+        LatentSpace.of_run(tmp_path, 4)
 
 
 def test_weights_outside_a_run_take_the_space_of_the_vae(tmp_path, monkeypatch):

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
 import shutil
+import subprocess
+import sys
+import time
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +18,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_run import checkpoints, content, run, small, write_images
+from small_run import checkpoints, content, full_disk, run, small, write_images
 from torch import Tensor
 
-from sra_fast.config import ModelConfig, ObjectiveConfig
+from sra_fast.config import ModelConfig, ObjectiveConfig, to_dict
 from sra_fast.errors import Refused
-from sra_fast.model.public_weights import METADATA_KEY, metadata, read, write_public
+from sra_fast.model.public_weights import METADATA_KEY, read, write_public, write_safetensors
 
 OPTIMIZER = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.999)}]}
 
@@ -70,7 +76,7 @@ def test_the_network_is_inferred_from_the_shapes(tiny, awake, tmp_path: Path, fa
 
 def test_our_safetensors_describe_their_network_and_objective(tiny, awake, tmp_path: Path) -> None:
     config, objective = tiny(heads=4).model, ObjectiveConfig(path="cosine")
-    save_file(awake(config), tmp_path / "ours.safetensors", metadata(config, objective))
+    write_safetensors(tmp_path / "ours.safetensors", awake(config), config, objective)
     loaded = read(tmp_path / "ours.safetensors")
     assert (loaded.config, loaded.objective) == (config, objective)
 
@@ -106,7 +112,7 @@ def test_heads_of_other_projects_are_left_out_with_a_note(weights, tmp_path: Pat
 def test_a_file_without_ap_head_is_read_with_a_note(weights, tmp_path: Path) -> None:
     rest = {name: value for name, value in weights.items() if not name.startswith("ap_head")}
     torch.save(rest, tmp_path / "plain.pt")
-    loaded = read(tmp_path / "plain.pt")
+    loaded = read(tmp_path / "plain.pt", family="sit")
     assert all(torch.equal(loaded.tensors[name], value) for name, value in rest.items())
     assert loaded.without_head
     assert "ap_head" in loaded.notes[-1]
@@ -117,7 +123,7 @@ def test_training_from_a_file_without_ap_head_has_a_head_that_learns(tiny, awake
     path = tmp_path / "plain.pt"
     torch.save({name: value for name, value in weights.items() if not name.startswith("ap_head")}, path)
     write_images(tmp_path / "data")
-    config = small(tmp_path, model__qk_norm=True, train__images=24, init_from=str(path))
+    config = small(tmp_path, model__qk_norm=True, train__images=24, init_from=str(path), weights_family="sit")
     code, rows = run(config)
     assert code == 0
     assert rows[0]["grad_norm"] < 100  # features of exactly zero have no direction, and a cosine a gradient of 10^7
@@ -188,7 +194,7 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(
         "in the namespace": {"ema": weights, "args": argparse.Namespace(bomb=bomb)},
     }[where]
     torch.save(content, tmp_path / "bomb.pt", _use_new_zipfile_serialization=zipped)
-    assert function.__name__ in refusal(tmp_path / "bomb.pt")
+    assert (function.__name__ if zipped else "not a zip file") in refusal(tmp_path / "bomb.pt")
     assert not target.exists()
     torch.load(tmp_path / "bomb.pt", weights_only=False)
     assert target.exists(), "the file was harmless"
@@ -230,3 +236,95 @@ def test_a_missing_file_and_a_text_file_are_refused(tmp_path: Path, name: str) -
 def test_damaged_metadata_is_refused(weights, tmp_path: Path, description: str) -> None:
     save_file(weights, tmp_path / "ours.safetensors", {METADATA_KEY: description})
     refusal(tmp_path / "ours.safetensors")
+
+
+def described(tensors: dict[str, Tensor], path: Path, **changes: int) -> Path:
+    """A file whose description of its network is changed."""
+    config = read(path).config
+    description = {"model": {**to_dict(config), **changes}, "objective": to_dict(ObjectiveConfig())}
+    save_file(tensors, path, {METADATA_KEY: json.dumps(description)})
+    return path
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"depth": 10**6},
+        {"hidden": 2**40},
+        {"classes": 10**9},
+        {"input_size": 2**20},
+        {"mlp_ratio": 10**6},
+        {"patch": 4},
+    ],
+    ids=str,
+)
+def test_what_a_file_says_of_its_network_is_compared_before_anything_is_built(weights, tmp_path, changes) -> None:
+    path = tmp_path / "ours.safetensors"
+    save_file(weights, path)
+    assert f"describes a network of {next(iter(changes))} = " in refusal(described(weights, path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda w: {**w, "blocks.999999.mlp.fc1.weight": w["blocks.0.mlp.fc1.weight"]}, "blocks, the last of number"),
+        (lambda w: {**w, 5: w["pos_embed"]}, "must be text"),
+        (lambda w: {**w, (1, 2): w["pos_embed"]}, "must be text"),
+        (lambda w: {**w, b"x": w["pos_embed"]}, "must be text"),
+        (lambda w: {**w, "x_embedder.proj.weight": torch.zeros(0, 4, 2, 2)}, "is empty"),
+        (lambda w: {**w, "pos_embed": torch.quantize_per_tensor(w["pos_embed"], 0.1, 0, torch.qint8)}, "qint8"),
+        (lambda w: {**w, "pos_embed": w["pos_embed"].to_sparse()}, "sparse"),
+        (lambda w: {**w, "pos_embed": w["pos_embed"].long()}, "int64"),
+        (lambda w: {**w, "pos_embed": w["pos_embed"] * math.nan}, "pos_embed has numbers that are not finite"),
+        (lambda w: {**w, "final_layer.linear.bias": w["final_layer.linear.bias"] + math.inf}, "not finite"),
+    ],
+)
+def test_tensors_that_cannot_be_parameters_are_refused(weights, tmp_path: Path, change: Callable, reason: str) -> None:
+    torch.save(change(weights), tmp_path / "odd.pt")
+    assert reason in refusal(tmp_path / "odd.pt")
+
+
+def compressed(source: Path, path: Path) -> Path:
+    """The same archive with all members compressed."""
+    with zipfile.ZipFile(source) as given, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
+        for name in given.namelist():
+            made.writestr(name, given.read(name))
+    return path
+
+
+def test_a_small_file_takes_little_time_and_memory(tmp_path: Path) -> None:
+    torch.save({"ema": {"pos_embed": torch.zeros(1 << 24)}}, tmp_path / "zeros.pt")
+    assert "is compressed" in refusal(compressed(tmp_path / "zeros.pt", tmp_path / "bomb.pt"))
+    with zipfile.ZipFile(tmp_path / "marks.pt", "w") as archive:
+        archive.writestr("marks/data.pkl", b"\x80\x02" + b"(" * 10_000_000 + b".")
+    start = time.monotonic()
+    assert "data.pkl has 10,000,003 bytes" in refusal(tmp_path / "marks.pt")
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_pipes_and_devices_are_not_read(tmp_path: Path, suffix: str) -> None:
+    os.mkfifo(tmp_path / f"pipe{suffix}")
+    (tmp_path / f"device{suffix}").symlink_to("/dev/zero")
+    for name in ("pipe", "device"):
+        assert "not a regular file" in refusal(tmp_path / f"{name}{suffix}")
+
+
+def test_equal_weights_give_equal_bytes(weights, model, tmp_path: Path) -> None:
+    """Whatever the order in which a process keeps the entries of a mapping."""
+    script = (
+        "import sys, torch\nfrom pathlib import Path\nfrom sra_fast.config import ModelConfig, ObjectiveConfig\n"
+        "from sra_fast.model.public_weights import write_safetensors\n"
+        "for i in range(8):\n"
+        "    write_safetensors(Path(f'{i}.safetensors'), {'a': torch.ones(3)}, ModelConfig(), ObjectiveConfig())"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    assert len({path.read_bytes() for path in tmp_path.glob("*.safetensors")}) == 1
+
+
+def test_a_full_disk_spares_the_file_that_was_there(weights, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    path.write_text("before")
+    with full_disk(10_000), pytest.raises(Refused, match=r"weights\.pt: could not be written"):
+        write_public(path, weights, weights, 1, 0, {})
+    assert path.read_text() == "before"

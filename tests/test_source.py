@@ -116,7 +116,7 @@ def test_ignored_files_are_reported(tmp_path, capsys):
     (tmp_path / "data" / "loose.webp").touch()
     open_source(small(tmp_path), CPU)
     line = capsys.readouterr().err
-    assert line.startswith(f"data.images: {tmp_path / 'data'}: ignored, because not JPEG or PNG files in a class folder")
+    assert line.startswith(f"data.images: {tmp_path / 'data'}: ignored, because not JPEG or PNG files")
     assert line.endswith(": 1 .webp (loose.webp)\n")
 
 

@@ -8,16 +8,16 @@ from small_run import metrics, run, small
 
 from sra_fast.config import ObjectiveConfig
 from sra_fast.errors import Refused
+from sra_fast.model.public_weights import write_safetensors
 from sra_fast.step import step as step_module
 from sra_fast.step.step import TrainingStep
-from sra_fast.training import checkpoint
 
 
 @pytest.fixture
 def start(root, tiny, awake):
     """A file of weights under which the network does something."""
     model = tiny(depth=3).model
-    checkpoint.export(awake(model), root / "start.safetensors", model, ObjectiveConfig())
+    write_safetensors(root / "start.safetensors", awake(model), model, ObjectiveConfig())
     return str(root / "start.safetensors")
 
 

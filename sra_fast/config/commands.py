@@ -128,6 +128,9 @@ class SampleCommand:
     """A run, one of its checkpoints, a .safetensors or a public .pt file."""
     weights_key: Literal["ema", "model"] = "ema"
     """Use the EMA or the raw weights."""
+    weights_family: Literal["auto", "sit", "sit-original", "dit"] = "auto"
+    """What a public file holds, if it does not say: sit (SiT-SRA, REPA: t = 1 is noise), sit-original (the first SiT: t
+    = 1 is data; it is converted), or dit."""
     out: str = "generated"
     """Output folder for grid.png, images/ and samples.npz, or latents.npz."""
     classes: tuple[int, ...] = ()
@@ -184,6 +187,8 @@ class ExportCommand:
     """Output file: .safetensors (one set of weights) or .pt (both sets, in the public SiT-SRA and DiT-SRA layout)."""
     weights_key: Literal["ema", "model"] = "ema"
     """Set of weights for a .safetensors file."""
+    weights_family: Literal["auto", "sit", "sit-original", "dit"] = "auto"
+    """What a public file holds, if it does not say; see sample."""
 
     def __post_init__(self) -> None:
         path = Path(self.out)

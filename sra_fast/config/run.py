@@ -242,6 +242,9 @@ class Config(Section):
     of a checkpoint."""
     init_from: str = ""
     """Start from these weights (safetensors or a public .pt), with a fresh optimizer."""
+    weights_family: Literal["auto", "sit", "sit-original", "dit"] = "auto"
+    """What the public file of init-from holds, if it does not say: sit (SiT-SRA, REPA: t = 1 is noise), sit-original
+    (the first SiT: t = 1 is data; it is converted), or dit."""
     deterministic: bool = False
     """Use bitwise reproducible kernels only. CPU runs are reproducible without."""
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
+import os
 import re
-import struct
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,19 +19,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sra_fast.config import SIZES, ModelConfig, ObjectiveConfig, from_dict, to_dict
 from sra_fast.errors import Damaged, Refused
-from sra_fast.files import replacing
+from sra_fast.files import open_regular, replacing
+from sra_fast.model import families
 from sra_fast.model.layout import to_public
-from sra_fast.model.transformer import Transformer
+from sra_fast.model.pickled import read_pickle
+from sra_fast.model.transformer import TimestepEmbedder, Transformer
 
 HEADS_BY_HIDDEN = {hidden: heads for _, hidden, heads in SIZES.values()}
 METADATA_KEY = "sra_fast.model"
-
-# What torch.load raises on truncated files and on files of other kinds.
-_DAMAGE = (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, OSError, struct.error)
 
 # Parts of other projects that only their training needs.
 _FOREIGN = {
@@ -52,93 +51,118 @@ class Weights:
     without_head: bool = False  # the projection head was missing and is zeros; sampling does not use it
 
 
-def read(path: Path, key: str = "ema") -> Weights:
+def read(path: Path, key: str = "ema", family: str = "auto") -> Weights:
     """Weights from a .safetensors file, or from `key` ("ema" or "model") of a public .pt checkpoint.
 
+    Args:
+        family: of `families.FAMILIES`, for a file that does not say; auto = what it says.
+
     Raises:
-        Refused: if the file is missing, damaged, would run code, or holds another network.
+        Refused: if the file is missing, damaged, would run code, holds another network, or does not say its family.
     """
-    if not path.is_file():
+    if not path.exists():
         raise Refused("weights", str(path), "must be a run, a .safetensors or a public .pt file")
     if path.suffix == ".safetensors":
         tensors, metadata = read_safetensors(path)
-        description = _description(metadata.get(METADATA_KEY), path)
+        arguments = _description(metadata.get(METADATA_KEY), path)
     else:
-        tensors, description = _read_pickle(path, key)
-    tensors, notes = _to_our_names(tensors, path)
-    config = from_dict(ModelConfig, description["model"], str(path)) if description else infer(tensors, path)
+        tensors, arguments = _state_dict(read_pickle(path), key, path)
+    is_ours = isinstance(arguments.get("model"), dict) and isinstance(arguments.get("objective"), dict)
+    unwrapped = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in tensors.items()}
+    given = {name: _checked(value, name, path) for name, value in unwrapped.items()}
+    tensors, notes = _without_foreign(given, path)
+    sizes = sizes_of(tensors, path)
+    if is_ours:
+        config = from_dict(ModelConfig, arguments["model"], str(path))
+        _compare(config, sizes, path)
+    else:
+        is_doubled = sizes["outputs"] == 2 * sizes["channels"]
+        kind = families.family_of(given, arguments, family, is_doubled, path)
+        if kind == "sit-original":
+            frequencies = TimestepEmbedder.frequencies(torch.device("cpu"))
+            tensors = families.from_original_sit(tensors, sizes["channels"], frequencies)
+            notes.append(f"{path.name}: an original SiT; converted, so that its time runs from data to noise")
+        config = _infer(sizes, kind, path)
     tensors, without_head = check(tensors, config, path)
-    if description is None:
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise Damaged(path, f"{name} has numbers that are not finite")
+    if not is_ours:
         notes.append(f"{path.name}: by its shapes a {config.family} of {config.depth} blocks, width {config.hidden}")
     if without_head:
         notes.append(f"{path.name}: has no ap_head (trained without alignment)")
-    objective = from_dict(ObjectiveConfig, description["objective"], str(path)) if description else None
+    objective = from_dict(ObjectiveConfig, arguments["objective"], str(path)) if is_ours else None
     return Weights(tensors, config, tuple(notes), objective, without_head)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of a safetensors file on the CPU."""
     try:
+        os.close(open_regular(path))
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise Damaged(path, f"not a complete safetensors file ({error})") from error
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise Damaged(path, f"not a complete safetensors file ({reason})") from error
 
 
-def _description(text: str | None, path: Path) -> dict[str, Any] | None:
-    """{"model": ..., "objective": ...}, the metadata that our own files have."""
+def _description(text: str | None, path: Path) -> dict[str, Any]:
+    """{"model": ..., "objective": ...}, the metadata that our own files have; empty for other files."""
     if text is None:
-        return None
+        return {}
     try:
         description = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise Damaged(path, f"its {METADATA_KEY} is not JSON ({error})") from error
-    if not (isinstance(description, dict) and {"model", "objective"} <= set(description)):
+    if not isinstance(description, dict) or any(
+        not isinstance(description.get(name), dict) for name in ("model", "objective")
+    ):
         raise Refused(f"{path}: {METADATA_KEY}", text[:80], "must be an object with model and objective")
     return description
 
 
-def _read_pickle(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """(state dict, description if this program wrote the file) of a .pt file."""
-    try:
-        with torch.serialization.safe_globals([Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        call = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it would call {call[1]}" if call else "it is not a checkpoint"
-        raise Damaged(path, f"not unpickled: {reason}; only tensors and argparse.Namespace are read") from error
-    except _DAMAGE as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise Damaged(path, f"not a complete PyTorch checkpoint ({reason})") from error
-    arguments = (
-        vars(content["args"]) if isinstance(content, dict) and isinstance(content.get("args"), Namespace) else {}
-    )
-    is_ours = {"model", "objective"} <= set(arguments) and isinstance(arguments["model"], dict)
+def _state_dict(content: Any, key: str, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(state dict, arguments of the training, empty if unknown) of a .pt file's content."""
+    arguments = content.get("args") if isinstance(content, dict) else None
     if isinstance(content, dict) and isinstance(content.get(key), dict):
         content = content[key]
     elif isinstance(content, dict) and any(isinstance(value, dict) for value in content.values()):
-        names = ", ".join(name for name, value in content.items() if isinstance(value, dict))
+        names = ", ".join(str(name) for name, value in content.items() if isinstance(value, dict))
         raise Refused(f"{path}: no {key!r} weights; it has {names} (choose with --weights-key)")
     if not (isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values())):
         raise Refused(f"{path}: holds no state dict; must be one, or a public checkpoint with 'model' and 'ema'")
-    return content, arguments if is_ours else None
+    if not all(isinstance(name, str) for name in content):
+        raise Damaged(path, "the names of its tensors must be text")
+    return content, vars(arguments) if isinstance(arguments, Namespace) else {}
 
 
-def _to_our_names(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """(tensors without wrappers' prefixes and foreign parts, a note for each part dropped)."""
+def _checked(tensor: Tensor, name: str, path: Path) -> Tensor:
+    """The tensor in float32, if it can be a parameter."""
+    if tensor.layout != torch.strided or not tensor.dtype.is_floating_point or not tensor.numel():
+        kind = "empty" if not tensor.numel() else f"{tensor.dtype}, {tensor.layout}"
+        raise Damaged(path, f"{name} cannot be a parameter: it is {kind}")
+    return tensor.float()
+
+
+def _without_foreign(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """(tensors without parts of other projects, a note for each part dropped)."""
     notes = []
-    tensors = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in tensors.items()}
     for prefix, what in _FOREIGN.items():
         if any(name.startswith(prefix) for name in tensors):
             tensors = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
             notes.append(f"{path.name}: left out {prefix}* ({what})")
     if any(name.startswith("projector.") for name in tensors):
         raise Refused(f"{path}: has projector.*: Self-Flow's layout, whose patches and outputs differ from SRA's")
-    return {name: value.float() for name, value in tensors.items()}, notes
+    return tensors, notes
 
 
-def infer(tensors: dict[str, Tensor], path: Path) -> ModelConfig:
-    """The network a state dict belongs to, from its shapes."""
+def sizes_of(tensors: dict[str, Tensor], path: Path) -> dict[str, int]:
+    """The sizes that a state dict's tensors have: of `ModelConfig`, `outputs` (channels that the last layer predicts),
+    and `head`, the width of a head if the keys are normalised, else 0.
+
+    Raises:
+        Damaged: if the tensors are not those of a SiT or DiT. Nothing is built before they are.
+    """
     try:
         hidden, channels, patch = tensors["x_embedder.proj.weight"].shape[:3]
         side = math.isqrt(tensors["pos_embed"].shape[1])
@@ -147,25 +171,44 @@ def infer(tensors: dict[str, Tensor], path: Path) -> ModelConfig:
         fc1 = tensors["blocks.0.mlp.fc1.weight"].shape[0]
     except (KeyError, ValueError, IndexError) as error:
         raise Damaged(path, f"not a SiT or DiT state dict ({error} is missing or has another shape)") from error
-    head = tensors.get("blocks.0.attn.q_norm.weight")
-    heads = hidden // head.shape[0] if head is not None else HEADS_BY_HIDDEN.get(hidden, 0)
+    blocks = {int(block[1]) for name in tensors if (block := re.match(r"blocks\.(\d{1,9})\.", name))}
+    if blocks != set(range(len(blocks))):
+        raise Damaged(path, f"has {len(blocks)} blocks, the last of number {max(blocks)}")
+    norm = tensors.get("blocks.0.attn.q_norm.weight")
+    return {
+        "depth": len(blocks),
+        "hidden": hidden,
+        "patch": patch,
+        "mlp_ratio": fc1 // hidden,
+        "input_size": side * patch,
+        "channels": channels,
+        "classes": classes,
+        "outputs": outputs,
+        "head": norm.shape[0] if norm is not None else 0,
+    }
+
+
+def _compare(config: ModelConfig, sizes: dict[str, int], path: Path) -> None:
+    """Raise Damaged if a network that a file describes is not the one whose tensors it holds."""
+    described = {name: getattr(config, name) for name in sizes if hasattr(config, name)}
+    described |= {"outputs": config.output_channels, "head": config.hidden // config.heads if config.qk_norm else 0}
+    for name, size in sizes.items():
+        if described[name] != size:
+            raise Damaged(path, f"describes a network of {name} = {described[name]}, but its tensors have {size}")
+
+
+def _infer(sizes: dict[str, int], family: str, path: Path) -> ModelConfig:
+    """The network of a family whose tensors have these sizes."""
+    hidden, channels, outputs = sizes["hidden"], sizes["channels"], sizes["outputs"]
+    heads = hidden // sizes["head"] if sizes["head"] else HEADS_BY_HIDDEN.get(hidden, 0)
     if heads <= 0:
         known = ", ".join(map(str, sorted(HEADS_BY_HIDDEN)))
         raise Refused(f"{path}: width", hidden, f"must be one of {known} for the number of heads to be known")
     if outputs not in (channels, 2 * channels):
         raise Refused(f"{path}: output channels", outputs, f"must be {channels} or {2 * channels}")
-    return ModelConfig(
-        family="sit" if outputs == channels else "dit",
-        depth=1 + max(int(block[1]) for name in tensors if (block := re.match(r"blocks\.(\d+)\.", name))),
-        hidden=hidden,
-        heads=heads,
-        patch=patch,
-        mlp_ratio=fc1 // hidden,
-        input_size=side * patch,
-        channels=channels,
-        classes=classes,
-        qk_norm=head is not None,
-    )
+    fields = {name: size for name, size in sizes.items() if name not in ("outputs", "head")}
+    family = "dit" if family == "dit" else "sit"
+    return ModelConfig(family=family, heads=heads, qk_norm=sizes["head"] > 0, **fields)
 
 
 def shapes(config: ModelConfig) -> dict[str, torch.Size]:
@@ -193,15 +236,32 @@ def check(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> tuple[
     return {name: tensors[name] for name in expected}, without_head
 
 
-def metadata(model: ModelConfig, objective: object) -> dict[str, str]:
-    """The metadata of our safetensors files: the network they belong to."""
-    return {METADATA_KEY: json.dumps({"model": to_dict(model), "objective": to_dict(objective)}), "format": "pt"}
-
-
 def write_public(
     path: Path, model: dict[str, Tensor], ema: dict[str, Tensor], steps: int, epoch: int, args: dict[str, Any]
 ) -> None:
     """Write a checkpoint as SiT-SRA and DiT-SRA do, without optimizer state. It is the only pickle that we write."""
     content = {"model": model, "ema": ema, "args": Namespace(**args), "epoch": epoch, "steps": steps}
     with replacing(path) as partial:
-        torch.save(content, partial)
+        try:
+            torch.save(content, partial)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(str(error).splitlines()[0]) from error
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], model: ModelConfig, objective: ObjectiveConfig) -> None:
+    """Write a safetensors file that `read` and other tools read. Equal weights give equal bytes.
+
+    Raises:
+        OSError, SafetensorError: if it cannot be written.
+    """
+    description = json.dumps({"model": to_dict(model), "objective": to_dict(objective)})
+    contiguous = {name: value.contiguous() for name, value in tensors.items()}
+    save_file(contiguous, path, {METADATA_KEY: description, "format": "pt"})
+    # The library writes the entries of the metadata in varying order.
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(length))

@@ -54,11 +54,16 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
 
     @staticmethod
-    def sinusoids(t: Tensor) -> Tensor:
-        """cos and sin of t at 128 frequencies from 1 down to 1/10,000: (B,) float32 -> (B, 256) float32."""
+    def frequencies(device: torch.device) -> Tensor:
+        """(128,) float32, from 1 down to 1/10,000."""
         half = FREQUENCIES // 2
-        exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
-        angle = t.float()[:, None] * (-math.log(10_000) * exponent).exp()
+        exponent = torch.arange(half, dtype=torch.float32, device=device) / half
+        return (-math.log(10_000) * exponent).exp()
+
+    @staticmethod
+    def sinusoids(t: Tensor) -> Tensor:
+        """cos and sin of t at all frequencies: (B,) float32 -> (B, 256) float32."""
+        angle = t.float()[:, None] * TimestepEmbedder.frequencies(t.device)
         return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
     def forward(self, t: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from sra_fast.config import Config
 from sra_fast.data.source import LatentSource, Source
 from sra_fast.errors import Refused
 from sra_fast.files import read_json, write_json
-from sra_fast.vae import Factor, absolute_name, open_vae, per_channel
+from sra_fast.vae import Factor, absolute_name, check_factors, open_vae, per_channel
 
 NAME = "latents.json"
 BATCH = 16  # images decoded at a time: a VAE's activations are large
@@ -42,8 +42,11 @@ class LatentSpace:
         return x.float() / scale + shift
 
     @classmethod
-    def of_run(cls, run: Path) -> LatentSpace | None:
+    def of_run(cls, run: Path, channels: int) -> LatentSpace | None:
         """Read what `write` saved; None if the run's samples are pixels.
+
+        Args:
+            channels: of a sample.
 
         Raises:
             Refused: if the file is damaged.
@@ -53,9 +56,13 @@ class LatentSpace:
             return None
         values = read_json(path)
         try:
-            factors = (tuple(f) if isinstance(f, list) else float(f) for f in (values["scale"], values["shift"]))
-            return cls(str(values["vae"]), *factors)
-        except (KeyError, TypeError, ValueError) as error:
+            scale, shift = (
+                tuple(map(float, factor)) if isinstance(factor, list) else float(factor)
+                for factor in (values["scale"], values["shift"])
+            )
+            check_factors(scale, shift, channels)
+            return cls(str(values["vae"]), scale, shift)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise Refused(f"{path}: must have vae, scale and shift ({error})") from error
 
     @classmethod
@@ -85,7 +92,7 @@ def find_latent_space(weights: Path, vae: str, channels: int) -> LatentSpace | N
         Refused: if the samples cannot be pixels and nothing says what they are, or the VAE decodes other channels.
     """
     run = _run_of(weights)
-    if run and (space := LatentSpace.of_run(run)):
+    if run and (space := LatentSpace.of_run(run, channels)):
         return replace(space, vae=vae or space.vae)
     if vae:
         return LatentSpace.of_vae(vae, channels)
@@ -104,7 +111,7 @@ def latent_decoder(weights: Path, vae: str, channels: int) -> Callable[[Tensor],
         Refused: if the run's samples are pixels, or weights outside a run come without a VAE that fits them.
     """
     if run := _run_of(weights):
-        if space := LatentSpace.of_run(run):
+        if space := LatentSpace.of_run(run, channels):
             return space.unscaled
         raise Refused("latents", True, f"but the run {run} generates pixels")
     if not vae:

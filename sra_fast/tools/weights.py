@@ -13,6 +13,7 @@ from sra_fast.config import Config, EvaluateCommand, ExportCommand, ObjectiveCon
 from sra_fast.data.source import open_source
 from sra_fast.errors import Refused
 from sra_fast.evaluation import evaluate as evaluation
+from sra_fast.files import replacing
 from sra_fast.hardware import Hardware
 from sra_fast.model import public_weights
 from sra_fast.model.layout import from_public
@@ -29,7 +30,8 @@ def _load_network(
     command: SampleCommand | EvaluateCommand,
 ) -> tuple[public_weights.Weights, Transformer, torch.device]:
     """(weights, their network, its device)."""
-    weights = run_folder.read_weights(Path(command.weights), command.weights_key)
+    family = command.weights_family if isinstance(command, SampleCommand) else "auto"
+    weights = run_folder.read_weights(Path(command.weights), command.weights_key, family)
     for note in weights.notes:
         print(note, file=sys.stderr)
     device = Hardware.choose(command.device).device
@@ -44,6 +46,8 @@ def sample(command: SampleCommand) -> None:
     for label in command.classes:
         if not 0 <= label < model.classes:
             raise Refused("classes", label, f"must be in [0, {model.classes})")
+    if command.path and model.family == "dit":
+        raise Refused("path", command.path, "but these weights are of a dit, which has no interpolant")
     if out.exists() and not out.is_dir():
         raise Refused("out", command.out, "must be a folder")
     if command.tf32:
@@ -90,8 +94,12 @@ def export(command: ExportCommand) -> None:
     """Write one set of weights as .safetensors, or both sets as .pt in the public layout."""
     source, out = Path(command.weights), Path(command.out)
     if out.suffix == ".safetensors":
-        weights = run_folder.read_weights(source, command.weights_key)
-        checkpoint.export(weights.tensors, out, weights.config, weights.objective or ObjectiveConfig())
+        weights = run_folder.read_weights(source, command.weights_key, command.weights_family)
+        for note in weights.notes:
+            print(note, file=sys.stderr)
+        with replacing(out) as partial:
+            objective = weights.objective or ObjectiveConfig()
+            public_weights.write_safetensors(partial, weights.tensors, weights.config, objective)
         return
     if not source.is_dir():
         raise Refused("weights", command.weights, "must be a run or a checkpoint to write a .pt file")

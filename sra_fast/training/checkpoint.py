@@ -23,12 +23,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from sra_fast.config import Config, ModelConfig, ObjectiveConfig, from_dict, to_dict
+from sra_fast.config import Config, from_dict, to_dict
 from sra_fast.errors import Damaged, Refused
-from sra_fast.files import read_json, replacing, sync, write_json
+from sra_fast.files import read_json, sync, write_json
 from sra_fast.model import public_weights
 from sra_fast.model.layout import from_public, to_public
 from sra_fast.step.state import HEAD, TrainState
@@ -69,6 +68,7 @@ FREE_ON_RESUME = {
     "train.keep_every_images",
     "resume",
     "init_from",
+    "weights_family",
     "deterministic",
 }
 FREE_SECTIONS = ("kernels", "sample", "evaluate")
@@ -99,10 +99,9 @@ def save(folder: Path, state: TrainState, config: Config, progress: RunProgress)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        metadata = public_weights.metadata(config.model, config.objective)
         for name, file in zip(TENSORS, FILES, strict=True):
-            tensors = {key: value.contiguous() for key, value in to_public(getattr(state, name)).items()}
-            save_file(tensors, partial / file, metadata)
+            tensors = to_public(getattr(state, name))
+            public_weights.write_safetensors(partial / file, tensors, config.model, config.objective)
         description["files"] = {file: _sum(partial / file) for file in FILES}
         write_json(partial / "state.json", description)
         for path in partial.iterdir():
@@ -243,9 +242,3 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> I
             yield from differences(before, after, f"{prefix}{name}.")
         elif before != after:
             yield f"{prefix}{name}", before, after
-
-
-def export(tensors: dict[str, Tensor], path: Path, model: ModelConfig, objective: ObjectiveConfig) -> None:
-    """One set of weights as a safetensors file that `read_weights` and other tools read."""
-    with replacing(path) as partial:
-        save_file(tensors, partial, public_weights.metadata(model, objective))

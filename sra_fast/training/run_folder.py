@@ -154,15 +154,16 @@ def locate(source: Path) -> Path:
     return path
 
 
-def read_weights(source: Path, key: str) -> public_weights.Weights:
+def read_weights(source: Path, key: str, family: str = "auto") -> public_weights.Weights:
     """Weights of a run, of one of its checkpoints, of a safetensors file or of a public .pt file.
 
     Args:
         source: the run, checkpoint or file.
         key: "ema", or "model" for the raw weights. A safetensors file has only one set.
+        family: of a file that does not say, see `public_weights.read`.
     """
     if source.is_dir():
         path = locate(source)
         state, _ = checkpoint.describe(path)
         source = checkpoint.verify(path, state, "ema.safetensors" if key == "ema" else "weights.safetensors")
-    return public_weights.read(source, key)
+    return public_weights.read(source, key, family)

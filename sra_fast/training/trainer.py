@@ -139,7 +139,7 @@ class Trainer:
 
     def _initialise_from(self, state: TrainState, path: Path) -> None:
         """Load weights and EMA from a file of weights."""
-        weights = run_folder.read_weights(path, "ema")
+        weights = run_folder.read_weights(path, "ema", self.config.weights_family)
         for note in weights.notes:
             self.report(note)
         for name, own in to_public(state.weights).items():
