@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -117,6 +119,9 @@ def profile(arguments: Sequence[str]) -> int:
 
 def doctor(arguments: Sequence[str]) -> int:
     """Report what this machine has and what a run will use."""
+    if list(arguments) in (["-h"], ["--help"]):
+        print(f"usage: sra-fast doctor\n\n{doctor.__doc__} It takes no options.")
+        return 0
     if arguments:
         raise Refused("doctor", " ".join(arguments), "takes no arguments")
     from sra_fast.tools.doctor import lines
@@ -153,6 +158,9 @@ LESS_MEMORY = {  # by command
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show must not end a command
+            stream.reconfigure(errors="backslashreplace")
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         for command, function in COMMANDS.items():
@@ -178,6 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return 1
     except KeyboardInterrupt:
+        if arguments is None:  # another one ends the process at once, without a traceback of what it interrupts
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         print("sra-fast: interrupted", file=sys.stderr)
         return 130
 
@@ -197,7 +207,7 @@ def _print_resolved(config: Config) -> int:
     from sra_fast.hardware import Hardware
     from sra_fast.model.backends import Backends
 
-    hardware = Hardware.choose(config.train.device, config.train.precision)
+    hardware = Hardware.choose(config.train.device, config.train.precision, "train.device")
     backends = Backends.resolve(config, hardware)
     resolved = {
         "student_tap": config.taps[0],
@@ -245,7 +255,7 @@ def _parse(cls: type[T], arguments: Sequence[str], command: str, default: T | No
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise _find_refused(stop) or Refused(_one_line(message.getvalue())) from None
+        raise _find_refused(stop) or Refused(_one_line(message.getvalue(), arguments)) from None
 
 
 def _find_refused(error: BaseException | None) -> Refused | None:
@@ -255,7 +265,7 @@ def _find_refused(error: BaseException | None) -> Refused | None:
     return error
 
 
-def _one_line(message: str) -> str:
+def _one_line(message: str, arguments: Sequence[str]) -> str:
     """The text inside tyro's frame up to the first horizontal line, worded like our own refusals."""
     lines = []
     for line in message.splitlines()[1:]:
@@ -264,6 +274,12 @@ def _one_line(message: str) -> str:
             break
         lines.append(text)
     text = " ".join(lines).removeprefix("Error parsing --")
+    unrecognized = text.removeprefix("Unrecognized options: ")
+    for option, value in itertools.pairwise(arguments):
+        if value == unrecognized != text and option.startswith("--"):  # a flag was given a value
+            name = option.removeprefix("--")
+            section, dot, last = name.rpartition(".")
+            return f"{name}: {value!r} given; takes no value, only --{name} or --{section}{dot}no-{last}"
     choice = re.fullmatch(r"invalid choice (.+) for argument '--(.+)'\. Expected one of \((.+?),?\)\.", text)
     return f"{choice[2]}: {choice[1]} given; must be one of {choice[3]}" if choice else text
 

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
+
+# Unicode's categories of control, format (such as marks of direction) and surrogate characters, and of separators.
+_ESCAPED = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def printable(text: str) -> str:
+    r"""The text with escapes (\x1b, \udcff) in place of characters that a terminal would obey, and of bytes of file
+    names that are not UTF-8, which neither a terminal nor JSON can represent."""
+    if text.isprintable():
+        return text
+    escapes = {c: c.encode("unicode_escape").decode() for c in set(text) if unicodedata.category(c) in _ESCAPED}
+    return text.translate(str.maketrans(escapes))
 
 
 class Refused(ValueError):
@@ -23,7 +36,7 @@ class Refused(ValueError):
         if value_and_rule:
             value, rule = value_and_rule
             field = f"{field}: {value!r} given; {rule}"
-        super().__init__(field)
+        super().__init__(printable(field))
 
 
 class Damaged(Refused):

@@ -9,7 +9,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -83,6 +83,15 @@ def is_of_one_file(error: OSError, path: Path | str) -> bool:
     return error.errno in OF_ONE_FILE and os.path.isdir(os.path.dirname(path))
 
 
+def refuse_unwritable(path: Path, option: str) -> None:
+    """Refuse a file or folder that cannot be created, before the work whose results it is to hold."""
+    existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    if existing != path.absolute() and not existing.is_dir():
+        raise Refused(option, str(path), f"cannot be created: {existing} is a file")
+    if not os.access(existing, os.W_OK):
+        raise Refused(option, str(path), f"{existing} cannot be written")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path to write to. When the block ends without an error it becomes `path`, otherwise it is removed.
@@ -99,8 +108,7 @@ def replacing(path: Path) -> Iterator[Path]:
         reason = getattr(error, "strerror", None) or str(error)
         raise Refused(f"{path}: could not be written ({reason})") from error
     finally:
-        # If the folder could not be created there is nothing to remove, and the first error is the one to report.
-        if temporary.parent.is_dir():
+        with suppress(OSError):  # the first error is the one to report
             temporary.unlink(missing_ok=True)
 
 

@@ -27,15 +27,18 @@ class Hardware:
     dtype: torch.dtype
 
     @classmethod
-    def choose(cls, device: str = "auto", precision: str = "auto") -> Hardware:
-        """The best of this machine that `train.device` and `train.precision` allow.
+    def choose(cls, device: str = "auto", precision: str = "auto", option: str = "device") -> Hardware:
+        """The best of this machine that the options of device and precision allow.
+
+        Args:
+            option: that names the device, for messages.
 
         Raises:
             Refused: if a GPU is asked for and none is usable.
         """
         cuda = torch.cuda.is_available()
         if device == "cuda" and not cuda:
-            raise Refused("device", device, "no NVIDIA GPU is usable here; must be auto or cpu")
+            raise Refused(option, device, "no NVIDIA GPU is usable here; must be auto or cpu")
         use_gpu = cuda and device != "cpu"
         bf16 = precision == "bf16"
         if precision == "auto":

@@ -8,6 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sra_fast.errors import printable
+
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -56,7 +58,7 @@ class Progress(tqdm):
 
     def write(self, line: str) -> None:
         """Print a line on stderr without disturbing the bar."""
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(printable(line), file=sys.stderr)
 
     def set_postfix(self, **values: object) -> None:
         """Show these values behind the rate from the next update on."""

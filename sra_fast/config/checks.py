@@ -6,10 +6,17 @@ import dataclasses
 import math
 import types
 import typing
+import unicodedata
 from functools import cache
 from typing import Any, ClassVar, Literal, TypeVar
 
+from tyro import MISSING
+
 from sra_fast.errors import Refused
+
+# Of numbers: beyond the images of any run, and exact as a float and as int64, even in sums and products of a few.
+LARGEST = 10**15
+LONGEST = 4096  # characters of a text: the longest path of Linux
 
 T = TypeVar("T")
 
@@ -20,12 +27,20 @@ class Section:
 
     section: ClassVar[str]
     """Prefix of its options on the command line."""
+    limits: ClassVar[dict[str, float]] = {}
+    """The largest value of a number, where it is not `LARGEST`."""
 
     def __post_init__(self) -> None:
+        if any(getattr(self, name) is MISSING for name in _hints(type(self))):
+            return  # tyro's mark for an option that must be given: this object only holds defaults
         for name, hint in _hints(type(self)).items():
-            _check_type(hint, getattr(self, name), self.option(name))
+            value = getattr(self, name)
+            _check_type(hint, value, self.option(name))
+            if hint in (int, float):
+                limit = self.limits.get(name, LARGEST)
+                self.need(value <= limit, name, f"must be at most {limit:,}")
             if hint is float:  # a whole number stands for a float
-                object.__setattr__(self, name, float(getattr(self, name)))
+                object.__setattr__(self, name, float(value))
         self.check()
 
     def check(self) -> None:
@@ -65,10 +80,26 @@ def _check_type(hint: Any, value: Any, name: str) -> None:
         if not any(value == choice and type(value) is type(choice) for choice in choices):
             raise Refused(name, value, f"must be one of {', '.join(map(str, choices))}")
     elif hint is float:
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if type(value) not in (int, float) or (type(value) is float and not math.isfinite(value)):
             raise Refused(name, value, "must be a finite number")
+    elif origin is tuple:
+        if type(value) is not tuple:
+            raise Refused(name, value, "must be a tuple")
+        for item in value:
+            _check_type(choices[0], item, name)
+    elif hint is str:
+        _check_text(value, name)
     elif type(value) is not hint:
         raise Refused(name, value, f"must be of type {hint.__name__}")
+
+
+def _check_text(value: Any, name: str) -> None:
+    if type(value) is not str:
+        raise Refused(name, value, "must be of type str")
+    if len(value) > LONGEST:
+        raise Refused(name, f"{value[:20]}...", f"has {len(value):,} characters; must have at most {LONGEST:,}")
+    if any(unicodedata.category(character) == "Cc" for character in value):
+        raise Refused(name, value, "must not hold control characters")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -19,6 +19,12 @@ class PrepareCommand(Section):
     stopped. Several processes may share the work, on one machine or, under torchrun, on several."""
 
     section: ClassVar[str] = ""
+    limits: ClassVar[dict[str, float]] = {
+        "resolution": 65_536,
+        "batch": 1 << 20,
+        "rows_per_shard": 1 << 30,
+        "max_pixels": 1 << 40,
+    }
 
     out: str
     """Folder of the packed set."""
@@ -73,6 +79,7 @@ class ProfileConfig(Section):
     """Which steps are traced, what is recorded, and where it is written."""
 
     section: ClassVar[str] = "profile"
+    limits: ClassVar[dict[str, float]] = {"steps": 100_000, "warmup": 1_000_000, "top": 1_000_000}
 
     steps: int = 5
     """Steps that are averaged. Two more are traced, one before and one after them."""
@@ -98,8 +105,11 @@ class ProfileConfig(Section):
 
 
 @dataclass(frozen=True)
-class InspectCommand:
+class InspectCommand(Section):
     """Describe a data set (counts, classes, statistics, sample images) and check all of it for damage."""
+
+    section: ClassVar[str] = ""
+    limits: ClassVar[dict[str, float]] = {"rows": 1 << 30, "images": 100_000}
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """A packed set, the public code's moments, or a folder of class folders."""
@@ -118,11 +128,19 @@ class InspectCommand:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the VAE; auto = the GPU if there is one."""
 
+    def check(self) -> None:
+        self.need(self.data != "", "data", "must be a folder")
+        self.need_positive("rows")
+        self.need_not_negative("images")
+
 
 @dataclass(frozen=True)
-class SampleCommand:
+class SampleCommand(Section):
     """Generate images and write them as a PNG grid, one PNG each, and the .npz that the ADM evaluation suite reads; or
     write the latents they would be decoded from."""
+
+    section: ClassVar[str] = ""
+    limits: ClassVar[dict[str, float]] = {"grid": 1_000_000}
 
     weights: str
     """A run, one of its checkpoints, a .safetensors or a public .pt file."""
@@ -156,14 +174,17 @@ class SampleCommand:
     sample: SampleConfig = field(default_factory=SampleConfig)
     """Defaults are the run's own settings."""
 
-    def __post_init__(self) -> None:
-        if self.grid < 0:
-            raise Refused("grid", self.grid, "must not be negative")
+    def check(self) -> None:
+        self.need_not_negative("grid")
+        self.need(self.weights != "", "weights", "must be a run, one of its checkpoints, or a file")
+        self.need(self.out != "", "out", "must be a folder; . is the current one")
 
 
 @dataclass(frozen=True)
-class EvaluateCommand:
+class EvaluateCommand(Section):
     """Compare a run's samples with its real images; exits with 1 if a threshold is missed."""
+
+    section: ClassVar[str] = ""
 
     weights: str
     """A run."""
@@ -178,8 +199,10 @@ class EvaluateCommand:
 
 
 @dataclass(frozen=True)
-class ExportCommand:
+class ExportCommand(Section):
     """Write the newest weights of a run to a file for other programs."""
+
+    section: ClassVar[str] = ""
 
     weights: str
     """A run, or one of its checkpoints."""
@@ -190,7 +213,7 @@ class ExportCommand:
     weights_family: Literal["auto", "sit", "sit-original", "dit"] = "auto"
     """What a public file holds, if it does not say; see sample."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         path = Path(self.out)
         if path.suffix not in (".safetensors", ".pt"):
             raise Refused("out", self.out, "must end in .safetensors or .pt")

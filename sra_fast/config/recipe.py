@@ -13,6 +13,17 @@ class ModelConfig(Section):
     """The transformer shared by SiT and DiT. Input size, channels and classes of 0 are taken from the data."""
 
     section: ClassVar[str] = "model"
+    limits: ClassVar[dict[str, float]] = {
+        "depth": 1_000,
+        "hidden": 65_536,
+        "heads": 65_536,
+        "patch": 1_024,
+        "mlp_ratio": 64,
+        "input_size": 65_536,
+        "channels": 65_536,
+        "classes": 1 << 20,
+        "checkpoint_every": 1_000,
+    }
 
     family: Literal["sit", "dit"] = "sit"
     """sit predicts a velocity in continuous time; dit predicts noise and its variance in 1,000 steps."""
@@ -84,6 +95,7 @@ class AlignConfig(Section):
     """Self-representation alignment (arXiv 2505.02831): the aligned blocks, the distance, and its weight over time."""
 
     section: ClassVar[str] = "align"
+    limits: ClassVar[dict[str, float]] = {"weight": 1e6, "student_tap": 1_000, "teacher_tap": 1_000}
 
     method: Literal["sra", "none"] = "sra"
     """sra aligns with the EMA teacher; none trains without alignment."""
@@ -115,6 +127,7 @@ class OptimConfig(Section):
     """AdamW with decoupled weight decay, gradient clipping, and the EMA of the weights, which is also the teacher."""
 
     section: ClassVar[str] = "optim"
+    limits: ClassVar[dict[str, float]] = {"lr": 100.0, "eps": 1.0, "weight_decay": 1e3, "clip": 1e9}
 
     lr: float = 1e-4
     """Peak learning rate."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from sra_fast.config.checks import Section
 from sra_fast.config.recipe import AlignConfig, ModelConfig, ObjectiveConfig, OptimConfig
-from sra_fast.errors import Refused
+from sra_fast.errors import Refused, printable
 
 SAMPLERS = {"sit": ("euler", "heun", "sde"), "dit": ("ddpm", "ddim")}
 
@@ -22,6 +23,8 @@ PUBLISHED_TAPS = {
     ("dit", 28, 1152): (8, 16),
 }
 
+LONGEST_NAME = 200  # bytes of a run's name; file systems allow 255, of which others begin with it
+
 Choice = Literal["auto", "fused", "reference"]
 
 
@@ -30,6 +33,7 @@ class RunConfig(Section):
     """Where the run is saved, and its seed."""
 
     section: ClassVar[str] = "run"
+    limits: ClassVar[dict[str, float]] = {"seed": 2**64 - 1}
 
     name: str = "run"
     """Name of the run: its folder below --run.dir."""
@@ -42,7 +46,10 @@ class RunConfig(Section):
 
     def check(self) -> None:
         self.need(self.name not in ("", ".", "..") and "/" not in self.name, "name", "must be one folder name")
-        self.need(0 <= self.seed < 2**64, "seed", "must be in [0, 2^64)")
+        self.need(printable(self.name) == self.name, "name", "must be printable")
+        self.need(len(os.fsencode(self.name)) <= LONGEST_NAME, "name", f"must have at most {LONGEST_NAME} bytes")
+        self.need(self.dir != "", "dir", "must be a folder; . is the current one")
+        self.need(self.seed >= 0, "seed", "must be in [0, 2^64)")
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class DataConfig(Section):
     """Training data: JPEG or PNG images, one folder per class, or the latents that `sra-fast prepare` encodes."""
 
     section: ClassVar[str] = "data"
+    limits: ClassVar[dict[str, float]] = {"resolution": 65_536, "threads": 4_096, "max_pixels": 1 << 40}
 
     images: str = ""
     """Folder of class folders. The digits preset writes scikit-learn's digits there if the folder does not exist."""
@@ -90,6 +98,14 @@ class TrainConfig(Section):
     """Length of training, batch size, and how often to log, validate and save. Lengths are in images."""
 
     section: ClassVar[str] = "train"
+    limits: ClassVar[dict[str, float]] = {
+        "batch": 1 << 20,
+        "accumulate": 1 << 20,
+        "log_every_steps": 1_000_000,
+        "validation_images": 1 << 20,
+        "save_every_minutes": 1e9,
+        "keep_checkpoints": 1_000_000,
+    }
 
     images: int = 102_400_000
     """Length of the run in images (400,000 steps of 256)."""
@@ -160,6 +176,14 @@ class SampleConfig(Section):
     """Sampler, guidance and noise of generated images."""
 
     section: ClassVar[str] = "sample"
+    limits: ClassVar[dict[str, float]] = {
+        "steps": 1_000_000,
+        "guidance": 1e6,
+        "guidance_channels": 65_536,
+        "count": 1_000_000_000,
+        "batch": 1 << 20,
+        "seed": 2**64 - 1,
+    }
 
     sampler: Literal["auto", "euler", "heun", "sde", "ddpm", "ddim"] = "auto"
     """sit: euler and heun (ODE), sde (Euler-Maruyama); dit: ddpm, ddim. auto = sde for sit, ddpm for dit."""
@@ -188,7 +212,7 @@ class SampleConfig(Section):
         self.need(0 <= self.guidance_low <= 1, "guidance_low", "must be in [0, 1]")
         rule = f"must be in [sample.guidance-low = {self.guidance_low:g}, 1]"
         self.need(self.guidance_low <= self.guidance_high <= 1, "guidance_high", rule)
-        self.need(0 <= self.seed < 2**64, "seed", "must be in [0, 2^64)")
+        self.need(self.seed >= 0, "seed", "must be in [0, 2^64)")
 
 
 @dataclass(frozen=True)
@@ -196,6 +220,12 @@ class EvaluateConfig(Section):
     """Thresholds that a trained model must meet. A threshold of zero is not checked."""
 
     section: ClassVar[str] = "evaluate"
+    limits: ClassVar[dict[str, float]] = {
+        "samples": 100_000_000,
+        "guidance": 1e6,
+        "min_class_accuracy": 1.0,
+        "min_class_accuracy_guided": 1.0,
+    }
 
     after_training: bool = False
     """Evaluate at the end of training, and exit with 1 if a threshold is missed."""
@@ -215,7 +245,7 @@ class EvaluateConfig(Section):
     drives it to zero."""
 
     def check(self) -> None:
-        self.need_positive("samples")
+        self.need(self.samples >= 2, "samples", "must be at least 2: the distance needs a covariance")
         self.need_not_negative("guidance", "min_class_accuracy", "min_class_accuracy_guided")
         self.need_not_negative("max_frechet_ratio", "min_nearest_ratio")
 
@@ -252,6 +282,8 @@ class Config(Section):
         model, sample, resolution = self.model, self.sample, self.data.resolution
         student, teacher = self.taps
         if self.align.method != "none":
+            if model.depth < 2:
+                raise Refused("model.depth", model.depth, "must be at least 2, or --align.method none")
             rule = f"must be in [1, model.depth = {model.depth}]"
             if not 1 <= teacher <= model.depth:
                 raise Refused("align.teacher-tap", teacher, rule)
@@ -274,7 +306,7 @@ class Config(Section):
     def taps(self) -> tuple[int, int]:
         """(student, teacher) block numbers, 1-based, with the defaults filled in."""
         depth = self.model.depth
-        rule = (max(1, depth // 4), 3 * depth // 4)
+        rule = (max(1, depth // 4), max(2, 3 * depth // 4))
         published = PUBLISHED_TAPS.get((self.model.family, depth, self.model.hidden), rule)
         return self.align.student_tap or published[0], self.align.teacher_tap or published[1]
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sra_fast.errors import Damaged, Refused
+from sra_fast.errors import Damaged, Refused, printable
 from sra_fast.files import read_file
 
 EXTENSIONS = (".jpg", ".jpeg", ".png")
@@ -47,7 +47,7 @@ class Others:
 
 def listed(others: tuple[Other, ...]) -> str:
     """The five most common kinds in words."""
-    kinds = ", ".join(f"{other.count:,} {other.kind} ({other.example})" for other in others[:5])
+    kinds = printable(", ".join(f"{other.count:,} {other.kind} ({other.example})" for other in others[:5]))
     return kinds + (", ..." if others[5:] else "")
 
 

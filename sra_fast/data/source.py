@@ -20,7 +20,7 @@ from sra_fast.data.folder import ImageFolder
 from sra_fast.data.packed import open_row_set
 from sra_fast.data.rows import Rows, RowSet
 from sra_fast.data.stream import Stream
-from sra_fast.errors import Damaged, Refused
+from sra_fast.errors import Damaged, Refused, printable
 from sra_fast.kernels.perturb import Stored, clean_ref
 
 
@@ -168,7 +168,8 @@ def without_images(train: ImageFolder | Rows, held_out: ImageFolder | Rows) -> s
     missing = np.flatnonzero((trained == 0) & (all_images > 0))
     if not len(missing):
         return ""
-    names = ", ".join(f"{label} ({classes[label]})" for label in missing[:5]) + (", ..." if missing[5:].size else "")
+    names = printable(", ".join(f"{label} ({classes[label]})" for label in missing[:5]))
+    names += ", ..." if missing[5:].size else ""
     return (
         f"all images of {len(missing)} of {len(classes)} classes are held out, so that these are not learned: {names}; "
         "a smaller share holds out fewer"

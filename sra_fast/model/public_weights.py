@@ -206,7 +206,7 @@ def _infer(sizes: dict[str, int], family: str, path: Path) -> ModelConfig:
         raise Refused(f"{path}: width", hidden, f"must be one of {known} for the number of heads to be known")
     if outputs not in (channels, 2 * channels):
         raise Refused(f"{path}: output channels", outputs, f"must be {channels} or {2 * channels}")
-    fields = {name: size for name, size in sizes.items() if name not in ("outputs", "head")}
+    fields: dict[str, Any] = {name: size for name, size in sizes.items() if name not in ("outputs", "head")}
     family = "dit" if family == "dit" else "sit"
     return ModelConfig(family=family, heads=heads, qk_norm=sizes["head"] > 0, **fields)
 

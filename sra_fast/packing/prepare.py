@@ -12,7 +12,6 @@ made which shard and whenever one was killed; on a GPU, for the same batch.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import time
@@ -28,6 +27,7 @@ from sra_fast.config import PrepareCommand
 from sra_fast.data.manifest import NAME, SETTINGS, Manifest, Skipped, read_manifest
 from sra_fast.data.packed import find_damage
 from sra_fast.data.public import PublicSet, is_public
+from sra_fast.distributed import place
 from sra_fast.errors import Damaged, Refused
 from sra_fast.files import read_json, write_text
 from sra_fast.hardware import set_deterministic
@@ -62,9 +62,9 @@ def prepare(config: PrepareCommand) -> Manifest:
             first undecodable image; on a full disk. Finished shards are kept.
     """
     start = time.monotonic()
-    rank, world = _environment(0, "RANK", "SLURM_PROCID"), _environment(1, "WORLD_SIZE", "SLURM_NTASKS", minimum=1)
+    rank, world, local_rank = place()
     if torch.cuda.is_available() and config.device != "cpu":
-        torch.cuda.set_device(_environment(0, "LOCAL_RANK", "SLURM_LOCALID") % torch.cuda.device_count())
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
     out = Path(config.out)
     _check_out(out, config.images)
     encoder = _open_encoder(config)
@@ -96,16 +96,6 @@ def prepare(config: PrepareCommand) -> Manifest:
     manifest = read_manifest(out)
     _report(out, manifest, encoded, time.monotonic() - start, rank)
     return manifest
-
-
-def _environment(default: int, *names: str, minimum: int = 0) -> int:
-    """An integer that the launcher set: torchrun under the first name, Slurm under the second."""
-    for name in names:
-        if value := os.environ.get(name):
-            if not value.isdecimal() or int(value) < minimum:
-                raise Refused(name, value, f"must be a number, {minimum} or more")
-            return int(value)
-    return default
 
 
 def _check_out(out: Path, images: str) -> None:

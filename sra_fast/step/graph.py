@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -70,7 +71,8 @@ class Captured:
         graph = torch.cuda.CUDAGraph()
         try:
             # thread_local: in the default mode, CUDA calls of the data reader's thread would invalidate the capture.
-            with torch.cuda.graph(graph, pool=pool.id, stream=self._stream, capture_error_mode="thread_local"):
+            options: Any = {"pool": pool.id, "stream": self._stream, "capture_error_mode": "thread_local"}
+            with torch.cuda.graph(graph, **options):
                 self._function()
         except Exception as error:  # of any kind: what cannot be captured can still be run
             self.failure = _first_line(error)

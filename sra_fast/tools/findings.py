@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sra_fast.data.manifest import Skipped
+from sra_fast.errors import printable
 from sra_fast.vae import Factor, per_channel
 
 FEW = 16  # classes and channels that are listed one by one
@@ -149,11 +150,6 @@ class Findings:
             f"{len(counts):,}: smallest {self.classes[smallest]} with {counts[smallest]:,} images, "
             f"largest {self.classes[largest]} with {counts[largest]:,}; 10 / 50 / 90 % quantiles {quantiles}"
         )
-
-
-def printable(text: str) -> str:
-    r"""Escape bytes of a file name that are not UTF-8 as \udcff: neither a terminal nor JSON can represent them."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _to_json(value: Any) -> Any:

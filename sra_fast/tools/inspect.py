@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,13 +24,13 @@ from sra_fast.data.manifest import NAME, SETTINGS, Manifest, read_manifest
 from sra_fast.data.packed import PackedSet, find_damage
 from sra_fast.data.public import PublicSet, is_public
 from sra_fast.data.rows import RowSet
-from sra_fast.errors import Damaged, Refused
-from sra_fast.files import write_json
+from sra_fast.errors import Damaged, Refused, printable
+from sra_fast.files import refuse_unwritable, write_json
 from sra_fast.hardware import Hardware
 from sra_fast.progress import Progress
 from sra_fast.sampling.decoding import LatentSpace, image_decoder
 from sra_fast.sampling.images import save_grid, to_uint8
-from sra_fast.tools.findings import FEW, ChannelSums, Findings, Sheet, Statistics, printable
+from sra_fast.tools.findings import FEW, ChannelSums, Findings, Sheet, Statistics
 
 USUAL_STD = {False: (0.4, 2.5), True: (0.1, 2.5)}  # latents, pixels
 """Standard deviations of x outside of these suggest a wrong scale. Stable Diffusion's channels have 0.6 to 0.84, and
@@ -49,14 +50,13 @@ def inspect(options: InspectCommand) -> int:
         Refused: if there is no data set.
     """
     root = Path(options.data)
-    if options.rows <= 0:
-        raise Refused("rows", options.rows, "must be positive")
-    if options.images < 0:
-        raise Refused("images", options.images, "must not be negative")
     if not root.is_dir():
         raise Refused("data", options.data, ARCHIVES if root.suffix == ".tar" else "must be a folder")
     if options.json and Path(options.json).is_dir():
         raise Refused("json", options.json, "must be a file")
+    for option in ("json", "out"):
+        if file := getattr(options, option):
+            refuse_unwritable(Path(file), option)
     png = Path(options.out) if options.out else root.resolve().parent / f"inspect-{root.resolve().name}.png"
     try:
         findings, data = _open(root)(root, options.checksums)
@@ -203,7 +203,8 @@ def _inspect_rows(findings: Findings, row_set: RowSet, options: InspectCommand, 
     findings.statistics = sums.statistics(row_set.scale, row_set.shift)
     findings.warnings += _check_scale(findings.statistics.channels, *USUAL_STD[findings.dtype == "uint8"])
     if options.images:
-        findings.sheet = _draw_rows(row_set, valid, options, png)
+        with _as_warning(findings):
+            findings.sheet = _draw_rows(row_set, valid, options, png)
 
 
 def _check_scale(channels: list[dict[str, float]], low: float, high: float) -> Iterator[str]:
@@ -259,7 +260,17 @@ def _inspect_images(findings: Findings, images: ImageFolder, options: InspectCom
     figures = zip(x.mean(1).tolist(), x.std(1).tolist(), strict=True)
     findings.statistics = Statistics(len(pixels), [{"x_mean": mean, "x_std": std} for mean, std in figures])
     if options.images and (shown := decoded(_spread_over_classes(rows, images.labels, options.images).tolist())):
-        findings.sheet = _save(png, to_uint8(torch.stack(shown)), f"{SIDE} x {SIDE}")
+        with _as_warning(findings):
+            findings.sheet = _save(png, to_uint8(torch.stack(shown)), f"{SIDE} x {SIDE}")
+
+
+@contextmanager
+def _as_warning(findings: Findings) -> Iterator[None]:
+    """A picture that cannot be written says nothing about the set."""
+    try:
+        yield
+    except Refused as error:
+        findings.warnings.append(f"no sample images: {error}")
 
 
 def _save(png: Path, pixels: np.ndarray, shows: str, missing: str = "") -> Sheet:

@@ -49,7 +49,7 @@ def profile(config: Config, settings: ProfileConfig, report: Callable[[str], Non
         Refused: if it cannot start; nothing has been written then.
     """
     refuse_several_processes()
-    hardware = Hardware.choose(config.train.device, config.train.precision)
+    hardware = Hardware.choose(config.train.device, config.train.precision, "train.device")
     if settings.nvtx and hardware.device.type != "cuda":
         raise Refused("profile.nvtx", settings.nvtx, "needs an NVIDIA GPU, and none is used here")
     config, out = with_sizes(config), Path(settings.out)

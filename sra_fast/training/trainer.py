@@ -55,7 +55,7 @@ class Trainer:
 
     def __init__(self, config: Config, report: Callable[[str], None] = print) -> None:
         self.report = report
-        self.hardware = Hardware.choose(config.train.device, config.train.precision)
+        self.hardware = Hardware.choose(config.train.device, config.train.precision, "train.device")
         if config.deterministic:
             set_deterministic(True)
         self.backends = Backends.resolve(config, self.hardware)
@@ -135,11 +135,19 @@ class Trainer:
         if newest and newest.resolve() != Path(resume).resolve():
             rule = f"but {self.folder} has newer or other checkpoints; choose another --run.name"
             raise Refused("resume", resume, rule)
+        if not (Path(resume) / "state.json").is_file():
+            raise Refused("resume", resume, "must be auto, never, or the folder of a checkpoint")
         return Path(resume)
 
     def _initialise_from(self, state: TrainState, path: Path) -> None:
         """Load weights and EMA from a file of weights."""
-        weights = run_folder.read_weights(path, "ema", self.config.weights_family)
+        if not path.exists():
+            rule = "there is no such run, checkpoint or file of weights"
+            raise Refused("init-from", self.config.init_from, rule)
+        try:
+            weights = run_folder.read_weights(path, "ema", self.config.weights_family)
+        except Refused as error:
+            raise Refused(f"init-from: {error}") from error
         for note in weights.notes:
             self.report(note)
         for name, own in to_public(state.weights).items():
