@@ -205,9 +205,11 @@ def _split_preset(arguments: Sequence[str]) -> tuple[str, list[str]]:
 def _print_resolved(config: Config) -> int:
     """Print the configuration and what its automatic choices resolve to on this machine."""
     from sra_fast.hardware import Hardware
+    from sra_fast.memory import refuse_training
     from sra_fast.model.backends import Backends
 
     hardware = Hardware.choose(config.train.device, config.train.precision, "train.device")
+    refuse_training(config, hardware)
     backends = Backends.resolve(config, hardware)
     resolved = {
         "student_tap": config.taps[0],

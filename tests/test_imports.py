@@ -16,8 +16,8 @@ OPTIONAL = ("triton", "nvidia", "tensorboard", "sklearn", "scipy", "diffusers")
 # A package may import those before its own bar, and its own files. kernels/ imports nothing of sra_fast, and all may
 # import it.
 ORDER = """
-errors | config | files | distributed flops hardware progress | vae | data | packing | model | objective | step |
-sampling | evaluation | training | tools | cli
+errors | config | files | distributed flops hardware progress | memory | vae | data | packing | model | objective |
+step | sampling | evaluation | training | tools | cli
 """
 RANK = {name: rank for rank, names in enumerate(ORDER.split("|")) for name in names.split()}
 

@@ -65,7 +65,7 @@ def test_a_packed_set(inspect, packed, report, tmp_path):
         "(8, 4, 4) float16: means and deviations, with mirrored rows",
         f"4, {size:,} bytes",
         "0.9, 0.0: x = (z - shift) * scale",
-        "c0 20, c1 20, c2 20, c3 20",
+        "0 c0 20, 1 c1 20, 2 c2 20, 3 c3 20",
         "c0/9.jpg: cut short",
         "statistics    of 80 rows",
     ):

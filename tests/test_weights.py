@@ -48,7 +48,7 @@ def test_sample_writes_a_grid_single_images_and_an_npz(main, trained, tmp_path):
     pixels = sampled(main, tmp_path / "out", trained, "--sample.batch", "4")
     assert (pixels.shape, pixels.dtype) == ((6, 8, 8, 3), np.uint8)
     names = [f"images/{i:06d}.png" for i in range(6)]
-    assert files(tmp_path / "out") == ["grid.png", "images", *names, "samples.npz"]
+    assert files(tmp_path / "out") == ["grid.png", "images", *names, "samples.json", "samples.npz"]
     for name, image in zip(names, pixels, strict=True):
         with Image.open(tmp_path / "out" / name) as file:
             assert file.mode == "L"
@@ -87,13 +87,13 @@ def test_the_same_weights_give_the_same_images_from_every_source(main, trained, 
 def test_sample_takes_a_runs_own_settings_as_defaults(main, trained, tmp_path):
     code, output, _ = main(["sample", "--weights", trained, "--out", tmp_path / "out"])
     assert code == 0
-    assert output.startswith("4 images in")
+    assert output.startswith("classes  0 c0, 1 c1, 2 c2, 3 c3\n4 images in")
 
 
 def test_chosen_classes_and_files(main, trained, tmp_path):
     every = sampled(main, tmp_path / "a", trained)
     chosen = sampled(main, tmp_path / "b", trained, "--classes", "2", "1", "--grid", "0", "--no-images")
-    assert files(tmp_path / "b") == ["samples.npz"]
+    assert files(tmp_path / "b") == ["samples.json", "samples.npz"]
     # Sample i depends on its number and class alone: 1 is of class 1 in both, 0 is of class 2 here and 0 there.
     assert np.abs(chosen[1].astype(int) - every[1]).max() <= 1
     assert (chosen[0] != every[0]).any()
@@ -157,8 +157,8 @@ def test_a_file_that_holds_no_weights_is_refused(refused, tmp_path, kind):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--classes", "4"], "classes: 4 given; must be in [0, 4)"),
-        (["--classes", "-1"], "classes: -1 given"),
+        (["--classes", "4"], "classes: '4' given; must be in [0, 4)"),
+        (["--classes", "-1"], "classes: '-1' given; must be in"),
         (["--grid", "-1"], "grid: -1 given"),
         (["--out", "file"], "out: 'file' given; must be a folder"),
         (["--out", "file/below"], "file/below"),

@@ -151,8 +151,12 @@ class SampleCommand(Section):
     = 1 is data; it is converted), or dit."""
     out: str = "generated"
     """Output folder for grid.png, images/ and samples.npz, or latents.npz."""
-    classes: tuple[int, ...] = ()
-    """Classes to generate, one after the other; empty = all."""
+    classes: tuple[str, ...] = ()
+    """Classes to generate, one after the other, by number or by name; empty = all. A number is a number, even if a
+    class has such a name. Names are those of the class folders, in whose sorted order classes are numbered."""
+    overwrite: bool = False
+    """Replace the samples in the output folder if they are of other weights or other options. Those of the same job are
+    replaced anyway, and other files stay."""
     grid: int = 100
     """Number of images in the grid; 0 = no grid."""
     images: bool = True

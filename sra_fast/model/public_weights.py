@@ -13,6 +13,7 @@ import math
 import os
 import re
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sra_fast.config import SIZES, ModelConfig, ObjectiveConfig, from_dict, to_dict
+from sra_fast.data import class_names
 from sra_fast.errors import Damaged, Refused
 from sra_fast.files import open_regular, replacing
 from sra_fast.model import families
@@ -49,6 +51,7 @@ class Weights:
     notes: tuple[str, ...] = ()  # what was dropped or is missing, one line each
     objective: ObjectiveConfig | None = None  # None if the file does not say
     without_head: bool = False  # the projection head was missing and is zeros; sampling does not use it
+    classes: tuple[str, ...] = ()  # their names, if the file has them
 
 
 def read(path: Path, key: str = "ema", family: str = "auto") -> Weights:
@@ -92,7 +95,8 @@ def read(path: Path, key: str = "ema", family: str = "auto") -> Weights:
     if without_head:
         notes.append(f"{path.name}: has no ap_head (trained without alignment)")
     objective = from_dict(ObjectiveConfig, arguments["objective"], str(path)) if is_ours else None
-    return Weights(tensors, config, tuple(notes), objective, without_head)
+    names = class_names.checked(arguments.get("classes", []), path) if is_ours else ()
+    return Weights(tensors, config, tuple(notes), objective, without_head, names)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -248,13 +252,23 @@ def write_public(
             raise OSError(str(error).splitlines()[0]) from error
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor], model: ModelConfig, objective: ObjectiveConfig) -> None:
+def write_safetensors(
+    path: Path,
+    tensors: dict[str, Tensor],
+    model: ModelConfig,
+    objective: ObjectiveConfig,
+    classes: Sequence[str] = (),
+) -> None:
     """Write a safetensors file that `read` and other tools read. Equal weights give equal bytes.
+
+    Args:
+        classes: their names; empty if unknown.
 
     Raises:
         OSError, SafetensorError: if it cannot be written.
     """
-    description = json.dumps({"model": to_dict(model), "objective": to_dict(objective)})
+    named = {"classes": list(classes)} if classes else {}
+    description = json.dumps({"model": to_dict(model), "objective": to_dict(objective), **named})
     contiguous = {name: value.contiguous() for name, value in tensors.items()}
     save_file(contiguous, path, {METADATA_KEY: description, "format": "pt"})
     # The library writes the entries of the metadata in varying order.

@@ -91,7 +91,7 @@ def find_latent_space(weights: Path, vae: str, channels: int) -> LatentSpace | N
     Raises:
         Refused: if the samples cannot be pixels and nothing says what they are, or the VAE decodes other channels.
     """
-    run = _run_of(weights)
+    run = find_run(weights)
     if run and (space := LatentSpace.of_run(run, channels)):
         return replace(space, vae=vae or space.vae)
     if vae:
@@ -110,7 +110,7 @@ def latent_decoder(weights: Path, vae: str, channels: int) -> Callable[[Tensor],
     Raises:
         Refused: if the run's samples are pixels, or weights outside a run come without a VAE that fits them.
     """
-    if run := _run_of(weights):
+    if run := find_run(weights):
         if space := LatentSpace.of_run(run, channels):
             return space.unscaled
         raise Refused("latents", True, f"but the run {run} generates pixels")
@@ -120,7 +120,7 @@ def latent_decoder(weights: Path, vae: str, channels: int) -> Callable[[Tensor],
     return LatentSpace.of_vae(vae, channels).unscaled
 
 
-def _run_of(weights: Path) -> Path | None:
+def find_run(weights: Path) -> Path | None:
     """The run that weights belong to: its EMA is runs/<name>/checkpoints/<images>/ema.safetensors."""
     weights = weights.absolute()
     folders = [weights, *list(weights.parents)[:3]]

@@ -90,17 +90,18 @@ def save_images(
         grid: number of images in the grid; 0 = no grid.
         columns: images per row of the grid.
     """
-    arrays, count = [], 0
+    kept, count = [], 0
     for batch in batches:
-        arrays.append(to_uint8(batch))
+        pixels = to_uint8(batch)
         if images:
-            save_each(out / "images", arrays[-1], first=count)
+            save_each(out / "images", pixels, first=count)
+        if npz or count < grid:
+            kept.append(pixels)
         count += len(batch)
-    pixels = np.concatenate(arrays)
     if grid:
-        save_grid(out / "grid.png", pixels[:grid], columns)
+        save_grid(out / "grid.png", np.concatenate(kept)[:grid], columns)
     if npz:
-        save_npz(out / "samples.npz", pixels)
+        save_npz(out / "samples.npz", np.concatenate(kept))
 
 
 def save_latents(path: Path, batches: Iterable[Tensor], labels: Tensor) -> None:

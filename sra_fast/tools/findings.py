@@ -142,8 +142,9 @@ class Findings:
     def _about_classes(self, images_of: np.ndarray) -> str:
         counts = images_of.tolist()
         if len(counts) <= FEW:
-            images = ", ".join(f"{name} {count:,}" for name, count in zip(self.classes, counts, strict=True))
-            return f"{len(counts):,} with images: {images}"
+            named = zip(self.classes, counts, strict=True)
+            images = ", ".join(f"{label} {name} {count:,}" for label, (name, count) in enumerate(named))
+            return f"{len(counts):,} (number, name, images): {images}"
         smallest, largest = int(images_of.argmin()), int(images_of.argmax())
         quantiles = "{:,.0f} / {:,.0f} / {:,.0f}".format(*np.percentile(counts, (10, 50, 90)))
         return (

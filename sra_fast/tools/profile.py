@@ -25,8 +25,9 @@ from sra_fast.config import DIGITS_FOLDER, Config, ProfileConfig, to_dict
 from sra_fast.data.stream import Batch
 from sra_fast.distributed import refuse_several_processes
 from sra_fast.errors import Refused
-from sra_fast.files import replacing, write_json
+from sra_fast.files import refuse_unwritable, replacing, write_json
 from sra_fast.hardware import Hardware, set_deterministic
+from sra_fast.memory import refuse_training
 from sra_fast.model.backends import EXECUTIONS, Backends
 from sra_fast.step.graph import WARM_UP
 from sra_fast.step.ring import MetricRing
@@ -53,9 +54,11 @@ def profile(config: Config, settings: ProfileConfig, report: Callable[[str], Non
     if settings.nvtx and hardware.device.type != "cuda":
         raise Refused("profile.nvtx", settings.nvtx, "needs an NVIDIA GPU, and none is used here")
     config, out = with_sizes(config), Path(settings.out)
+    refuse_training(config, hardware)
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise Refused("profile.out", settings.out, f"must be a folder, but {existing} is a file")
+    refuse_unwritable(out, "profile.out")
     backends = Backends.resolve(config, hardware)
     executions = _executions(backends)
     if settings.nvtx:

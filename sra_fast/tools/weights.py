@@ -10,16 +10,19 @@ import torch
 from torch import Tensor
 
 from sra_fast.config import Config, EvaluateCommand, ExportCommand, ObjectiveConfig, SampleCommand, to_dict
+from sra_fast.data import class_names
 from sra_fast.data.source import open_source
 from sra_fast.errors import Refused
 from sra_fast.evaluation import evaluate as evaluation
-from sra_fast.files import replacing
+from sra_fast.files import refuse_unwritable, replacing
 from sra_fast.hardware import Hardware
+from sra_fast.memory import refuse_beyond
 from sra_fast.model import public_weights
 from sra_fast.model.layout import from_public
 from sra_fast.model.transformer import Transformer
 from sra_fast.progress import Progress
-from sra_fast.sampling.decoding import find_latent_space, image_decoder, latent_decoder
+from sra_fast.sampling import origin
+from sra_fast.sampling.decoding import find_latent_space, find_run, image_decoder, latent_decoder
 from sra_fast.sampling.generate import balanced_labels, generate
 from sra_fast.sampling.guidance import prediction_only
 from sra_fast.sampling.images import grid_columns, save_images, save_latents
@@ -43,27 +46,48 @@ def sample(command: SampleCommand) -> None:
     """Generate images or latents and write them to the output folder."""
     weights, network, device = _load_network(command)
     config, model, out = command.sample, weights.config, Path(command.out)
-    for label in command.classes:
-        if not 0 <= label < model.classes:
-            raise Refused("classes", label, f"must be in [0, {model.classes})")
+    names = weights.classes or class_names.read(find_run(Path(command.weights)) or Path("nowhere"))
+    chosen = class_names.labels_of(command.classes, names, model.classes) or list(range(model.classes))
+    if config.guidance_channels > model.channels:
+        rule = f"must be at most {model.channels}, the channels of these weights"
+        raise Refused("sample.guidance-channels", config.guidance_channels, rule)
     if command.path and model.family == "dit":
         raise Refused("path", command.path, "but these weights are of a dit, which has no interpolant")
     if out.exists() and not out.is_dir():
         raise Refused("out", command.out, "must be a folder")
+    refuse_unwritable(out, "out")
+    kept = config.count if command.npz or command.latents else min(config.count, command.grid)
+    needed = {"samples": kept * model.channels * model.input_size**2, "labels": 8 * config.count}
+    refuse_beyond(needed, torch.device("cpu"), "lower --sample.count, or use --no-npz")
     if command.tf32:
         torch.set_float32_matmul_precision("high")
 
     source = Path(command.weights), command.vae, model.channels
     decode = latent_decoder(*source) if command.latents else image_decoder(find_latent_space(*source), device)
-    classes = torch.tensor(command.classes or range(model.classes))
-    labels = classes[balanced_labels(config.count, len(classes))].to(device)
     path = command.path or (weights.objective.path if weights.objective else "linear")
+    made_of = {
+        "weights": origin.digest(weights.tensors),
+        "classes": chosen,
+        "path": path,
+        "latents": command.latents,
+        "vae": "" if command.latents else command.vae,
+        **{name: value for name, value in to_dict(config).items() if name != "batch"},
+    }
+    if not command.overwrite:
+        origin.refuse_others(out, made_of)
+    classes = torch.tensor(chosen)
+    labels = classes[balanced_labels(config.count, len(classes))].to(device)
 
     def batches() -> Iterator[Tensor]:
         predict = prediction_only(network)
         with Progress(config.count, "sampling") as bar:
             for indices in torch.arange(config.count, device=device).split(config.batch):
-                yield decode(generate(predict, labels[indices], indices, config=config, model=model, path=path))
+                samples = decode(generate(predict, labels[indices], indices, config=config, model=model, path=path))
+                if not indices[0]:  # what can be refused has been
+                    origin.begin(out, made_of)
+                    if names:
+                        print(f"classes  {class_names.numbered(names, chosen)}")
+                yield samples
                 bar.update(len(indices))
 
     if command.latents:
@@ -99,7 +123,8 @@ def export(command: ExportCommand) -> None:
             print(note, file=sys.stderr)
         with replacing(out) as partial:
             objective = weights.objective or ObjectiveConfig()
-            public_weights.write_safetensors(partial, weights.tensors, weights.config, objective)
+            names = weights.classes or class_names.read(find_run(source) or Path("nowhere"))
+            public_weights.write_safetensors(partial, weights.tensors, weights.config, objective, names)
         return
     if not source.is_dir():
         raise Refused("weights", command.weights, "must be a run or a checkpoint to write a .pt file")

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 
 from sra_fast.config import Config, to_dict
+from sra_fast.data import class_names
 from sra_fast.data.source import open_source
 from sra_fast.distributed import refuse_several_processes
 from sra_fast.errors import Damaged, Refused, is_out_of_memory
 from sra_fast.evaluation.evaluate import Report, check_inputs, evaluate
 from sra_fast.files import write_json
 from sra_fast.hardware import Hardware, set_deterministic
+from sra_fast.memory import refuse_training
 from sra_fast.model.backends import EXECUTIONS, Backends
 from sra_fast.model.layout import from_public, to_public
 from sra_fast.model.transformer import Transformer
@@ -60,6 +62,7 @@ class Trainer:
             set_deterministic(True)
         self.backends = Backends.resolve(config, self.hardware)
         self.source, self.config = open_source(config, self.hardware.device)
+        refuse_training(self.config, self.hardware)
         self.step = TrainingStep(self.config, self.backends, self.hardware.device, self.source.stored)
         self.space = latent_space(self.config, self.source)
         self.validation = Validation(self.config, self.source, self.step)
@@ -80,6 +83,7 @@ class Trainer:
             for line in self._introduction():
                 self.report(line)
             write_json(self.folder / "config.json", to_dict(self.config))
+            class_names.write(self.folder, self.source.train.classes)
             if self.space:
                 self.space.write(self.folder)
             (self.folder / "samples").mkdir(exist_ok=True)
@@ -171,6 +175,7 @@ class Trainer:
         yield f"model    {model.family}, {parameters / 1e6:.2f} M parameters, {model.tokens} tokens; {aligned}"
         images = f"{len(source.train):,} training and {len(source.held_out):,} held-out images"
         yield f"data     {images}, {model.classes} classes; {source.reader}"
+        yield f"classes  {class_names.numbered(source.train.classes)}"
         yield f"device   {self.hardware.name}, {self.hardware.precision}"
         yield f"ops      {', '.join(f'{op}: {name}' for op, name in self.backends.names.items())}"
         for note in self.backends.notes:
