@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -11,6 +12,14 @@ from tqdm import tqdm
 from sra_fast.errors import printable
 
 SECONDS_BETWEEN_LINES = 10.0
+
+
+def warn(line: str) -> None:
+    """Print a line on stderr. If that is impossible, because its disk is full or its terminal closed, the work that the
+    line is about goes on without it."""
+    with suppress(OSError):  # a single write, so that lines of other threads do not mix with it
+        sys.stderr.write(f"{printable(line)}\n")
+        sys.stderr.flush()
 
 
 class Progress(tqdm):
@@ -73,7 +82,9 @@ class _LineFile:
 
     def write(self, text: str) -> None:
         if text := text.strip():
-            self._stream.write(f"{text}\n")
+            with suppress(OSError):
+                self._stream.write(f"{text}\n")
 
     def flush(self) -> None:
-        self._stream.flush()
+        with suppress(OSError):
+            self._stream.flush()

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import io
 import os
-import sys
 import threading
 import warnings
 from abc import ABC, abstractmethod
@@ -34,6 +33,7 @@ from sra_fast.config import DataConfig
 from sra_fast.data.crop import adm_crop
 from sra_fast.data.image_file import Header, read_header, without_text
 from sra_fast.errors import Refused, is_out_of_memory
+from sra_fast.progress import warn
 
 # The bound on an image's pixels is data.max-pixels, for both readers. What Pillow thinks of a file that it can decode
 # is of no interest to a user.
@@ -376,6 +376,6 @@ def open_decoder(data: DataConfig, device: torch.device) -> Decoder:
         if data.reader == "dali":
             raise Refused("reader", "dali", f"needs `pip install {DALI_PACKAGE}`, or choose pillow") from error
         hint = f"for faster decoding: pip install {DALI_PACKAGE}"
-        print(f"reader: DALI is not installed, images are decoded with Pillow; {hint}", file=sys.stderr)
+        warn(f"reader: DALI is not installed, images are decoded with Pillow; {hint}")
         return PillowDecoder(data, device)
     return DaliDecoder(data, device)

@@ -11,7 +11,6 @@ same images.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 
 import torch
@@ -21,9 +20,10 @@ from sra_fast.data.decoders import Decoder, Undecodable
 from sra_fast.data.folder import ImageFolder
 from sra_fast.data.order import rows
 from sra_fast.data.stream import Batch, Stream
-from sra_fast.errors import Damaged, printable
+from sra_fast.errors import Damaged
 from sra_fast.files import is_of_one_file
 from sra_fast.kernels.philox import Draw, below, words
+from sra_fast.progress import warn
 
 
 class ImageStream(Stream):
@@ -145,5 +145,4 @@ def _read(folder: ImageFolder, chosen: list[int] | range) -> tuple[dict[int, byt
 
 
 def _announce(line: str) -> None:
-    # A single write, so that lines of other threads do not mix with it.
-    sys.stderr.write(f"data.images: {printable(line)}\n")
+    warn(f"data.images: {line}")

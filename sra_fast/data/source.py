@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from sra_fast.data.rows import Rows, RowSet
 from sra_fast.data.stream import Stream
 from sra_fast.errors import Damaged, Refused, printable
 from sra_fast.kernels.perturb import Stored, clean_ref
+from sra_fast.progress import warn
 
 
 class Source(Protocol):
@@ -151,7 +151,7 @@ def open_source(config: Config, device: torch.device) -> tuple[Source, Config]:
     except Damaged as error:
         raise Refused(f"data.{'latents' if data.latents else 'images'}: {error}") from error
     if line := without_images(source.train, source.held_out):
-        print(f"data.held-out: {line}", file=sys.stderr)
+        warn(f"data.held-out: {line}")
     facts = {"input_size": size, "channels": channels, "classes": len(source.train.classes)}
     for name, fact in facts.items():
         value = getattr(config.model, name)
@@ -183,7 +183,7 @@ def _open_images(data: DataConfig, device: torch.device) -> tuple[ImageSource, i
         write_digits(root)
     images = folder.scan(root)
     if ignored := images.ignored():
-        print(f"data.images: {ignored}", file=sys.stderr)
+        warn(f"data.images: {ignored}")
     train, held_out = folder.split(images, data.held_out)
     try:
         decoder = open_decoder(data, device)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -45,7 +44,7 @@ from sra_fast.packing.shards import (
     remove_records,
     write_shard,
 )
-from sra_fast.progress import Progress
+from sra_fast.progress import Progress, warn
 
 REPAIR_FOLDER = ".mending"
 SETTINGS_VERSION = 1
@@ -79,7 +78,7 @@ def prepare(config: PrepareCommand) -> Manifest:
             if rank == 0:
                 print(f"{encoder.describe()}; {encoder.shards} shards")
                 if not isinstance(encoder.source, PublicSet) and (ignored := encoder.source.ignored()):
-                    print(f"images: {ignored}", file=sys.stderr)
+                    warn(f"images: {ignored}")
             if complete:
                 encoded = _repair(out, encoder, config) if rank == 0 else 0
                 remove_records(out, encoder.shards)  # left if the process that wrote the manifest was killed

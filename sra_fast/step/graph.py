@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import torch
+
+from sra_fast.progress import warn
 
 WARM_UP = 3  # calls before the capture: compilation, autotuning and the libraries' workspaces must not be captured
 
@@ -41,7 +42,7 @@ class Captured:
     ) -> None:
         self._function, self._stream = function, stream
         self._pool: torch.cuda.MemPool | None = pool
-        self._report = report or (lambda line: print(line, file=sys.stderr))
+        self._report = report or warn
         self._warm_up_left = warm_up
         self._graph: torch.cuda.CUDAGraph | None = None
         self.failure: str | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from sra_fast.memory import refuse_beyond
 from sra_fast.model import public_weights
 from sra_fast.model.layout import from_public
 from sra_fast.model.transformer import Transformer
-from sra_fast.progress import Progress
+from sra_fast.progress import Progress, warn
 from sra_fast.sampling import origin
 from sra_fast.sampling.decoding import find_latent_space, find_run, image_decoder, latent_decoder
 from sra_fast.sampling.generate import balanced_labels, generate
@@ -36,7 +35,7 @@ def _load_network(
     family = command.weights_family if isinstance(command, SampleCommand) else "auto"
     weights = run_folder.read_weights(Path(command.weights), command.weights_key, family)
     for note in weights.notes:
-        print(note, file=sys.stderr)
+        warn(note)
     device = Hardware.choose(command.device).device
     tensors = {name: tensor.to(device) for name, tensor in from_public(weights.tensors).items()}
     return weights, Transformer.from_tensors(weights.config, tensors), device
@@ -120,7 +119,7 @@ def export(command: ExportCommand) -> None:
     if out.suffix == ".safetensors":
         weights = run_folder.read_weights(source, command.weights_key, command.weights_family)
         for note in weights.notes:
-            print(note, file=sys.stderr)
+            warn(note)
         with replacing(out) as partial:
             objective = weights.objective or ObjectiveConfig()
             names = weights.classes or class_names.read(find_run(source) or Path("nowhere"))

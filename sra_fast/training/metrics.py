@@ -9,7 +9,6 @@ import errno
 import json
 import math
 import os
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any
 from sra_fast.config import Config
 from sra_fast.errors import Refused
 from sra_fast.files import to_json, write_text
+from sra_fast.progress import warn
 from sra_fast.step.ring import MetricRing
 from sra_fast.step.state import MAX_SKIPPED_IN_A_ROW, TrainState
 from sra_fast.step.step import Metrics
@@ -143,7 +143,7 @@ class MetricsFile:
         except Exception as error:  # of any kind: TensorBoard repeats here what failed in its thread
             if what not in self._reported:
                 reason = getattr(error, "strerror", None) or error
-                print(f"{what}: a line could not be written ({reason}); training goes on", file=sys.stderr)
+                warn(f"{what}: a line could not be written ({reason}); training goes on")
             self._reported.add(what)
 
 
@@ -161,7 +161,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         elif line.strip():
             others += 1
     if others:
-        print(f"{path}: {others} damaged {'line' if others == 1 else 'lines'} left out", file=sys.stderr)
+        warn(f"{path}: {others} damaged {'line' if others == 1 else 'lines'} left out")
     return rows
 
 
@@ -169,9 +169,7 @@ def _tensorboard(folder: Path, images_seen: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        print(
-            "TensorBoard is not installed: metrics go to metrics.jsonl only (pip install tensorboard)", file=sys.stderr
-        )
+        warn("TensorBoard is not installed: metrics go to metrics.jsonl only (pip install tensorboard)")
         return None
     usual = threading.excepthook
     # Its writing thread ends with the error that the next `add_scalar` raises, and would print a traceback of it.
@@ -180,7 +178,7 @@ def _tensorboard(folder: Path, images_seen: int) -> Any:
         return SummaryWriter(str(folder), purge_step=images_seen + 1)
     except OSError as error:
         reason = error.strerror or error
-        print(f"TensorBoard: {folder} could not be written ({reason}); training goes on without it", file=sys.stderr)
+        warn(f"TensorBoard: {folder} could not be written ({reason}); training goes on without it")
         return None
 
 

@@ -12,7 +12,6 @@ import fcntl
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +21,7 @@ from typing import IO
 from sra_fast.config import Config
 from sra_fast.errors import Refused
 from sra_fast.model import public_weights
+from sra_fast.progress import warn
 from sra_fast.step.state import TrainState
 from sra_fast.training import checkpoint
 from sra_fast.training.checkpoint import RunProgress
@@ -119,7 +119,7 @@ def newest(folder: Path) -> Path | None:
         if last is None:
             raise Refused(f"{path}: not a complete checkpoint (it has no state.json), and there is no other")
         if path > last:
-            print(f"{path}: not a complete checkpoint (it has no state.json); passed over", file=sys.stderr)
+            warn(f"{path}: not a complete checkpoint (it has no state.json); passed over")
     return last
 
 
@@ -141,7 +141,7 @@ def _named_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        print(f"{error.filename}: could not be removed ({error.strerror}); training goes on", file=sys.stderr)
+        warn(f"{error.filename}: could not be removed ({error.strerror}); training goes on")
 
 
 def locate(source: Path) -> Path:

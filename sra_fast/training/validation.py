@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from sra_fast.data.source import Source
 from sra_fast.data.stream import Batch
 from sra_fast.errors import Refused
 from sra_fast.model.transformer import Transformer
+from sra_fast.progress import warn
 from sra_fast.sampling.decoding import LatentSpace, image_decoder
 from sra_fast.sampling.generate import balanced_labels, generate
 from sra_fast.sampling.guidance import prediction_only
@@ -82,9 +82,9 @@ class Previews:
                 path=self._config.objective.path,
             )
             save_grid(path, to_uint8(decode(samples)), grid_columns(sample.count, model.classes))
-        # Samples of a young network may overflow; a VAE may be missing or too large.
-        except (Refused, torch.OutOfMemoryError) as error:
-            print(f"no preview: {(str(error) or 'out of memory').splitlines()[0]}", file=sys.stderr)
+        # Samples of a young network may overflow; a VAE may be missing or too large; a disk may be full.
+        except (Refused, OSError, MemoryError, RuntimeError) as error:
+            warn(f"no preview: {(str(error) or 'out of memory').splitlines()[0]}")
 
     @cached_property
     def _decode(self) -> Callable[[Tensor], Tensor]:
