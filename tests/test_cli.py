@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import signal
 import subprocess
 import sys
 import typing
+from unittest import mock
 
 import pytest
 import torch
-from small_run import arguments, strict_json, summary
+from small_run import arguments, strict_json, summary, write_images
 
 from sra_fast import cli, config
 from sra_fast.config import PRESETS, Config, from_dict
@@ -191,3 +194,56 @@ def test_help_lists_the_commands(main):
     code, output, _ = main([])
     assert code == 0
     assert all(f"sra-fast {name}" in output for name in cli.COMMANDS)
+
+
+def test_doctor_has_a_help(main):
+    code, output, _ = main(["doctor", "--help"])
+    assert (code, output.startswith("usage: sra-fast doctor")) == (0, True)
+
+
+LACKS = [
+    MemoryError(),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    torch.OutOfMemoryError("CUDA out of memory."),
+]
+
+
+@pytest.mark.parametrize("lack", LACKS, ids=lambda lack: type(lack).__name__)
+@pytest.mark.parametrize(("command", "cure"), [("sample", "--sample.batch"), ("prepare", "--batch")])
+def test_a_lack_of_memory_is_one_line_that_says_what_to_lower(refused, monkeypatch, command, cure, lack):
+    monkeypatch.setitem(cli.COMMANDS, command, mock.Mock(side_effect=lack))
+    line = refused([command])
+    assert line.startswith("sra-fast: out of memory: ")
+    assert f"lower {cure}" in line
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+from sra_fast import cli
+
+def command(arguments):
+    threading.Thread(target=time.sleep, args=(30,)).start()  # what a process waits for when it ends
+    raise KeyboardInterrupt
+
+cli.COMMANDS["doctor"] = command
+sys.argv = ["sra-fast", "doctor"]
+threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+sys.exit(cli.main())
+"""
+
+
+def test_a_second_interrupt_ends_the_process_without_a_traceback():
+    result = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=20)
+    assert (result.returncode, result.stderr) == (-signal.SIGINT, "sra-fast: interrupted\n")
+
+
+def test_names_that_a_terminal_cannot_show_end_no_command(tmp_path):
+    """After the work is done, its report must not fail."""
+    write_images(tmp_path / "été", count=40)
+    (tmp_path / "été/c0").rename(tmp_path / "été/c\udcff")
+    environment = {"PYTHONIOENCODING": "ascii:strict", "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+    words = arguments(tmp_path, data__images=str(tmp_path / "été"), train__images=8)
+    command = [sys.executable, "-m", "sra_fast.cli", *words]
+    result = subprocess.run(command, capture_output=True, env=environment, cwd=tmp_path)
+    assert (result.returncode, result.stderr.count(b"Traceback")) == (0, 0), result.stderr
+    assert b"3 c\\udcff" in result.stdout

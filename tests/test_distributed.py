@@ -1,0 +1,59 @@
+"""The place that a launcher gave to a process, and what an earlier one left behind."""
+
+from __future__ import annotations
+
+import pytest
+from small_data import refusal, write_jpegs
+
+from sra_fast.distributed import place
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    def put(**values: str) -> None:
+        for name in NAMES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    put()
+    return put
+
+
+def test_torchrun_precedes_slurm_and_alone_a_process_is_the_only_one(environment):
+    assert place() == (0, 1, 0)
+    environment(SLURM_PROCID="5", SLURM_NTASKS="8", SLURM_LOCALID="1")
+    assert place() == (5, 8, 1)
+    environment(SLURM_PROCID="0", SLURM_NTASKS="1", RANK="3", WORLD_SIZE="4", LOCAL_RANK="3")
+    assert place() == (3, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"RANK": "1"}, "RANK: '1' given; but there is no WORLD_SIZE; without a launcher, unset RANK"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK: '2' given; but WORLD_SIZE = 2"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK: '-1' given; must be a number"),
+        ({"RANK": "1" * 5000, "WORLD_SIZE": "2"}, "must be a number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: '0' given; must be a number, 1 or more"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: 'two' given"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK: 'x' given"),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused(environment, values, line):
+    environment(**values)
+    assert line in refusal(place)
+
+
+def test_a_rank_that_a_launcher_left_behind_hides_no_damage(environment, main, refused, tmp_path):
+    """Only rank 0 repairs a set; this one is none."""
+    words = ["prepare", "--images", write_jpegs(tmp_path / "images", count=6), "--no-vae", "--resolution", "16"]
+    words += ["--out", tmp_path / "set", "--reader", "pillow"]
+    assert main(words)[0] == 0
+    (tmp_path / "set/moments-00000.npy").write_bytes(b"")
+    environment(RANK="1")
+    assert "unset RANK" in refused(words)
+    environment()
+    assert "made again" in main(words)[2]
