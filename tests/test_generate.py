@@ -184,7 +184,10 @@ def test_guidance_reads_null_class_scale_and_channels() -> None:
         ({"labels": torch.tensor([-1, 0])}, r"labels: \(-1, 0\) given"),
         ({"labels": torch.tensor([1])}, "labels, indices"),
         ({"indices": torch.tensor([0.0, 1.0])}, "labels, indices"),
-        ({"config": SampleConfig(steps=2**34 // 192)}, r"sample\.steps"),
+        (
+            {"model": model("sit", size=1024), "config": SampleConfig(steps=5461)},
+            r"sample\.steps",
+        ),  # 5462 x 3 x 2^20 > 2^34
         ({"model": model("dit"), "config": SampleConfig(steps=1001)}, r"sample\.steps: 1001 given"),
     ],
 )

@@ -141,5 +141,6 @@ def test_other_ranks_leave_the_repair_to_the_first(command, out, monkeypatch):
     DAMAGES["missing"](out)
     damaged = content(out)
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     prepare(command)
     assert content(out) == damaged
