@@ -179,7 +179,7 @@ def test_a_signal_finishes_the_step_and_saves(root, unbroken, number):
     ("function", "call"),
     [
         ("sra_fast.step.step.TrainingStep.__call__", 6),  # with a line after the last checkpoint
-        ("sra_fast.model.public_weights.save_file", 10),  # in the middle of a checkpoint
+        ("sra_fast.model.public_weights.write_safetensors", 10),  # in the middle of a checkpoint
         ("pathlib.Path.rename", 3),  # just before a checkpoint gets its name
         *(
             pytest.param(f"sra_fast.training.{function}", call, marks=pytest.mark.slow)

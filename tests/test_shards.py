@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_data import Killed, config, content, prepare_without_manifest, refusal, words
+from small_data import Killed, config, content, flip_bit, prepare_without_manifest, refusal, words
 
 from sra_fast import cli
 from sra_fast.packing.encoding import ImageEncoder
@@ -173,6 +173,16 @@ def test_a_claimed_shard_is_made_when_its_owner_dies(images, undisturbed, tmp_pa
     assert content(out) == undisturbed
 
 
+@pytest.mark.parametrize("name", ["moments-00001.npy", "moments_flip-00001.npy", "labels-00001.npy"])
+def test_a_shard_that_changed_after_it_was_finished_is_made_again(images, undisturbed, tmp_path, name):
+    out = tmp_path / "set"
+    prepare_without_manifest(command(images, out))
+    flip_bit(out / name)
+    assert f"{out / name}: " in refusal(prepare, command(images, out))
+    prepare(command(images, out))
+    assert content(out) == undisturbed
+
+
 def test_an_incomplete_shard_is_made_again(images, undisturbed, tmp_path):
     out = tmp_path / "set"
     prepare_without_manifest(command(images, out))
@@ -229,5 +239,5 @@ def test_rows_of_another_dtype_and_labels_without_a_class_are_refused(tmp_path):
     facts |= {"classes": ("a", "b"), "vae": "", "crop": "", "resolution": 16}
     for label in (-1, 2):
         line = refusal(lambda records: assemble(tmp_path, records, **facts), [write(label)])
-        assert line.startswith(f"{tmp_path / 'labels-00000.npy'}: labels must be in [0, 2)")
+        assert line.startswith(f"{tmp_path / 'labels-00000.npy'}: label {label} of row 1; must be in [0, 2)")
     assert not (tmp_path / "manifest.json").exists()

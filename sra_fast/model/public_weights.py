@@ -8,6 +8,8 @@ Only tensors and argparse.Namespace are unpickled (PyTorch's restricted unpickle
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import math
 import os
@@ -20,12 +22,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sra_fast.config import SIZES, ModelConfig, ObjectiveConfig, from_dict, to_dict
 from sra_fast.data import class_names
-from sra_fast.errors import Damaged, Refused
+from sra_fast.errors import Damaged, Refused, is_out_of_memory
 from sra_fast.files import open_regular, replacing
 from sra_fast.model import families
 from sra_fast.model.layout import to_public
@@ -105,9 +106,11 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         os.close(open_regular(path))
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = getattr(error, "strerror", None) or error
-        raise Damaged(path, f"not a complete safetensors file ({reason})") from error
+        raise Damaged(path, f"not a readable safetensors file ({reason})") from error
 
 
 def _description(text: str | None, path: Path) -> dict[str, Any]:
@@ -258,24 +261,35 @@ def write_safetensors(
     model: ModelConfig,
     objective: ObjectiveConfig,
     classes: Sequence[str] = (),
-) -> None:
+) -> str:
     """Write a safetensors file that `read` and other tools read. Equal weights give equal bytes.
 
+    Unlike the library's writer it leaves no file of another name behind if it is killed, has a fixed order of metadata,
+    and computes the checksum on the way.
+
     Args:
+        tensors: float32, on the CPU or a GPU.
         classes: their names; empty if unknown.
 
+    Returns:
+        SHA-256 of the file, in hex.
+
     Raises:
-        OSError, SafetensorError: if it cannot be written.
+        OSError: if it cannot be written.
     """
     named = {"classes": list(classes)} if classes else {}
     description = json.dumps({"model": to_dict(model), "objective": to_dict(objective), **named})
-    contiguous = {name: value.contiguous() for name, value in tensors.items()}
-    save_file(contiguous, path, {METADATA_KEY: description, "format": "pt"})
-    # The library writes the entries of the metadata in varying order.
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        file.seek(8)
-        file.write(text.ljust(length))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", METADATA_KEY: description}}
+    end = 0
+    for name, value in sorted(tensors.items()):
+        begin, end = end, end + value.nbytes
+        header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # tensors begin at a multiple of their size
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        rows = (value.cpu().contiguous().numpy().data for _, value in sorted(tensors.items()))
+        for part in itertools.chain([len(text).to_bytes(8, "little"), text], rows):
+            file.write(part)
+            digest.update(part)
+    return digest.hexdigest()

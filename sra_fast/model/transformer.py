@@ -75,7 +75,8 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, classes: int, hidden: int) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(classes + 1, hidden)
+        # Given a weight, nn.Embedding draws none, for which it would import torch._dynamo: a second of every start.
+        self.embedding_table = nn.Embedding(classes + 1, hidden, _weight=torch.empty(classes + 1, hidden))
 
     def forward(self, labels: Tensor) -> Tensor:
         return self.embedding_table(labels)  # (B, D)

@@ -25,8 +25,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sra_fast.data.manifest import NAME, Manifest, Shard, Skipped, read_manifest
+from sra_fast.data.packed import find_damage
 from sra_fast.errors import Damaged, Refused
 from sra_fast.files import replacing, sync, write_text
+from sra_fast.progress import Progress
 
 LOCK = ".prepare.lock"
 WHOLE_SET = -1  # in place of a shard's number
@@ -170,7 +172,8 @@ def assemble(root: Path, records: Sequence[Record], **facts: Any) -> Manifest:
         facts: the fields of `Manifest` other than those that follow from the shards.
 
     Raises:
-        Damaged: if there are no images, or a class has none.
+        Damaged: if there are no images, a class has none, or a file has changed since its shard was finished, perhaps
+            by an earlier start of the command.
     """
     shards = tuple(record.shard for record in records if record.shard)
     skipped = tuple(file for record in records for file in record.skipped)
@@ -179,11 +182,14 @@ def assemble(root: Path, records: Sequence[Record], **facts: Any) -> Manifest:
         first = f"; first failure: {skipped[0].file} ({skipped[0].reason})" if skipped else ""
         raise Damaged(root, f"none of {len(skipped)} images can be read{first}")
     counts = np.zeros(len(manifest.classes), np.int64)
-    for shard in shards:
-        labels = np.load(root / shard.labels)
-        if labels.min() < 0 or labels.max() >= len(counts):
-            raise Damaged(root / shard.labels, f"labels must be in [0, {len(counts)}), one for each class")
-        counts += np.bincount(labels, minlength=len(counts))
+    with Progress(manifest.size(root), "checksums", "B") as bar:
+        for number, record in enumerate(records):
+            if record.shard:
+                for name, reason in find_damage(root, manifest, record.shard, True, bar.update).items():
+                    remove_record(root, number)
+                    rule = "changed since it was written; the same command makes it again"
+                    raise Damaged(root / name, f"{reason}: {rule}")
+                counts += np.bincount(np.load(root / record.shard.labels), minlength=len(counts))
     if not counts.all():
         raise Damaged(root, f"no image of class {manifest.classes[counts.argmin()]!r} can be read")
     write_text(root / NAME, json.dumps(asdict(manifest), indent=1) + "\n")

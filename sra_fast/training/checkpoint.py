@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from sra_fast.config import Config, from_dict, to_dict
@@ -99,14 +98,13 @@ def save(folder: Path, state: TrainState, config: Config, progress: RunProgress)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        sums = {}
         for name, file in zip(TENSORS, FILES, strict=True):
             tensors = to_public(getattr(state, name))
-            public_weights.write_safetensors(partial / file, tensors, config.model, config.objective)
-        description["files"] = {file: _sum(partial / file) for file in FILES}
-        write_json(partial / "state.json", description)
-        for path in partial.iterdir():
-            path.chmod((partial / "state.json").stat().st_mode)  # safetensors makes its files private
-            sync(path)
+            sha256 = public_weights.write_safetensors(partial / file, tensors, config.model, config.objective)
+            sums[file] = {"bytes": (partial / file).stat().st_size, "sha256": sha256}
+            sync(partial / file)
+        write_json(partial / "state.json", {**description, "files": sums})
         sync(partial)
         if target.exists():  # an earlier checkpoint of the same step, or what is left of one
             replaced = target.with_name(target.name + ".old.tmp")
@@ -114,7 +112,7 @@ def save(folder: Path, state: TrainState, config: Config, progress: RunProgress)
             target.rename(replaced)
         partial.rename(target)
         sync(folder)
-    except (OSError, SafetensorError, Refused) as error:
+    except (OSError, Refused) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise Refused(f"{target}: could not be written ({error}); earlier checkpoints are untouched") from error
     return target

@@ -114,14 +114,10 @@ class MetricsFile:
         """Append a line."""
         line = to_json(row).encode()
         with self._going_on(self._file.name):
-            try:
-                written = self._file.write(b"\n" * self._begin_line + line)
-                self._begin_line = written < self._begin_line + len(line)
-                if self._begin_line:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError:
-                self._begin_line = True
-                raise
+            written = self._file.write(b"\n" * self._begin_line + line)
+            self._begin_line = written < self._begin_line + len(line)
+            if self._begin_line:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self._board:
             with self._going_on("TensorBoard"):
                 for name, value in row.items():
