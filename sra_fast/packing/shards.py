@@ -32,7 +32,7 @@ from sra_fast.progress import Progress
 
 LOCK = ".prepare.lock"
 WHOLE_SET = -1  # in place of a shard's number
-RECORD_VERSION = 1
+RECORD_VERSION = 2  # 1 had no checksum
 
 
 class Part(NamedTuple):
@@ -148,20 +148,29 @@ def write_shard(
         sync(root)  # the names of the files must reach the disk before the record does
     except OSError as error:
         raise Refused(f"{root}: could not be written ({error.strerror})") from error
-    write_text(root / _record_name(number), json.dumps({"version": RECORD_VERSION, **asdict(record)}))
+    fields = {"version": RECORD_VERSION, **asdict(record)}
+    write_text(root / _record_name(number), json.dumps({**fields, "sha256": _sum(fields)}))
     return record
 
 
 def read_record(root: Path, number: int) -> Record | None:
-    """The record of a shard; None if the shard does not exist or a file has another size, so that it is made again."""
+    """The record of a shard. None if the shard does not exist, its record is damaged, or a file has another size: the
+    shard is then made again."""
     try:
         fields = json.loads((root / _record_name(number)).read_text())
+        if fields.pop("sha256") != _sum(fields):
+            return None
         shard = Shard(**fields["shard"]) if fields["shard"] else None
         record = Record(fields["rows"], fields["sizes"], shard, tuple(Skipped(**file) for file in fields["skipped"]))
         complete = all((root / name).stat().st_size == size for name, size in record.sizes.items())
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return record if complete and fields["version"] == RECORD_VERSION else None
+
+
+def _sum(fields: dict[str, Any]) -> str:
+    """SHA-256, in hex, of a record's fields."""
+    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
 
 
 def assemble(root: Path, records: Sequence[Record], **facts: Any) -> Manifest:
