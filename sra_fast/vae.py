@@ -85,6 +85,17 @@ class Vae:
         # Tensor cores need channels last; on a CPU it only changes the last bits.
         self._layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         self._model = model.requires_grad_(False).eval().to(device, memory_format=self._layout)
+        self._try()
+
+    def _try(self) -> None:
+        """Encode and decode a small image, because a configuration may load whose layers do not fit together."""
+        images = torch.zeros(1, 3, 4 * self.downsampling, 4 * self.downsampling)
+        encoded = self.encode(images)
+        if encoded.shape != (1, self.channels * (2 if self.posterior else 1), 4, 4):
+            raise ValueError(f"an image of {tuple(images.shape)} is encoded to {tuple(encoded.shape)}")
+        decoded = self.decode(encoded[:, : self.channels])
+        if decoded.shape != images.shape:
+            raise ValueError(f"latents of an image of {tuple(images.shape)} are decoded to {tuple(decoded.shape)}")
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -159,7 +170,9 @@ def open_vae(name: str, device: torch.device, dtype: torch.dtype) -> Vae:
         raise Refused("vae", name, f"its weights lack {len(missing)} tensors, the first {missing[0]}")
     try:
         return Vae(name, config, model, device, dtype)
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise Refused("vae", name, f"{config_file} cannot be used ({_one_line(error)})") from error
 
 

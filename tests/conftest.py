@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from small_faults import Server
 from small_run import complaint, run, small, write_images
 from torch import Tensor
 
@@ -92,6 +93,14 @@ def refused(main):
         return complaint((output, error))
 
     return call
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory) -> Iterator[Server]:
+    """Runs commands in which calls fail."""
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,19 +1,16 @@
 """Damaged files of every format that is read, from a seeded mutator: a command that reads one ends with the right
 result or with one line, and never with another result where the format has checksums.
-
-SOAK_SEED chooses other damage, SOAK_SCALE multiplies it.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import random
 import shutil
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +18,12 @@ from typing import Any
 import pytest
 import small_data
 from small_data import config, jpeg, pack, prepare_without_manifest, publish, save_kl, write_jpegs
-from small_faults import Outcome, Server
+from small_faults import SCALE, SEED, Outcome, Server, named
 from small_run import arguments, content, write_images
 from test_archives import write_tar
 
 pytestmark = pytest.mark.slow
 
-SEED = int(os.environ.get("SOAK_SEED", "0"))
-SCALE = float(os.environ.get("SOAK_SCALE", "1"))
 TRIALS = 15  # of each case
 NASTY = [
     *(None, True, False, 0, -1, 1, 10**30, 2**63, -(2**63), 1e308, 5e-324, float("nan"), float("inf"), 0.5, -0.0),
@@ -325,13 +320,6 @@ CASES: dict[str, Callable[[Server, Path], Case]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.close()
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_damage_gives_one_line_or_the_right_result(server, tmp_path, name):
     if "DALI" in name:
@@ -352,11 +340,8 @@ def test_damage_gives_one_line_or_the_right_result(server, tmp_path, name):
             shutil.rmtree(root)
             shutil.copytree(backup, root)
         path.write_bytes(content)
-        try:
+        kept = tmp_path / f"damaged-{path.name}"
+        kept.write_bytes(content)
+        with named(f"{name}, trial {trial}: {path.relative_to(root)}, kept as {kept}"):
             case.check(server.run(case.words).check())
-        except BaseException as error:
-            kept = Path(tmp_path, f"damaged-{trial}{path.suffix}")
-            kept.write_bytes(content)
-            error.add_note(f"SOAK_SEED={SEED}: {name}, trial {trial}: {path.relative_to(root)}, kept as {kept}")
-            raise
         path.write_bytes(intact[path])

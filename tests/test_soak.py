@@ -1,50 +1,27 @@
 """Kills, signals and errors of the disk at random places, seeded: what is then started again ends as if nothing had
 happened, and every end is one that docs/reliability.md promises.
-
-SOAK_SEED chooses other places, SOAK_SCALE multiplies their number.
 """
 
 from __future__ import annotations
 
 import errno
-import os
 import random
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import small_data
 from small_data import write_jpegs
-from small_faults import FOR_GOOD, READS, STOPS, WRITES, Fault, Server
+from small_faults import FOR_GOOD, READS, SCALE, SEED, STOPS, WRITES, Fault, Server, named
 from small_run import arguments, checkpoints, content, metrics, summary, without_speed, write_images
 
 pytestmark = pytest.mark.slow
 
-SEED = int(os.environ.get("SOAK_SEED", "0"))
-SCALE = float(os.environ.get("SOAK_SCALE", "1"))
 # Errors of the machine. Those that say something about one file, such as ENOENT, may leave an image out by right.
 READ_ERRORS = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EFBIG)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.close()
-
-
-@contextmanager
-def named(trial: str) -> Iterator[None]:
-    """Say in a failure which trial it was."""
-    try:
-        yield
-    except BaseException as error:
-        error.add_note(f"SOAK_SEED={SEED}: {trial}")
-        raise
 
 
 def random_fault(rng: random.Random, folder: Path, calls: dict[int, int]) -> Fault:

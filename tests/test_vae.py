@@ -150,6 +150,10 @@ def test_other_models_are_refused(kl, tmp_path):
     assert "'UNet2DModel'; must be one of AutoencoderKL, A" in refusal(reconfigure(copy, _class_name="UNet2DModel"))
     reconfigure(copy, _class_name="AutoencoderKL", in_channels=4)
     assert "must take 3 channels" in refusal(copy)
+    config = json.loads((kl / "config.json").read_text())
+    del config["down_block_types"]  # its default has one block: it loads, and its layers do not fit together
+    (copy / "config.json").write_text(json.dumps(config))
+    assert "config.json cannot be used" in refusal(copy)
     (copy / "config.json").write_text("[1]")
     assert "config.json is of class None" in refusal(copy)
     (copy / "config.json").write_text("{")
