@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -37,6 +38,8 @@ from sra_fast.errors import Refused, is_out_of_memory
 from sra_fast.files import read_json
 
 T = TypeVar("T")
+
+NARROWEST = 20  # columns; tyro's help never ends in a terminal of less than 5
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -156,8 +159,26 @@ LESS_MEMORY = {  # by command
 }
 
 
+def _mend_surroundings() -> None:
+    """Open the streams that the parent process has closed, before another file takes their place; and refuse a current
+    folder that was removed, for which libraries have no message."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # gets the lowest free descriptor, which is that of the stream
+    if shutil.get_terminal_size().columns < NARROWEST:
+        os.environ["COLUMNS"] = str(NARROWEST)
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise Refused(f"the current folder cannot be used ({error.strerror}); change to another one") from error
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit code."""
+    """Run a command and return the exit code.
+
+    Args:
+        arguments: the words of the command line; None = those of this process.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show must not end a command
             stream.reconfigure(errors="backslashreplace")
@@ -168,6 +189,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\nsra-fast COMMAND --help lists the options of a command.")
         return 0
     try:
+        if arguments is None:
+            _mend_surroundings()
         if name not in COMMANDS:
             raise Refused("command", name, f"must be one of {', '.join(COMMANDS)}")
         return COMMANDS[name](rest)
