@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
-from small_run import arguments, strict_json, summary, write_images
+from small_run import arguments, metrics, strict_json, summary, write_images
 
 from sra_fast import cli, config
 from sra_fast.config import PRESETS, Config, from_dict
@@ -247,3 +247,30 @@ def test_names_that_a_terminal_cannot_show_end_no_command(tmp_path):
     result = subprocess.run(command, capture_output=True, env=environment, cwd=tmp_path)
     assert (result.returncode, result.stderr.count(b"Traceback")) == (0, 0), result.stderr
     assert b"3 c\\udcff" in result.stdout
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", ">&- 2>&- <&-"])
+def test_closed_streams_end_no_command_and_no_file_takes_their_place(root, redirection):
+    command = f"{sys.executable} -m sra_fast.cli {' '.join(arguments(root))} {redirection}"
+    assert (
+        subprocess.run(
+            command, shell=True, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        ).returncode
+        == 0
+    )
+    assert summary(root / "runs/a")["images_seen"] == 80
+    assert len(metrics(root / "runs/a")) == 10
+
+
+def test_a_current_folder_that_is_gone_is_refused(tmp_path):
+    (tmp_path / "gone").mkdir()
+    command = f"cd {tmp_path}/gone && rmdir {tmp_path}/gone && {sys.executable} -m sra_fast.cli train digits"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert "the current folder cannot be used" in result.stderr
+
+
+def test_help_ends_in_the_narrowest_terminal():
+    command = [sys.executable, "-m", "sra_fast.cli", "train", "--help"]
+    result = subprocess.run(command, capture_output=True, env={**os.environ, "COLUMNS": "1"}, timeout=60)
+    assert result.returncode == 0

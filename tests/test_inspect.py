@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -11,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from small_data import change, flip_bit, pack, publish, stand_in
-from small_run import strict_json, write_images
+from small_data import change, flip_bit, kill, pack, publish, stand_in
+from small_run import complaint, strict_json, write_images
 
 from sra_fast import cli
 
@@ -242,6 +243,37 @@ def test_invalid_moments_are_found(inspect, tmp_path, value, channel):
 def test_a_class_without_rows_is_found(inspect, packed):
     path = change(packed.root, lambda m: m["classes"].append("zebra"))
     assert inspect(packed.root)[2] == [f"wrong: {path}: class 4 (zebra) has no images"]
+
+
+def test_results_are_printed_although_the_sheet_or_the_json_cannot_be_written(main, packed, tmp_path, monkeypatch):
+    replace = Path.replace
+
+    def fail(self, target):
+        if self.name in unwritable:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    unwritable = ["inspect-set.png.tmp"]
+    code, output, error = main(["inspect", packed.root, "--json", tmp_path / "report.json"])
+    assert (code, "nothing wrong found" in output) == (0, True)
+    assert (
+        f"warning: no sample images: {tmp_path / 'inspect-set.png'}: could not be written (Read-only file system)"
+        in error
+    )
+    unwritable = ["report.json.tmp"]
+    code, output, error = main(["inspect", packed.root, "--json", tmp_path / "report.json"])
+    assert (code, "nothing wrong found" in output) == (1, True)
+    assert complaint((output, error)).endswith("report.json: could not be written (Read-only file system)")
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_set_is_read(main, packed, tmp_path, monkeypatch):
+    monkeypatch.setattr("sra_fast.tools.inspect.read_manifest", kill)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    for option in ("json", "out"):
+        code, _, error = main(["inspect", packed.root, f"--{option}", tmp_path / "new/result"])
+        assert (code, f"{option}: " in error, f"{tmp_path} cannot be written" in error) == (1, True, True)
+        assert not (tmp_path / "new").exists()
 
 
 def test_the_sheet_is_beside_the_set_unless_told_otherwise(main, packed, tmp_path):

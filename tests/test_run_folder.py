@@ -69,6 +69,11 @@ def test_a_folder_without_state_hides_no_checkpoint(stopped, capsys):
     assert [row["images_seen"] for row in metrics(stopped / "runs/a")] == list(range(8, 88, 8))
 
 
+def test_a_run_without_a_complete_checkpoint_is_not_begun_again(stopped, refused):
+    (stopped / "runs/a/checkpoints" / FIRST / "state.json").unlink()
+    assert "not a complete checkpoint (it has no state.json), and there is no other" in refused(arguments(stopped))
+
+
 KILL = """
 import os, signal, sys
 from pathlib import Path
