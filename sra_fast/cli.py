@@ -209,10 +209,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return 1
     except KeyboardInterrupt:
-        if arguments is None:  # another one ends the process at once, without a traceback of what it interrupts
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
         print("sra-fast: interrupted", file=sys.stderr)
         return 130
+    finally:
+        if arguments is None:  # an interrupt from here on ends the process at once, without a traceback of its exit
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _first_line(error: BaseException) -> str:

@@ -167,7 +167,8 @@ def _serve(library: str, folder: Path) -> None:
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
             if fault := request["fault"]:
                 faults.faults_arm(fault.pop("below").encode(), *fault.values())
-            code = cli.main(request["words"])
+            sys.argv = ["sra-fast", *request["words"]]
+            code = cli.main()
             paths[2].write_text(str(faults.faults_calls()))
             _exit(code)
         code = _wait(child, request["after_s"], request["number"])

@@ -91,10 +91,9 @@ class Trainer:
             with closing(MetricsFile(self.folder, self.progress.images_seen)) as file, StopRequest() as stop:
                 last_row = self._train(file, stop)
             if stop.signal:
-                seen = f"{self.progress.images_seen:,} images"
-                self.report(
-                    f"stopped and saved at {seen}; to continue: the same command with --run.name {self.config.run.name}"
-                )
+                images = self.progress.images_seen
+                stopped = f"stopped and saved at {images:,} images" if images else "stopped before the first step"
+                self.report(f"{stopped}; to continue: the same command with --run.name {self.config.run.name}")
                 return 128 + stop.signal
             return self._finish(last_row)
 
