@@ -164,7 +164,8 @@ def _mend_surroundings() -> None:
     folder that was removed, for which libraries have no message."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # gets the lowest free descriptor, which is that of the stream
+            # It gets the lowest free descriptor, which is that of the stream.
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     if shutil.get_terminal_size().columns < NARROWEST:
         os.environ["COLUMNS"] = str(NARROWEST)
     try:
