@@ -73,7 +73,7 @@ setup: $(READY)
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/* tests/*.c
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/* tests/*.c benchmarks/static/*.cpp
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 $(READY): pyproject.toml setup.py Makefile CMakeLists.txt $(wildcard csrc/*)
