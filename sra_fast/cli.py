@@ -35,7 +35,7 @@ from sra_fast.config import (
     to_dict,
 )
 from sra_fast.errors import Refused, is_out_of_memory
-from sra_fast.files import read_json
+from sra_fast.files import read_json, to_json
 
 T = TypeVar("T")
 
@@ -75,7 +75,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     from sra_fast.tools.weights import evaluate
 
     report = evaluate(command, run)
-    print(json.dumps(report.as_dict(), indent=2))
+    print(to_json(report.as_dict(), indent=2), end="")
     failures = report.failures(command.evaluate)
     for failure in failures:
         print(f"threshold missed: {failure}", file=sys.stderr)
@@ -184,14 +184,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show must not end a command
             stream.reconfigure(errors="backslashreplace")
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if name in ("-h", "--help"):
-        for command, function in COMMANDS.items():
-            print(f"sra-fast {command:<9} {(function.__doc__ or '').strip()}")
-        print("\nsra-fast COMMAND --help lists the options of a command.")
-        return 0
     try:
         if arguments is None:
             _mend_surroundings()
+        if name in ("-h", "--help"):
+            for command, function in COMMANDS.items():
+                print(f"sra-fast {command:<9} {(function.__doc__ or '').strip()}")
+            print("\nsra-fast COMMAND --help lists the options of a command.", flush=True)
+            return 0
         if name not in COMMANDS:
             raise Refused("command", name, f"must be one of {', '.join(COMMANDS)}")
         return COMMANDS[name](rest)
@@ -201,6 +201,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has closed it, as in `sra-fast train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except ImportError as error:  # also of a library for which there is not enough memory
+        print(f"sra-fast: {error.name or 'a library'} cannot be loaded ({_first_line(error)})", file=sys.stderr)
+        return 1
     except (MemoryError, RuntimeError, OSError) as error:
         if is_out_of_memory(error):
             print(f"sra-fast: out of memory: {_first_line(error)}; {LESS_MEMORY[name]}", file=sys.stderr)
@@ -209,9 +212,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             raise
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("sra-fast: interrupted", file=sys.stderr)
-        return 130
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
     finally:
         if arguments is None:  # an interrupt from here on ends the process at once, without a traceback of its exit
             signal.signal(signal.SIGINT, signal.SIG_DFL)

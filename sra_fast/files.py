@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
 import os
@@ -90,24 +91,59 @@ def refuse_unwritable(path: Path, option: str) -> None:
         raise Refused(option, str(path), f"{existing} cannot be written")
 
 
+def lock_file(path: Path) -> int:
+    """A descriptor of a file, created if it is missing and otherwise unchanged, that this process alone holds.
+
+    Raises:
+        BlockingIOError: if another process holds it.
+        OSError: if it is a link or no regular file, or cannot be opened.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", str(path))
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Between opening and locking, its last owner may have removed it: others would lock another file.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path to write to. When the block ends without an error it becomes `path`, otherwise it is removed.
 
     Raises:
-        Refused: if the disk is full or `path` cannot be written; a file that was there before is unchanged.
+        Refused: if the disk is full, another process is writing `path`, or it cannot be written; a file that was there
+            before is unchanged.
     """
+    if path.exists() and not path.is_file():
+        raise Refused(f"{path}: could not be written (not a regular file)")
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        lock = lock_file(temporary)
+    except BlockingIOError as error:
+        raise Refused(f"{path}: another process is writing it") from error
+    except OSError as error:
+        raise Refused(f"{path}: could not be written ({error.strerror})") from error
+    is_replaced = False
+    try:
         yield temporary
         temporary.replace(path)
+        is_replaced = True
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise Refused(f"{path}: could not be written ({reason})") from error
+        raise Refused(f"{path}: could not be written ({error.strerror or error})") from error
     finally:
-        with suppress(OSError):  # the first error is the one to report
-            temporary.unlink(missing_ok=True)
+        if not is_replaced:
+            with suppress(OSError):  # the first error is the one to report
+                temporary.unlink(missing_ok=True)
+        os.close(lock)
 
 
 def sync(path: Path) -> None:

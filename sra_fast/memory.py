@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from sra_fast.config import Config, ModelConfig
+from sra_fast.config import Config, ModelConfig, SampleConfig
 from sra_fast.errors import Refused
 from sra_fast.flops import FREQUENCIES
 from sra_fast.hardware import Hardware
@@ -58,6 +58,14 @@ def training_bytes(config: Config, dtype: torch.dtype) -> dict[str, int]:
         f"the activations of {images:,} images": images * model.tokens * model.hidden * model.depth * blocks * size,
         f"{config.train.batch:,} inputs": 4 * config.train.batch * model.channels * model.input_size**2,
     }
+
+
+def sampling_bytes(config: SampleConfig, model: ModelConfig) -> dict[str, int]:
+    """{what: bytes} that a call of the network needs at least, in fp32: the inputs of one MLP, and
+    its hidden layer before and after GELU."""
+    images = min(config.count, 1 if config.batch_invariant else config.batch) * (2 if config.guidance != 1 else 1)
+    block = images * model.tokens * model.hidden * 2 * (1 + model.mlp_ratio)
+    return {"weights": 4 * parameters(model), f"the activations of {images:,} images": 4 * block}
 
 
 def available(device: torch.device) -> int:

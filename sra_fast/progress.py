@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -20,6 +21,15 @@ def warn(line: str) -> None:
     with suppress(OSError):  # a single write, so that lines of other threads do not mix with it
         sys.stderr.write(f"{printable(line)}\n")
         sys.stderr.flush()
+
+
+def say(line: str) -> None:
+    """Print a line on stdout. If its reader has gone, as in `sra-fast train ... | head -1`, or its disk is full,
+    nothing more is printed there, and the work goes on."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 class Progress(tqdm):

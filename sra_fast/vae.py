@@ -22,6 +22,7 @@ from sra_fast.errors import Damaged, Refused, is_out_of_memory
 from sra_fast.files import read_json
 
 KINDS = ("AutoencoderKL", "AutoencoderTiny")
+MOST_BLOCKS, MOST_LAYERS, WIDEST = 64, 256, 65_536  # of a configuration
 Factor = float | tuple[float, ...]  # one for all channels, or one for each
 # What diffusers, huggingface_hub and safetensors raise for files that are missing, damaged or of another kind.
 LOAD_ERRORS = (
@@ -146,6 +147,8 @@ def open_vae(name: str, device: torch.device, dtype: torch.dtype) -> Vae:
     kind = config.get("_class_name") if isinstance(config, dict) else None
     if kind not in KINDS:
         raise Refused("vae", name, f"{config_file} is of class {kind!r}; must be one of {', '.join(KINDS)}")
+    if too_large := _first_beyond(config):
+        raise Refused("vae", name, f"{config_file}: {too_large} is too large")
     if config.get("in_channels", 3) != 3:
         raise Refused("vae", name, "must take 3 channels, RGB")
     options = {"subfolder": subfolder} if subfolder else {}
@@ -176,6 +179,17 @@ def open_vae(name: str, device: torch.device, dtype: torch.dtype) -> Vae:
         raise Refused("vae", name, f"{config_file} cannot be used ({_one_line(error)})") from error
 
 
+def _first_beyond(config: dict[str, Any]) -> str:
+    """The first setting that is beyond any autoencoder: diffusers builds its layers before it looks at the weights. ''
+    if there is none."""
+    for name, value in config.items():
+        numbers = value if isinstance(value, list) else [value]
+        largest = MOST_LAYERS if "layers" in name or "num_" in name else WIDEST
+        if len(numbers) > MOST_BLOCKS or any(isinstance(one, int) and one > largest for one in numbers):
+            return name
+    return ""
+
+
 def _import_diffusers() -> Any:
     logging.getLogger("diffusers").setLevel(logging.ERROR)  # it warns about missing packages when it is imported
     try:
@@ -187,7 +201,10 @@ def _import_diffusers() -> Any:
 
 def _locate(name: str) -> tuple[str, str, str]:
     """(folder or hub id, subfolder of the id, name of the configuration file for messages)."""
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:
+        raise Refused("vae", name, "there is no such user") from error
     if name and path.is_dir():
         if not (path / "config.json").exists() and (path / "vae" / "config.json").exists():
             path = path / "vae"

@@ -215,3 +215,14 @@ def test_an_archive_that_promises_more_than_it_has_is_refused_at_once(tmp_path, 
         assert len(open_images(str(path))) == 1  # zeros at the end are an archive's end
         return
     assert "cannot be read" in refusal(path) or "cut short" in refusal(path)
+
+
+def test_patterns_that_overlap_name_an_archive_once(tmp_path):
+    for number in (1, 2, 12):
+        write_tar(tmp_path / f"{number}.tar", samples([0, 1]))
+    assert len(open_images(str(tmp_path / "*{1..2}*.tar"))) == 6
+
+
+def test_a_label_is_digits(tmp_path):
+    write_tar(tmp_path / "a.tar", {"0.jpg": b"image", "0.cls": b"1_0"})
+    assert "has the label b'1_0'" in refusal(tmp_path / "a.tar")

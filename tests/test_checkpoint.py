@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from small_run import TENSORS, arguments, checkpoints, complaint, content, full_disk, run, small
 
 from sra_fast.config import ModelConfig
-from sra_fast.errors import Refused
+from sra_fast.errors import Damaged, Refused
 from sra_fast.model.backends import REFERENCE
 from sra_fast.model.public_weights import shapes
 from sra_fast.step.state import TrainState
@@ -277,3 +277,14 @@ def test_a_flipped_bit_is_refused_or_harmless(saved):
             with contextlib.suppress(Refused):
                 checkpoint.load(saved, config, state["data_fingerprint"], CPU)
         path.write_bytes(original)
+
+
+def test_a_file_of_another_size_or_kind_is_refused_before_it_is_read(saved):
+    state, _ = checkpoint.describe(saved)
+    os.truncate(saved / "ema.safetensors", 1 << 40)
+    with pytest.raises(Damaged, match="another size"):
+        checkpoint.verify(saved, state, "ema.safetensors")
+    (saved / "ema.safetensors").unlink()
+    os.mkfifo(saved / "ema.safetensors")
+    with pytest.raises(Damaged, match="not a regular file"):
+        checkpoint.verify(saved, state, "ema.safetensors")

@@ -65,3 +65,10 @@ def test_a_run_of_before_has_no_names_and_is_sampled_by_number(root, main, refus
     words = ["sample", "--weights", root / "runs/a", "--out", root / "out", "--sample.count", "1", "--classes"]
     assert main([*words, "2"])[0] == 0
     assert "must be a number in [0, 4)" in refused([*words, "c2"])
+
+
+def test_names_of_another_number_of_classes_are_refused(root, refused, tmp_path):
+    assert run(small(root, train__images=8))[0] == 0
+    (root / "runs/a/classes.json").write_text('{"classes": ["a"]}')
+    for command in (["sample", "--out", tmp_path / "o"], ["export", "--out", tmp_path / "w.safetensors"]):
+        assert "has the names of 1 classes, but weights of 4" in refused([*command, "--weights", root / "runs/a"])

@@ -274,3 +274,27 @@ def test_help_ends_in_the_narrowest_terminal():
     command = [sys.executable, "-m", "sra_fast.cli", "train", "--help"]
     result = subprocess.run(command, capture_output=True, env={**os.environ, "COLUMNS": "1"}, timeout=60)
     assert result.returncode == 0
+
+
+def test_training_goes_on_when_nobody_reads_what_it_prints(root):
+    command = f"{sys.executable} -m sra_fast.cli {' '.join(arguments(root))} | true"
+    result = subprocess.run(command, shell=True, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.stderr == b""
+    assert summary(root / "runs/a")["images_seen"] == 80
+
+
+def test_help_on_a_full_disk_is_one_line():
+    result = subprocess.run(f"{sys.executable} -m sra_fast.cli > /dev/full", shell=True, stderr=subprocess.PIPE)
+    assert (result.returncode, result.stderr) == (1, b"sra-fast: writing: No space left on device\n")
+
+
+def test_a_library_that_cannot_be_loaded_is_one_line(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sra_fast.tools.doctor", None)
+    assert "sra_fast.tools.doctor cannot be loaded" in refused(["doctor"])
+
+
+def test_an_interrupt_during_the_start_is_silent():
+    code = "import signal, sys; from sra_fast import start; sys.modules['tyro'] = None; sys.meta_path.insert(0, sys)\n"
+    code += "sys.find_spec = lambda name, *_: signal.raise_signal(signal.SIGINT) if name == 'sra_fast.cli' else None\n"
+    result = subprocess.run([sys.executable, "-c", f"{code}start.main()"], capture_output=True)
+    assert (result.returncode, result.stderr) == (-signal.SIGINT, b"")

@@ -17,8 +17,8 @@ from sra_fast.sampling.decoding import (
     LatentSpace,
     find_latent_space,
     image_decoder,
-    latent_decoder,
     latent_space,
+    space_of_latents,
 )
 
 CPU = torch.device("cpu")
@@ -92,10 +92,10 @@ def test_weights_outside_a_run_take_the_space_of_the_vae(tmp_path, monkeypatch):
     with pytest.raises(Refused, match=r"vae: '' given; must be named: these weights generate 4 channels, not pixels$"):
         find_latent_space(weights, "", 4)
     with pytest.raises(Refused, match="latents: True given; needs a run, or --vae for its scale and shift"):
-        latent_decoder(weights, "", 4)
+        space_of_latents(weights, "", 4)
     assert names == []
     assert find_latent_space(weights, "a vae", 4) == LatentSpace("a vae", vae.scale, vae.shift)
-    assert torch.equal(latent_decoder(weights, "a vae", 4)(x), x / vae.scale + vae.shift)
+    assert torch.equal(space_of_latents(weights, "a vae", 4).unscaled(x), x / vae.scale + vae.shift)
     assert (names, vae.given) == (["a vae", "a vae"], [])
 
 
@@ -107,7 +107,7 @@ def test_a_latents_json_outside_a_run_is_not_read(tmp_path):
 def test_a_vae_of_other_channels_is_refused(tmp_path, monkeypatch):
     stand_in(monkeypatch, channels=16)
     refusal = "vae: 'a vae' given; it decodes 16 channels; must decode 4"
-    for make in (find_latent_space, latent_decoder):
+    for make in (find_latent_space, space_of_latents):
         with pytest.raises(Refused, match=refusal):
             make(tmp_path / "ema.safetensors", "a vae", 4)
     decode = image_decoder(LatentSpace("a vae", 1.0, 0.0), CPU)
@@ -120,7 +120,7 @@ def test_latents_of_a_run_are_unscaled_without_a_vae(run, monkeypatch):
     LatentSpace("a vae", (1.0, 2.0, 4.0, 8.0), 0.5).write(run)
     x = torch.randn(3, 4, 2, 2, dtype=torch.float64)
     for weights in weights_of(run):
-        z = latent_decoder(weights, "another", 4)(x)
+        z = space_of_latents(weights, "another", 4).unscaled(x)
         assert z.dtype == torch.float32
         assert torch.equal(z, x.float() / torch.tensor([1.0, 2.0, 4.0, 8.0])[:, None, None] + 0.5)
     assert names == []
@@ -129,7 +129,7 @@ def test_latents_of_a_run_are_unscaled_without_a_vae(run, monkeypatch):
 def test_a_run_on_pixels_has_no_latents(run):
     for weights in weights_of(run):
         with pytest.raises(Refused, match=re.escape(f"latents: True given; but the run {run} generates pixels")):
-            latent_decoder(weights, "", 3)
+            space_of_latents(weights, "", 3)
 
 
 def test_samples_are_unscaled_and_decoded_in_small_batches(monkeypatch):

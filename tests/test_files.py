@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from small_run import full_disk, strict_json
 
 from sra_fast import files
 from sra_fast.errors import Damaged, Refused
-from sra_fast.files import is_of_one_file, read_file, read_json, replacing, write_json, write_text
+from sra_fast.files import is_of_one_file, lock_file, read_file, read_json, replacing, write_json, write_text
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -110,3 +111,33 @@ def test_only_regular_files_of_bearable_size_are_read(tmp_path: Path) -> None:
             read_file(tmp_path / name)
         with pytest.raises(Damaged, match=reason):
             read_json(tmp_path / name)
+
+
+def test_two_writers_of_a_file_do_not_mix(tmp_path: Path) -> None:
+    path = tmp_path / "result"
+    with replacing(path) as temporary:
+        temporary.write_text("first")
+        with pytest.raises(Refused, match="another process is writing it"), replacing(path):
+            pytest.fail("written by both")
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(Refused, match="not a regular file"):
+            write_text(tmp_path / name, "text")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_a_lock_changes_no_file_and_waits_for_no_pipe(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("content")
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "pipe"):
+        with pytest.raises(OSError, match=r"symbolic links|not a regular file"):
+            lock_file(tmp_path / name)
+    os.close(lock_file(tmp_path / "mine"))
+    assert (tmp_path / "mine").read_text() == "content"

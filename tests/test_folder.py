@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+from pathlib import Path
 
 import numpy as np
 from small_data import refusal
@@ -128,3 +131,16 @@ def test_split_refuses_an_empty_side():
         line = refusal(split, synthetic(3), share)
         assert line.startswith(f"data.held-out: {share} given; ")
         assert line.endswith(f"holds out {count} of 3")
+
+
+def test_folders_may_be_nested_deeper_than_calls(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("root/c0")
+    os.chdir("root/c0")
+    for _ in range(1100):
+        os.mkdir("a")
+        os.chdir("a")
+    Path("x.png").touch()
+    os.chdir(tmp_path)
+    assert len(scan(tmp_path / "root")) == 1
+    subprocess.run(["rm", "-r", "root"], check=True)  # deeper than pytest can remove

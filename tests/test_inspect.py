@@ -361,3 +361,11 @@ def test_advice_is_given_for_damaged_sets_that_prepare_made(inspect, packed, rep
     (packed.root / "prepare.json").unlink()
     inspect(packed.root)
     assert report()["advice"] == ""
+
+
+def test_by_products_do_not_replace_files_of_the_set(main, packed):
+    before = {path: path.read_bytes() for path in packed.root.iterdir()}
+    for option, name in (("json", "manifest.json"), ("out", "moments-00000.npy")):
+        code, _, error = main(["inspect", packed.root, f"--{option}", packed.root / name])
+        assert (code, f"{option}: " in error, "must not replace a file of the data set" in error) == (1, True, True)
+    assert {path: path.read_bytes() for path in packed.root.iterdir()} == before

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_run import arguments
+from small_run import arguments, run, small
 from small_step import changed
 
 from sra_fast import memory
@@ -59,3 +59,10 @@ def test_the_limit_of_a_container_counts(tmp_path, monkeypatch):
     machine = memory.available(CPU)
     (tmp_path / "memory.max").write_text("1000000\n")
     assert memory.available(CPU) == 1_000_000 < machine
+
+
+def test_a_batch_of_samples_that_cannot_fit_is_refused(root, refused, monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda device: 16 * 10**9)
+    assert run(small(root, train__images=8))[0] == 0
+    words = ["sample", "--weights", root / "runs/a", "--no-npz", "--no-images", "--grid", 0]
+    assert "lower --sample.batch" in refused([*words, "--sample.count", 10**8, "--sample.batch", 1 << 20])

@@ -116,3 +116,14 @@ def test_tensorboard_forgets_what_a_crash_made_void(tmp_path, seconds):
     written(tmp_path, 0, ROWS)
     written(tmp_path, 24, [{**row, "loss": 7.0} for row in ROWS[3:]])
     assert scalars(tmp_path, "loss") == [(8, 1.0), (16, 0.5), (24, 1 / 3), (32, 7.0), (40, 7.0)]
+
+
+def test_a_line_without_end_takes_no_memory_and_is_one_damaged_line(tmp_path, plain, capsys):
+    with (tmp_path / "metrics.jsonl").open("wb") as file:
+        file.write(b'{"images_seen": 8}\n')
+        file.truncate(50_000_000)
+        file.seek(0, os.SEEK_END)
+        file.write(b'\n{"images_seen": 16}\n')
+    MetricsFile(tmp_path, 24).close()
+    assert "1 damaged line left out" in capsys.readouterr().err
+    assert [row["images_seen"] for row in metrics(tmp_path)] == [8, 16]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from small_data import pack, stand_in
 from small_run import run, small, write_images
 
 
@@ -62,3 +63,17 @@ def test_samples_of_unknown_origin_are_refused(main, refused, trained, tmp_path,
     path = out / "samples.json"
     path.unlink() if spoil == "no origin" else path.write_text("{" if spoil == "damaged" else json.dumps([]))
     assert str(out) in refused(words(trained, out, 2))
+
+
+def test_another_scale_of_latents_is_another_origin(main, refused, tmp_path, monkeypatch):
+    stand_in(monkeypatch)
+    pack(tmp_path / "set", vae="a vae")
+    run_on_latents = small(tmp_path, data__images="", data__latents=str(tmp_path / "set"))
+    assert run(run_on_latents)[0] == 0
+    trained = tmp_path / "runs/a"
+    assert main(words(trained, tmp_path / "out", 2))[0] == 0
+    latents = json.loads((trained / "latents.json").read_text())
+    (trained / "latents.json").write_text(json.dumps({**latents, "scale": 0.5}))
+    assert "scale: 0.9, now 0.5" in refused(words(trained, tmp_path / "out", 2))
+    (trained / "latents.json").write_text(json.dumps({**latents, "scale": True}))
+    assert "latents.json: must have vae, scale and shift" in refused(words(trained, tmp_path / "out", 2, "--overwrite"))

@@ -130,7 +130,7 @@ def test_strict_stops_at_the_first_bad_file(images, tmp_path):
     prepare_without_manifest(config(images, tmp_path / "set"))
     assert line in refusal(prepare, config(images, tmp_path / "set", strict=True))
     assert prepare(config(images, tmp_path / "set")).count == 40
-    assert f"{line} and left out earlier" in refusal(prepare, config(images, tmp_path / "set", strict=True))
+    assert f"{line} and left out of the finished set" in refusal(prepare, config(images, tmp_path / "set", strict=True))
 
 
 @pytest.mark.parametrize(
@@ -201,3 +201,24 @@ def test_a_lost_class_is_refused_and_costs_only_the_shards_that_lack_it(tmp_path
     line = refusal(prepare, config(root, tmp_path / "none"))
     assert "none of 60 images can be read; first failure: c0/000.jpg (empty file)" in line
     assert not (tmp_path / "none" / "manifest.json").exists()
+
+
+def test_images_that_could_not_be_read_are_read_again_once_they_can(tmp_path):
+    root = write_jpegs(tmp_path / "images", count=6)
+    whole = {path: path.read_bytes() for path in root.rglob("*.jpg")}
+    for path in whole:
+        path.write_bytes(b"x")
+    assert "none of 6 images can be read" in refusal(prepare, config(root, tmp_path / "set"))
+    for path, file in whole.items():
+        path.write_bytes(file)
+    assert prepare(config(root, tmp_path / "set")).count == 6
+
+
+def test_strict_reads_again_what_was_left_out_before(tmp_path):
+    root = write_jpegs(tmp_path / "images", count=40)
+    whole = (root / "c0/000.jpg").read_bytes()
+    (root / "c0/000.jpg").write_bytes(b"x")
+    prepare_without_manifest(config(root, tmp_path / "set"))
+    assert "strict allows none" in refusal(prepare, config(root, tmp_path / "set", strict=True))
+    (root / "c0/000.jpg").write_bytes(whole)
+    assert prepare(config(root, tmp_path / "set", strict=True)).count == 40

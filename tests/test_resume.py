@@ -318,3 +318,36 @@ def test_a_state_that_a_step_has_begun_to_change_is_not_saved(root, main, monkey
     monkeypatch.setattr(TrainingStep, "apply", apply)
     assert "out of memory" in complaint(main(arguments(root))[1:])
     assert checkpoints(root / "runs/a") == []
+
+
+def test_held_out_images_that_cannot_be_read_cost_no_training(root, main):
+    for name in split(scan(root / "data"), 0.2)[1].files:
+        (root / "data" / name).write_bytes(b"no image")
+    line = complaint(main(arguments(root))[1:])
+    assert line.startswith("sra-fast: held-out images: ")
+    assert checkpoints(root / "runs/a") == [END]
+
+
+def test_a_run_that_learned_nothing_is_no_success(root, main, monkeypatch):
+    gradients = TrainingStep.gradients
+
+    def infinite(*arguments):
+        values, losses = gradients(*arguments)
+        return [value * float("inf") for value in values], losses
+
+    monkeypatch.setattr(TrainingStep, "gradients", infinite)
+    code, *output = main(arguments(root))
+    assert (code, "no step had a finite gradient norm" in complaint(output)) == (1, True)
+    assert summary(root / "runs/a")["skipped_steps"] == 10
+
+
+def test_a_second_sigterm_has_its_own_exit_code(root, monkeypatch):
+    original = TrainingStep.__call__
+
+    def interrupted(self, *arguments):
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGTERM)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(TrainingStep, "__call__", interrupted)
+    assert cli.main(arguments(root)) == 128 + signal.SIGTERM

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -129,3 +130,22 @@ def test_a_preview_lost_by_a_kill_is_made_up_for(stopped):
     shutil.rmtree(folder)
     run(small(stopped, train__preview_every_images=40), stop_after=1)
     assert os.listdir(folder) == [f"{40:012d}.png"]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(stopped, refused, monkeypatch):
+    def fail(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    before = metrics(stopped / "runs/a")
+    with monkeypatch.context() as patch:
+        patch.setattr("sra_fast.training.run_folder.os.listdir", fail)
+        with pytest.raises(Refused, match=r"checkpoints: cannot be listed \(Permission denied\)"):
+            run_folder.newest(stopped / "runs/a/checkpoints")
+    assert metrics(stopped / "runs/a") == before
+
+
+def test_a_run_inside_its_images_is_refused(root, refused):
+    line = refused(arguments(root, run__dir=str(root / "data")))
+    assert "run.dir: " in line
+    assert "must not be inside" in line
+    assert sorted(path.name for path in (root / "data").iterdir()) == ["c0", "c1", "c2", "c3"]

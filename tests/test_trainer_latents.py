@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -149,3 +150,14 @@ def test_a_run_goes_on_with_its_own_set_only(tmp_path, packed, refused, monkeypa
     pack(packed.root, **changes)
     assert refused(arguments(tmp_path, **options(tmp_path))).startswith(f"sra-fast: {reason}")
     assert checkpoints(tmp_path / "runs/a") == ["000000000024"]
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("float16", np.nan), ("float16", -np.inf), ("float32", np.inf)])
+def test_a_row_that_is_not_finite_ends_the_run_by_name(tmp_path, main, dtype, value):
+    packed = pack(tmp_path / "set", dtype=dtype)
+    path = packed.root / "moments-00003.npy"
+    rows = np.load(path)
+    rows[:, 1, 2, 3] = value
+    np.save(path, rows)
+    line = complaint(main(arguments(tmp_path, **options(tmp_path)))[1:])
+    assert re.search(r"moments-00003\.npy: row \d+ of the set has a number that is not finite", line)

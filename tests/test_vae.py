@@ -183,3 +183,12 @@ def test_weights_that_lack_a_tensor_are_refused(kl, tmp_path):
     tensors["encoder.conv_in.weight"] = torch.zeros(4, 3, 3, 3)
     save_file(tensors, copy / WEIGHTS, {"format": "pt"})
     assert "encoder.conv_in.weight" in refusal(copy)
+
+
+def test_a_configuration_of_endless_layers_is_refused_before_they_are_built(kl, tmp_path):
+    copy = shutil.copytree(kl, tmp_path / "vae")
+    for setting in ({"layers_per_block": 10**8}, {"block_out_channels": [8] * 1000}, {"latent_channels": 10**12}):
+        reconfigure(copy, **setting)
+        assert f"{next(iter(setting))} is too large" in refusal(copy)
+        reconfigure(copy, layers_per_block=1, block_out_channels=[8, 8, 16], latent_channels=4)
+    assert "there is no such user" in refusal("~nosuchuser/x")

@@ -250,3 +250,22 @@ def test_a_public_file_without_a_head_starts_a_run_and_says_so(main, trained, ro
     assert code == 0
     assert "no ap_head" in output
     assert all(row["alignment_loss"] is not None for row in metrics(root / "runs/a"))
+
+
+def test_a_family_that_contradicts_the_file_is_refused(refused, trained, tmp_path):
+    words = ["sample", "--weights", trained, "--weights-family", "dit", "--out", tmp_path / "out"]
+    assert "weights-family: 'dit' given; but" in refused(words)
+
+
+def test_export_into_a_checkpoint_is_refused(refused, trained):
+    (checkpoint,) = (trained / "checkpoints").iterdir()
+    before = (checkpoint / "ema.safetensors").read_bytes()
+    words = ["export", "--weights", trained, "--weights-key", "model", "--out", checkpoint / "ema.safetensors"]
+    assert "must not be inside the checkpoint" in refused(words)
+    assert (checkpoint / "ema.safetensors").read_bytes() == before
+
+
+def test_evaluate_refuses_other_images_than_the_run_was_trained_on(refused, root):
+    assert run(small(root))[0] == 0
+    (root / "data/c0").rename(root / "data/x")
+    assert "has other files or classes than" in refused(["evaluate", "--weights", root / "runs/a"])

@@ -84,7 +84,7 @@ class DataConfig(Section):
     """Decoding threads; 0 = one per core, at most 8."""
     max_pixels: int = 256_000_000
     """Larger images count as undecodable, and all threads together hold no more pixels than this (or one image). An
-    image takes up to 8 bytes a pixel while it is decoded."""
+    image takes up to 14 bytes a pixel while it is decoded."""
 
     def check(self) -> None:
         self.need_positive("resolution", "max_pixels")

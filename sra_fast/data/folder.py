@@ -147,16 +147,19 @@ def _kind(entry: os.DirEntry) -> str:
 
 def _files(path: str, name: str, others: Others) -> Iterator[str]:
     """Images in the folder `path`, as names that start with `name`, in no particular order. Others are counted."""
-    with os.scandir(path) as entries:
-        for entry in entries:
-            if not _is_of_the_user(entry):
-                others.add(_kind(entry), f"{name}/{entry.name}")
-            elif entry.is_dir(follow_symlinks=False):
-                yield from _files(entry.path, f"{name}/{entry.name}", others)
-            elif entry.name.lower().endswith(EXTENSIONS):
-                yield f"{name}/{entry.name}"
-            else:
-                others.add(_kind(entry), f"{name}/{entry.name}")
+    folders = [(path, name)]  # not by recursion: folders may be nested deeper than calls
+    while folders:
+        path, name = folders.pop()
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if not _is_of_the_user(entry):
+                    others.add(_kind(entry), f"{name}/{entry.name}")
+                elif entry.is_dir(follow_symlinks=False):
+                    folders.append((entry.path, f"{name}/{entry.name}"))
+                elif entry.name.lower().endswith(EXTENSIONS):
+                    yield f"{name}/{entry.name}"
+                else:
+                    others.add(_kind(entry), f"{name}/{entry.name}")
 
 
 def split(folder: ImageFolder, held_out_share: float) -> tuple[ImageFolder, ImageFolder]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sra_fast.data.order import rows
-from sra_fast.data.rows import Rows
+from sra_fast.data.rows import Rows, check_finite
 from sra_fast.data.stream import Batch, Stream
 from sra_fast.kernels.philox import Draw, uniforms
 
@@ -43,6 +43,7 @@ class LatentStream(Stream):
         chosen, flipped = self._order(first)
         index = self._training.index[chosen]
         x = self._training.row_set.gather(index, flipped, self._pinned)
+        check_finite(self._training.row_set, index, x)
         labels = torch.from_numpy(self._training.row_set.labels[index])
         return Batch(x, labels, torch.arange(first, first + self._batch)), 0
 
@@ -62,4 +63,6 @@ class LatentStream(Stream):
 
 def load(chosen: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
     """Load all of these rows: (x (N, *shape) as stored, labels (N,) int64), on the device."""
-    return chosen.row_set.gather(chosen.index).to(device), torch.from_numpy(chosen.labels).to(device)
+    x = chosen.row_set.gather(chosen.index)
+    check_finite(chosen.row_set, chosen.index, x)
+    return x.to(device), torch.from_numpy(chosen.labels).to(device)

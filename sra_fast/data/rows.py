@@ -78,6 +78,18 @@ class RowSet(ABC):
         return x
 
 
+def check_finite(row_set: RowSet, rows: np.ndarray, x: Tensor) -> None:
+    """Raise Damaged, naming the file, if one of these rows (B, *shape), as they are stored, is not finite."""
+    if not x.is_floating_point():
+        return
+    # The exponent's bits are all set in infinities and NaNs. Comparing them takes a fraction of the time of isfinite.
+    bits, exponent = (torch.int16, 0x7C00) if x.dtype == torch.float16 else (torch.int32, 0x7F800000)
+    infinite = ((x.view(bits).flatten(1) & exponent) == exponent).any(dim=1)
+    if infinite.any():
+        row = int(rows[int(infinite.nonzero()[0, 0])])
+        raise Damaged(row_set.file(row), f"row {row} of the set has a number that is not finite")
+
+
 _TORCH = {"float16": torch.float16, "float32": torch.float32, "uint8": torch.uint8}
 
 

@@ -78,6 +78,8 @@ def read(path: Path, key: str = "ema", family: str = "auto") -> Weights:
     sizes = sizes_of(tensors, path)
     if is_ours:
         config = from_dict(ModelConfig, arguments["model"], str(path))
+        if family not in ("auto", config.family):
+            raise Refused("weights-family", family, f"but {path} says that it is a {config.family}")
         _compare(config, sizes, path)
     else:
         is_doubled = sizes["outputs"] == 2 * sizes["channels"]

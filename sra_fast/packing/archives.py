@@ -140,7 +140,7 @@ def open_images(images: str) -> ImageFolder | ImageArchives:
     for archive in archives:
         if archive.suffix != ".tar":
             raise Damaged(archive, "must be an uncompressed .tar, or a folder")
-    return ImageArchives(sorted(archives))
+    return ImageArchives(sorted({archive.resolve(): archive for archive in archives}.values()))  # patterns may overlap
 
 
 def _expand(pattern: str) -> Iterator[str]:
@@ -223,10 +223,8 @@ def _check_end(archive: tarfile.TarFile, path: Path) -> None:
 
 
 def _label(text: bytes, path: Path, member: str) -> int:
-    try:
-        label = int(text.decode("ascii"))
-    except ValueError:
-        label = -1
+    digits = text.strip()
+    label = int(digits) if digits.isdigit() and len(digits) < 10 else -1
     if not 0 <= label < MAX_CLASSES:
         rule = f"must be a number from 0 to {MAX_CLASSES - 1:,}"
         raise Damaged(path, f"{member}: has the label {text[:40]!r}; {rule}")

@@ -44,7 +44,7 @@ from sra_fast.packing.shards import (
     remove_records,
     write_shard,
 )
-from sra_fast.progress import Progress, warn
+from sra_fast.progress import Progress, say, warn
 
 REPAIR_FOLDER = ".mending"
 SETTINGS_VERSION = 1
@@ -76,7 +76,7 @@ def prepare(config: PrepareCommand) -> Manifest:
         with claims.hold(WHOLE_SET, wait=True):
             complete = _begin(out, encoder.settings)
             if rank == 0:
-                print(f"{encoder.describe()}; {encoder.shards} shards")
+                say(f"{encoder.describe()}; {encoder.shards} shards")
                 if not isinstance(encoder.source, PublicSet) and (ignored := encoder.source.ignored()):
                     warn(f"images: {ignored}")
             if complete:
@@ -178,15 +178,14 @@ def _make_shards(out: Path, encoder: Encoder, claims: Claims, config: PrepareCom
 
 
 def _is_finished(out: Path, number: int, strict: bool) -> bool:
-    """Whether a shard is finished. Raises Refused if `strict` forbids its skipped images."""
+    """Whether a shard is finished. If `strict` forbids the images that were left out, they are read again."""
     record = read_record(out, number)
-    if strict and record and record.skipped:
-        _refuse_skipped(record.skipped[0])
-    return record is not None
+    return record is not None and not (strict and record.skipped)
 
 
 def _refuse_skipped(file: Skipped) -> None:
-    raise Refused(f"images: {file.file}: undecodable ({file.reason}) and left out earlier; strict allows none")
+    rule = "strict allows none; choose another --out"
+    raise Refused(f"images: {file.file}: undecodable ({file.reason}) and left out of the finished set; {rule}")
 
 
 def _make_shard(folder: Path, encoder: Encoder, number: int, config: PrepareCommand, bar: Progress) -> Record:
@@ -223,9 +222,9 @@ def _write_manifest(out: Path, encoder: Encoder) -> None:
         remaining = np.bincount(encoder.source.labels, minlength=len(encoder.source.classes))
         np.subtract.at(remaining, [label_of[file.file] for _, file in skipped], 1)
         lost = [(number, file) for number, file in skipped if not remaining[label_of[file.file]]]
+        for number, _ in lost:  # read again by the next start, when they may have been repaired
+            remove_record(out, number)
         if lost and remaining.any():
-            for number, _ in lost:
-                remove_record(out, number)
             file, reason = lost[0][1].file, lost[0][1].reason
             raise Refused(
                 f"images: no image of class {encoder.source.classes[label_of[file]]!r} can be decoded; first failure: "
@@ -291,9 +290,9 @@ def _reproducible() -> Iterator[None]:
 def _report(out: Path, manifest: Manifest, encoded: int, seconds: float, rank: int) -> None:
     rate = f", {encoded / seconds:,.1f} images/s here" if encoded else ", already complete"
     if rank > 0:
-        print(f"rank {rank}: {encoded:,} images{rate}")
+        say(f"rank {rank}: {encoded:,} images{rate}")
         return
-    print(
+    say(
         f"{manifest.count:,} images of {manifest.shape} {manifest.dtype} in {len(manifest.shards)} shards, "
         f"{len(manifest.skipped):,} skipped, {seconds:.1f} s{rate}, {manifest.size(out):,} bytes: {out}"
     )

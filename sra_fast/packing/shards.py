@@ -27,7 +27,7 @@ import numpy as np
 from sra_fast.data.manifest import NAME, Manifest, Shard, Skipped, read_manifest
 from sra_fast.data.packed import find_damage
 from sra_fast.errors import Damaged, Refused
-from sra_fast.files import replacing, sync, write_text
+from sra_fast.files import read_file, replacing, sync, write_text
 from sra_fast.progress import Progress
 
 LOCK = ".prepare.lock"
@@ -157,7 +157,7 @@ def read_record(root: Path, number: int) -> Record | None:
     """The record of a shard. None if the shard does not exist, its record is damaged, or a file has another size: the
     shard is then made again."""
     try:
-        fields = json.loads((root / _record_name(number)).read_text())
+        fields = json.loads(read_file(root / _record_name(number)))
         if fields.pop("sha256") != _sum(fields):
             return None
         shard = Shard(**fields["shard"]) if fields["shard"] else None

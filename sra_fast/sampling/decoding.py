@@ -56,10 +56,7 @@ class LatentSpace:
             return None
         values = read_json(path)
         try:
-            scale, shift = (
-                tuple(map(float, factor)) if isinstance(factor, list) else float(factor)
-                for factor in (values["scale"], values["shift"])
-            )
+            scale, shift = (_factor(values[name]) for name in ("scale", "shift"))
             check_factors(scale, shift, channels)
             return cls(str(values["vae"]), scale, shift)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -71,6 +68,15 @@ class LatentSpace:
         vae = open_vae(name, torch.device("cpu"), torch.float32)
         _check_channels(name, vae.channels, channels)
         return cls(name, vae.scale, vae.shift)
+
+
+def _factor(value: object) -> Factor:
+    """A scale or shift of JSON. Raises TypeError for anything but a number, or one for each channel."""
+    if isinstance(value, list):
+        return tuple(float(_factor(one)) for one in value)  # pyright: ignore[reportArgumentType]: a list in it raises
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{value!r} is not a number")
+    return float(value)
 
 
 def latent_space(config: Config, source: Source) -> LatentSpace | None:
@@ -101,9 +107,8 @@ def find_latent_space(weights: Path, vae: str, channels: int) -> LatentSpace | N
     return None
 
 
-def latent_decoder(weights: Path, vae: str, channels: int) -> Callable[[Tensor], Tensor]:
-    """A function from samples (N, C, h, w) to the latents z (N, C, h, w) float32 that a VAE decodes. Weights of a run
-    need no VAE.
+def space_of_latents(weights: Path, vae: str, channels: int) -> LatentSpace:
+    """The space of samples that are to be latents. Weights of a run need no VAE.
 
     Args: as `find_latent_space`.
 
@@ -112,12 +117,12 @@ def latent_decoder(weights: Path, vae: str, channels: int) -> Callable[[Tensor],
     """
     if run := find_run(weights):
         if space := LatentSpace.of_run(run, channels):
-            return space.unscaled
+            return space
         raise Refused("latents", True, f"but the run {run} generates pixels")
     if not vae:
         rule = "needs a run, or --vae for its scale and shift: these weights do not say how their samples are scaled"
         raise Refused("latents", True, rule)
-    return LatentSpace.of_vae(vae, channels).unscaled
+    return LatentSpace.of_vae(vae, channels)
 
 
 def find_run(weights: Path) -> Path | None:

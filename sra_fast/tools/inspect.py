@@ -57,6 +57,8 @@ def inspect(options: InspectCommand) -> int:
     for option in ("json", "out"):
         if file := getattr(options, option):
             refuse_unwritable(Path(file), option)
+            if Path(file).exists() and Path(file).resolve().is_relative_to(root.resolve()):
+                raise Refused(option, file, "must not replace a file of the data set")
     png = Path(options.out) if options.out else root.resolve().parent / f"inspect-{root.resolve().name}.png"
     try:
         findings, data = _open(root)(root, options.checksums)

@@ -11,17 +11,17 @@ from torch import Tensor
 from sra_fast.config import Config, EvaluateCommand, ExportCommand, ObjectiveConfig, SampleCommand, to_dict
 from sra_fast.data import class_names
 from sra_fast.data.source import open_source
-from sra_fast.errors import Refused
+from sra_fast.errors import Damaged, Refused
 from sra_fast.evaluation import evaluate as evaluation
 from sra_fast.files import refuse_unwritable, replacing
 from sra_fast.hardware import Hardware
-from sra_fast.memory import refuse_beyond
+from sra_fast.memory import refuse_beyond, sampling_bytes
 from sra_fast.model import public_weights
 from sra_fast.model.layout import from_public
 from sra_fast.model.transformer import Transformer
 from sra_fast.progress import Progress, warn
 from sra_fast.sampling import origin
-from sra_fast.sampling.decoding import find_latent_space, find_run, image_decoder, latent_decoder
+from sra_fast.sampling.decoding import find_latent_space, find_run, image_decoder, space_of_latents
 from sra_fast.sampling.generate import balanced_labels, generate
 from sra_fast.sampling.guidance import prediction_only
 from sra_fast.sampling.images import grid_columns, save_images, save_latents
@@ -45,7 +45,7 @@ def sample(command: SampleCommand) -> None:
     """Generate images or latents and write them to the output folder."""
     weights, network, device = _load_network(command)
     config, model, out = command.sample, weights.config, Path(command.out)
-    names = weights.classes or class_names.read(find_run(Path(command.weights)) or Path("nowhere"))
+    names = _class_names(weights, Path(command.weights))
     chosen = class_names.labels_of(command.classes, names, model.classes) or list(range(model.classes))
     if config.guidance_channels > model.channels:
         rule = f"must be at most {model.channels}, the channels of these weights"
@@ -56,20 +56,24 @@ def sample(command: SampleCommand) -> None:
         raise Refused("out", command.out, "must be a folder")
     refuse_unwritable(out, "out")
     kept = config.count if command.npz or command.latents else min(config.count, command.grid)
-    needed = {"samples": kept * model.channels * model.input_size**2, "labels": 8 * config.count}
+    needed = {"samples": kept * model.channels * model.input_size**2, "labels and numbers": 16 * config.count}
     refuse_beyond(needed, torch.device("cpu"), "lower --sample.count, or use --no-npz")
+    refuse_beyond(sampling_bytes(config, model), device, "lower --sample.batch")
     if command.tf32:
         torch.set_float32_matmul_precision("high")
 
     source = Path(command.weights), command.vae, model.channels
-    decode = latent_decoder(*source) if command.latents else image_decoder(find_latent_space(*source), device)
+    space = space_of_latents(*source) if command.latents else find_latent_space(*source)
+    decode = space.unscaled if space and command.latents else image_decoder(space, device)
     path = command.path or (weights.objective.path if weights.objective else "linear")
     made_of = {
         "weights": origin.digest(weights.tensors),
         "classes": chosen,
         "path": path,
         "latents": command.latents,
-        "vae": "" if command.latents else command.vae,
+        "vae": space.vae if space and not command.latents else "",
+        "scale": space.scale if space else None,
+        "shift": space.shift if space else None,
         **{name: value for name, value in to_dict(config).items() if name != "batch"},
     }
     if not command.overwrite:
@@ -100,17 +104,31 @@ def evaluate(command: EvaluateCommand, run: Config) -> evaluation.Report:
     """Compare samples with the real images of the run, whose configuration is `run`."""
     weights, network, device = _load_network(command)
     source, _ = open_source(run, device)
+    state, _ = checkpoint.describe(run_folder.locate(Path(command.weights)))
+    if source.fingerprint != state["data_fingerprint"]:
+        place = run.data.images or run.data.latents
+        raise Refused(f"{place}: has other files or classes than {command.weights} was trained on")
     with Progress(2 * command.evaluate.samples, "evaluating") as bar:
         return evaluation.evaluate(
             network,
             source.pixels(source.train),
             source.pixels(source.held_out),
             model=weights.config,
-            path=run.objective.path,
+            path=(weights.objective or run.objective).path,
             sample=command.sample,
             config=command.evaluate,
             progress=bar.update,
         )
+
+
+def _class_names(weights: public_weights.Weights, source: Path) -> tuple[str, ...]:
+    """Names of the classes, from the weights or from their run; empty if unknown. Raises Damaged if it are too few or
+    too many."""
+    run = find_run(source)
+    names = weights.classes or (class_names.read(run) if run else ())
+    if names and len(names) != weights.config.classes:
+        raise Damaged(run or source, f"has the names of {len(names)} classes, but weights of {weights.config.classes}")
+    return names
 
 
 def export(command: ExportCommand) -> None:
@@ -120,9 +138,11 @@ def export(command: ExportCommand) -> None:
         weights = run_folder.read_weights(source, command.weights_key, command.weights_family)
         for note in weights.notes:
             warn(note)
+        if (out.parent / "state.json").exists():
+            raise Refused("out", command.out, f"must not be inside the checkpoint {out.parent}")
         with replacing(out) as partial:
             objective = weights.objective or ObjectiveConfig()
-            names = weights.classes or class_names.read(find_run(source) or Path("nowhere"))
+            names = _class_names(weights, source)
             public_weights.write_safetensors(partial, weights.tensors, weights.config, objective, names)
         return
     if not source.is_dir():

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from sra_fast.config import Config, from_dict, to_dict
 from sra_fast.errors import Damaged, Refused
-from sra_fast.files import read_json, sync, write_json
+from sra_fast.files import open_regular, read_json, sync, write_json
 from sra_fast.model import public_weights
 from sra_fast.model.layout import from_public, to_public
 from sra_fast.step.state import HEAD, TrainState
@@ -153,6 +154,8 @@ def _contradiction(path: Path, state: dict[str, Any], batch: int) -> str:
     for name, value in numbers.items():
         if not (math.isfinite(value) and 0 <= value < MAX_IMAGES):
             return f"{name} is {value}"
+    if not all(isinstance(reason, str) for reason in state["undecodable_files"].values()):
+        return "undecodable_files must have a reason for each file"
     if images != step * batch:
         return f"images_seen is {images}, but step is {step} and the batch {batch}"
     if state["adam_step"] + skipped != step:
@@ -173,19 +176,17 @@ def verify(path: Path, state: dict[str, Any], file: str) -> Path:
         Damaged: if it differs.
     """
     if state["format_version"] > FIRST_FORMAT:
-        expected = state["files"].get(file)
+        expected, actual = state["files"].get(file), {}
         try:
-            actual = _sum(path / file)
+            with os.fdopen(open_regular(path / file), "rb") as content:
+                actual["bytes"] = os.fstat(content.fileno()).st_size
+                if isinstance(expected, dict) and actual["bytes"] == expected.get("bytes"):
+                    actual["sha256"] = hashlib.file_digest(content, "sha256").hexdigest()
         except OSError as error:
             raise Damaged(path / file, error.strerror or error) from error
         if actual != expected:
             raise Damaged(path / file, "not the file that was saved: state.json has another size or SHA-256")
     return path / file
-
-
-def _sum(path: Path) -> dict[str, int | str]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def load(path: Path, config: Config, fingerprint: str, device: torch.device) -> tuple[dict[str, Any], RunProgress]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from sra_fast.config import Config
 from sra_fast.errors import Refused
-from sra_fast.files import to_json, write_text
+from sra_fast.files import open_regular, replacing, sync, to_json
 from sra_fast.progress import warn
 from sra_fast.step.ring import MetricRing
 from sra_fast.step.state import MAX_SKIPPED_IN_A_ROW, TrainState
@@ -25,6 +25,7 @@ from sra_fast.step.step import Metrics
 from sra_fast.training.checkpoint import RunProgress
 from sra_fast.training.rhythm import Clock
 
+LONGEST_LINE = 1 << 20  # bytes
 AVERAGED = ("loss", "velocity_loss", "alignment_loss", "grad_norm")
 
 
@@ -103,8 +104,10 @@ class MetricsFile:
 
     def __init__(self, folder: Path, images_seen: int) -> None:
         path = folder / "metrics.jsonl"
-        kept = [row for row in _rows(path) if row["images_seen"] <= images_seen]
-        write_text(path, "".join(to_json(row) for row in kept))
+        with replacing(path) as temporary:
+            with temporary.open("wb") as file:
+                file.writelines(_kept(path, images_seen))
+            sync(temporary)
         self._file = path.open("ab", buffering=0)
         self._begin_line = False  # whether the last line was written in part
         self._board = _tensorboard(folder, images_seen)
@@ -143,22 +146,34 @@ class MetricsFile:
             self._reported.add(what)
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file. Lines that are none, such as a kill or a full disk leaves, are left out and counted on
-    stderr."""
-    rows, others = [], 0
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):  # not JSON, or not UTF-8
-            row = None
-        if isinstance(row, dict) and type(row.get("images_seen")) is int:
-            rows.append(row)
-        elif line.strip():
-            others += 1
-    if others:
-        warn(f"{path}: {others} damaged {'line' if others == 1 else 'lines'} left out")
-    return rows
+def _kept(path: Path, images_seen: int) -> Iterator[bytes]:
+    """Lines of a metrics file up to a number of images. Lines that are no rows, such as a kill or a full disk leaves,
+    are left out and counted on stderr."""
+    if not path.exists():
+        return
+    damaged, is_whole = 0, True
+    with os.fdopen(open_regular(path), "rb") as file:
+        while line := file.readline(LONGEST_LINE):
+            row = _row(line) if is_whole else None
+            if row and row["images_seen"] <= images_seen:
+                yield line.strip() + b"\n"
+            damaged += is_whole and not row and bool(line.strip())
+            is_whole = line.endswith(b"\n")
+    if damaged:
+        warn(f"{path}: {damaged} damaged {'line' if damaged == 1 else 'lines'} left out")
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The row in a line; None if there is none."""
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is not JSON")
+
+    try:
+        row = json.loads(line, parse_constant=refuse)
+    except (ValueError, RecursionError):  # not JSON, or not UTF-8
+        return None
+    return row if isinstance(row, dict) and type(row.get("images_seen")) is int else None
 
 
 def _tensorboard(folder: Path, images_seen: int) -> Any:

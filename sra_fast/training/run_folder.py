@@ -8,7 +8,6 @@ A checkpoint is renamed to `<name>.tmp` before it is removed, so that every fold
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -16,10 +15,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 from sra_fast.config import Config
 from sra_fast.errors import Refused
+from sra_fast.files import lock_file
 from sra_fast.model import public_weights
 from sra_fast.progress import warn
 from sra_fast.step.state import TrainState
@@ -28,6 +27,7 @@ from sra_fast.training.checkpoint import RunProgress
 from sra_fast.training.rhythm import Every
 
 LOCK = ".lock"
+CHECKPOINT = re.compile("[0-9]{12}")
 UNFINISHED = re.compile(r"[0-9]{12}(\.old)?\.tmp")  # being written, or being removed
 
 
@@ -41,38 +41,28 @@ def locked(folder: Path) -> Iterator[None]:
     """
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder / LOCK)
     except BlockingIOError as error:
         raise Refused(f"run.name: {folder} is in use by another process; choose another --run.name") from error
     except OSError as error:
         raise Refused(f"run.dir: {folder} cannot be written ({error.strerror})") from error
-    with lock:
-        try:
-            yield
-        finally:
-            if created and os.listdir(folder) == [LOCK]:
-                (folder / LOCK).unlink()
-                with suppress(OSError):  # another process has begun to use it
-                    for path in created:
-                        path.rmdir()
+    try:
+        yield
+    finally:
+        if created and os.listdir(folder) == [LOCK]:
+            (folder / LOCK).unlink()
+            with suppress(OSError):  # another process has begun to use it
+                for path in created:
+                    path.rmdir()
+        os.close(lock)
 
 
-def _lock(path: Path) -> IO[str]:
-    """The locked file at `path`. Raises BlockingIOError if another process has locked it."""
+def _lock(path: Path) -> int:
+    """`lock_file` in a folder that another process may be removing."""
     while True:
-        lock = path.open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Between opening and locking, its last owner may have removed it: others would lock another file.
-            if os.fstat(lock.fileno()).st_ino == path.stat().st_ino:
-                return lock
-        except FileNotFoundError:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except BaseException:
-            lock.close()
-            raise
-        lock.close()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            return lock_file(path)
 
 
 class Saver:
@@ -102,9 +92,22 @@ class Saver:
         self._saved_step, self._last_save = progress.step, time.monotonic()
 
 
+def _named(folder: Path) -> list[Path]:
+    """What has the name of a checkpoint below `folder`, the oldest first.
+
+    Raises:
+        Refused: if the folder cannot be listed, which is not the same as an empty one.
+    """
+    try:
+        names = os.listdir(folder) if folder.exists() else []
+    except OSError as error:
+        raise Refused(f"{folder}: cannot be listed ({error.strerror})") from error
+    return [folder / name for name in sorted(names) if CHECKPOINT.fullmatch(name)]
+
+
 def complete(folder: Path) -> list[Path]:
     """The complete checkpoints below `folder`, the oldest first."""
-    return [path for path in sorted(folder.glob("[0-9]" * 12)) if (path / "state.json").is_file()]
+    return [path for path in _named(folder) if (path / "state.json").is_file()]
 
 
 def newest(folder: Path) -> Path | None:
@@ -115,7 +118,7 @@ def newest(folder: Path) -> Path | None:
     """
     checkpoints = complete(folder)
     last = checkpoints[-1] if checkpoints else None
-    for path in sorted(folder.glob("[0-9]" * 12)):
+    for path in _named(folder):
         if last is None:
             raise Refused(f"{path}: not a complete checkpoint (it has no state.json), and there is no other")
         if path > last:

@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 class StopRequest:
     """Context manager, in the main thread: remembers the first of `SIGNALS` in `signal`; a second one raises
-    KeyboardInterrupt. A signal that was ignored before, as SIGHUP is under nohup, stays ignored."""
+    KeyboardInterrupt with its number. A signal that was ignored before, as SIGHUP is under nohup, stays ignored."""
 
     def __init__(self) -> None:
         self.signal = 0  # number of the signal received, 0 = none
@@ -33,7 +33,7 @@ class StopRequest:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.signal:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         self.signal = number
         try:  # not print: the signal may arrive in the middle of another write to stderr
             os.write(2, b"\nfinishing the step and saving; press Ctrl-C again to stop at once\n")

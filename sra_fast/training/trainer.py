@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from sra_fast.model.backends import EXECUTIONS, Backends
 from sra_fast.model.layout import from_public, to_public
 from sra_fast.model.transformer import Transformer
 from sra_fast.objective.alignment import alignment_weight
-from sra_fast.progress import Progress
+from sra_fast.progress import Progress, say
 from sra_fast.sampling.decoding import latent_space
 from sra_fast.step.runner import StepRunner
 from sra_fast.step.state import HEAD, TrainState, learning_rate
@@ -38,7 +39,7 @@ from sra_fast.training.signals import StopRequest
 from sra_fast.training.validation import Previews, Validation
 
 
-def train(config: Config, report: Callable[[str], None] = print) -> int:
+def train(config: Config, report: Callable[[str], None] = say) -> int:
     """Train as `config` says. Returns the exit code."""
     refuse_several_processes()
     return Trainer(config, report).run()
@@ -55,7 +56,7 @@ class Trainer:
         Refused: if the run cannot start; nothing has been written then.
     """
 
-    def __init__(self, config: Config, report: Callable[[str], None] = print) -> None:
+    def __init__(self, config: Config, report: Callable[[str], None] = say) -> None:
         self.report = report
         self.hardware = Hardware.choose(config.train.device, config.train.precision, "train.device")
         if config.deterministic:
@@ -68,6 +69,9 @@ class Trainer:
         self.validation = Validation(self.config, self.source, self.step)
         self.previews = Previews(self.config, self.space, self.hardware.device)
         self.folder = self.config.path
+        images = Path(config.data.images)
+        if config.data.images and self.folder.resolve().is_relative_to(images.resolve()):
+            raise Refused("run.dir", config.run.dir, f"must not be inside {images}, where it would look like a class")
         self.checkpoints, self.summary = self.folder / "checkpoints", self.folder / "summary.json"
         if config.evaluate.after_training:
             if not self.source.holds_pixels:
@@ -193,6 +197,11 @@ class Trainer:
         runner = StepRunner(self.step, self.state, log.ring, self.backends.execution)
         replaced_before = self.progress.replaced_images
 
+        def save() -> None:
+            log.write(self.progress)  # a resumed run then writes the same lines as one that was never stopped
+            with clock.paused():
+                saver.save(self.state, self.progress)
+
         stream = self.source.stream(config, self.progress.images_seen, self.progress.undecodable_files)
         bar = Progress(steps * batch_size, config.run.name, done=self.progress.images_seen)
         is_resumed = 0 < self.progress.step < steps
@@ -200,18 +209,15 @@ class Trainer:
             self._preview()  # the run was killed between a checkpoint and its preview
         with stream, bar:
             while self.progress.step < steps and not stop.signal:
-                try:
+                with _saving_on_error(save):
                     batch = next(stream)
-                except Exception:  # the data cannot be read any more, whatever the reason: save before stopping
-                    self._save(saver, log, clock)
-                    raise
                 images_seen = self.progress.images_seen
                 weight = alignment_weight(config.align, epoch=images_seen // len(self.source.train))
                 try:
                     runner(batch, learning_rate(config, images_seen), weight)
                 except (MemoryError, RuntimeError) as error:
                     if is_out_of_memory(error) and self._is_between_steps():
-                        self._save(saver, log, clock)
+                        save()
                     raise
                 log.add_step()
                 self.progress = dataclasses.replace(
@@ -226,7 +232,7 @@ class Trainer:
 
                 is_last = self.progress.step == steps
                 if is_last or self.validation.due(self.progress.images_seen):
-                    with clock.paused():
+                    with clock.paused(), _saving_on_error(save):
                         loss = self.validation.loss(self._ema_network())
                     log.write(self.progress, validation_velocity_loss=loss)
                     bar.set_postfix(loss=f"{log.last_row['loss']:.3f}")
@@ -234,21 +240,16 @@ class Trainer:
                     log.write(self.progress)
                     bar.set_postfix(loss=f"{log.last_row['loss']:.3f}")
                 if saver.due(self.progress):
-                    self._save(saver, log, clock)
+                    save()
                 if not is_last and self.previews.due(self.progress.images_seen):  # `_finish` writes the last one
-                    with clock.paused():
+                    with clock.paused(), _saving_on_error(save):
                         self._preview()
-            self._save(saver, log, clock)
+            save()
         return log.last_row
 
     def _is_between_steps(self) -> bool:
         """Whether the state is that of the last step counted, untouched by a step that failed."""
         return int(self.state.adam_step) + int(self.state.skipped_steps) == self.progress.step
-
-    def _save(self, saver: Saver, log: StepLog, clock: Clock) -> None:
-        log.write(self.progress)  # a resumed run then writes the same lines as one that was never stopped
-        with clock.paused():
-            saver.save(self.state, self.progress)
 
     @property
     def _preview_path(self) -> Path:
@@ -277,7 +278,7 @@ class Trainer:
         summary: dict[str, Any] = {
             "images_seen": self.progress.images_seen,
             "train_s": self.progress.train_s,
-            "images_per_s": self.progress.images_seen / self.progress.train_s,
+            "images_per_s": self.progress.images_seen / (self.progress.train_s or math.inf),
             **{name: last_row[name] for name in ("velocity_loss", "alignment_loss", "validation_velocity_loss")},
             **figures,
             "evaluated_samples": self.config.evaluate.samples if report else None,
@@ -293,6 +294,8 @@ class Trainer:
             if isinstance(value, int | float):
                 self.report(f"{name:>26}  {value:,.4f}" if isinstance(value, float) else f"{name:>26}  {value:,}")
         self.report(f"samples, metrics and checkpoints are in {self.folder}")
+        if not int(self.state.adam_step):
+            raise Refused("training: no step had a finite gradient norm, and the weights are the initial ones")
         failures = report.failures(self.config.evaluate) if report else []
         for failure in failures:
             print(f"threshold missed: {failure}", file=sys.stderr)
@@ -311,3 +314,13 @@ class Trainer:
                 config=config.evaluate,
                 progress=bar.update,
             )
+
+
+@contextmanager
+def _saving_on_error(save: Callable[[], None]) -> Iterator[None]:
+    """For what happens between two steps: if it fails, whatever the reason, save what was learned before stopping."""
+    try:
+        yield
+    except Exception:
+        save()
+        raise

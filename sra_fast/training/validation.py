@@ -13,7 +13,7 @@ from torch import Tensor
 from sra_fast.config import Config
 from sra_fast.data.source import Source
 from sra_fast.data.stream import Batch
-from sra_fast.errors import Refused
+from sra_fast.errors import Damaged, Refused
 from sra_fast.model.transformer import Transformer
 from sra_fast.progress import warn
 from sra_fast.sampling.decoding import LatentSpace, image_decoder
@@ -53,7 +53,10 @@ class Validation:
         """(x, labels) of held-out images, evenly spread over the data set's order."""
         held_out = self._source.held_out
         rows = np.linspace(0, len(held_out) - 1, min(self._count, len(held_out))).astype(np.int64)
-        return self._source.load(held_out.take(rows))
+        try:
+            return self._source.load(held_out.take(rows))
+        except Damaged as error:
+            raise Refused(f"held-out images: {error}") from error
 
 
 class Previews:
