@@ -8,7 +8,7 @@ the order of sums, and so the last bits, would depend on their number.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -66,7 +66,7 @@ class Encoder(ABC):
         """One line on what is encoded and how."""
 
     @abstractmethod
-    def parts(self, shard: int) -> Iterator[Part]:
+    def parts(self, shard: int) -> Generator[Part, None, None]:
         """Encode a shard's images, in order.
 
         Raises:
@@ -151,7 +151,7 @@ class ImageEncoder(Encoder):
         images = f"{len(self.source):,} images, {len(self.source.classes):,} classes"
         return f"{images}; decoded by {self._decoder.name}{self._decoder.note}; {self._method}"
 
-    def parts(self, shard: int) -> Iterator[Part]:
+    def parts(self, shard: int) -> Generator[Part, None, None]:
         images, threads = self.images(shard), torch.get_num_threads()
         batches = [images[begin : begin + self._batch] for begin in range(0, len(images), self._batch)]
         try:
@@ -234,7 +234,7 @@ class PublicConverter(Encoder):
     def describe(self) -> str:
         return f"{len(self.source):,} files of the public layout, {len(self.source.classes):,} classes"
 
-    def parts(self, shard: int) -> Iterator[Part]:
+    def parts(self, shard: int) -> Generator[Part, None, None]:
         images = self.images(shard)
         for begin in range(0, len(images), PUBLIC_BATCH):
             rows, encoded, skipped = [], [], []

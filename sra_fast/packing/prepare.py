@@ -15,7 +15,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +189,9 @@ def _refuse_skipped(file: Skipped) -> None:
 
 
 def _make_shard(folder: Path, encoder: Encoder, number: int, config: PrepareCommand, bar: Progress) -> Record:
-    parts = _report_parts(encoder.parts(number), bar, config.strict)
-    return write_shard(folder, number, parts, shape=encoder.shape, dtype=encoder.dtype, flips=encoder.flips)
+    with closing(encoder.parts(number)) as parts:  # its thread is joined here, also after a refusal
+        reported = _report_parts(parts, bar, config.strict)
+        return write_shard(folder, number, reported, shape=encoder.shape, dtype=encoder.dtype, flips=encoder.flips)
 
 
 def _report_parts(parts: Iterable[Part], bar: Progress, strict: bool) -> Iterator[Part]:
