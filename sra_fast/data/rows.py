@@ -80,14 +80,11 @@ class RowSet(ABC):
 
 def check_finite(row_set: RowSet, rows: np.ndarray, x: Tensor) -> None:
     """Raise Damaged, naming the file, if one of these rows (B, *shape), as they are stored, is not finite."""
-    if not x.is_floating_point():
+    extremes = x.aminmax()  # NaN if there is one; in a tenth of the time of isfinite
+    if extremes.min.isfinite() and extremes.max.isfinite():
         return
-    # The exponent's bits are all set in infinities and NaNs. Comparing them takes a fraction of the time of isfinite.
-    bits, exponent = (torch.int16, 0x7C00) if x.dtype == torch.float16 else (torch.int32, 0x7F800000)
-    infinite = ((x.view(bits).flatten(1) & exponent) == exponent).any(dim=1)
-    if infinite.any():
-        row = int(rows[int(infinite.nonzero()[0, 0])])
-        raise Damaged(row_set.file(row), f"row {row} of the set has a number that is not finite")
+    row = int(rows[int((~x.flatten(1).isfinite().all(dim=1)).nonzero()[0, 0])])
+    raise Damaged(row_set.file(row), f"row {row} of the set has a number that is not finite")
 
 
 _TORCH = {"float16": torch.float16, "float32": torch.float32, "uint8": torch.uint8}
