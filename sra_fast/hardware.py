@@ -15,6 +15,9 @@ def set_deterministic(enabled: bool) -> None:
     start-up."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(enabled)
+    from torch._inductor import config  # late, because it takes half a second
+
+    config.deterministic = enabled  # PyTorch 2.13 does this itself, 2.11 does not
     # Filling new memory, which helps to find reads of uninitialised values, costs a pass over every tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -72,24 +72,23 @@ class TrainingStep:
         """
         first, *others = batch.split(self.config.train.accumulate)
         gradients, losses = self.gradients(state, first, weight)
+        if others:
+            gradients = [gradient.float() for gradient in gradients]
         for micro_batch in others:
             more_gradients, more_losses = self.gradients(state, micro_batch, weight)
-            torch._foreach_add_(gradients, more_gradients)
+            torch._foreach_add_(gradients, more_gradients)  # of two dtypes: no fp32 copy is written and read again
             losses = losses + more_losses
         return self.apply(state, gradients, losses, lr)
 
     def gradients(self, state: TrainState, batch: Batch, weight: Tensor) -> tuple[list[Tensor], Tensor]:
-        """(gradients in the order of `state.trained`, losses (3,) float32) of one micro-batch.
+        """(gradients in the order of `state.trained` and the compute dtype, losses (3,) float32) of one micro-batch.
 
-        Both are the micro-batch's share: they add up over `train.accumulate` micro-batches. If there are several,
-        gradients are fp32; otherwise they keep the compute dtype.
+        Both are the micro-batch's share: they add up, in fp32, over `train.accumulate` micro-batches.
         """
         parts = self.config.train.accumulate
         losses = self.losses(state, batch, weight)
         with record_function("sra_fast::backward"):
             gradients = torch.autograd.grad(losses.total / parts, state.trained)
-        if parts > 1:
-            gradients = [gradient.float() for gradient in gradients]
         return list(gradients), torch.stack([loss.detach() for loss in losses]) / parts
 
     def losses(self, state: TrainState, batch: Batch, weight: Tensor) -> Losses:
