@@ -1,5 +1,6 @@
 # make train       set up .venv, train the digits preset and evaluate the result
 # make test        set up .venv and run the tests; make test-full adds the slow ones
+# make test-oldest  what depends on PyTorch and Triton, with the oldest versions that are supported, in .venv-oldest
 # make lint        check style, format and types
 # make bench       measure this machine, into benchmarks/results
 # make gpu-report  everything that needs a GPU, in 8 minutes
@@ -42,7 +43,13 @@ IN_TREE := $(or $(PYTHON_RUN),$(VENV)/bin/python) benchmarks/in_tree.py .
 CPU_RUNGS := public "bf16 teacher to its tap" "+ torch.compile" "+ no host reads" ours "ours eager" "ours fp32" "ours, plain SiT"
 BENCH ?= $(if $(shell command -v nvidia-smi 2>/dev/null),--size xl --batch 32,--size s --batch 8 --repeats 12 --warmup 2 --rungs $(CPU_RUNGS))
 
-.PHONY: train test test-full bench gpu-report lint setup clean
+# The oldest versions that are promised: setup.py, the kernels, compiled steps, weights and checkpoints.
+OLDEST_TORCH ?= torch==2.11.0$(if $(findstring +cpu,$(TORCH)),+cpu)
+OLDEST_TRITON := triton==3.6.0
+OLDEST_TESTS := setup library adamw_ema gradient_norm adaln alignment alignment_kernel perturb perturb_kernel philox rows \
+  transformer attention backends graph runner step state inputs ring public_weights checkpoint stored_checkpoints resume
+
+.PHONY: train test test-full test-oldest bench gpu-report lint setup clean
 
 train: $(READY)
 	$(VENV)/bin/sra-fast train digits --run.name $(RUN) $(ARGS)
@@ -52,6 +59,11 @@ test: $(READY)
 
 test-full: $(READY)
 	$(PYTEST)
+
+test-oldest:
+	$(MAKE) setup VENV=$(VENV)-oldest TORCH="$(OLDEST_TORCH)" EXACT="$(OLDEST_TRITON)"
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile -m "not slow" \
+	  $(OLDEST_TESTS:%=tests/test_%.py)
 
 # With the caller's Python, try to build the compiled operators in place.
 OPERATORS := $(if $(PYTHON_RUN),sra_fast/_ops.so)
@@ -79,8 +91,8 @@ lint: $(READY)
 $(READY): pyproject.toml setup.py Makefile CMakeLists.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install setuptools wheel
-	$(PIP) install "$(TORCH)" $(if $(TORCH_INDEX),|| $(PIP) install "$(TORCH)" --extra-index-url $(TORCH_INDEX))
+	$(PIP) install "setuptools>=70.1" wheel
+	$(PIP) install "$(TORCH)" $(EXACT) $(if $(TORCH_INDEX),|| $(PIP) install "$(TORCH)" $(EXACT) --extra-index-url $(TORCH_INDEX))
 	@PATH="$(VENV)/bin:$$PATH" command -v cmake >/dev/null || $(PIP) install cmake
 	$(PIP) install --no-build-isolation -e ".[digits,dali,tensorboard,dev]"
 	@touch $@
