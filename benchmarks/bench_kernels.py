@@ -4,9 +4,9 @@
     python -m benchmarks.bench_kernels --ops attention --sizes xl
     pytest benchmarks/bench_kernels.py --benchmark-only --benchmark-save-data -k "adaln and compiled"
 
-Bytes and FLOPs are spelled out in kernel_cases.py. On a GPU a sample is one replay of a CUDA graph, as in a training
-step, from a cold L2 cache, because the ops in between have evicted its inputs. On a CPU caches are warm, and small
-inputs may exceed the roof. An implementation whose results disagree with the reference gets no number.
+Bytes and FLOPs are spelled out in sra_fast/tuning/cases.py. On a GPU a sample is one replay of a CUDA graph, as in a
+training step, from a cold L2 cache, because the ops in between have evicted its inputs. On a CPU caches are warm, and
+small inputs may exceed the roof. An implementation whose results disagree with the reference gets no number.
 
 pytest-benchmark records the same samples; the row is beside them under extra_info.
 """
@@ -20,12 +20,16 @@ from typing import Any
 import torch
 
 from benchmarks.harness import options
+from benchmarks.harness.roofs import roofs
 from benchmarks.harness.rows import Row, Samples, folder, row, stamp, write
 from benchmarks.harness.tables import finish
-from benchmarks.harness.timing import GateFailed, measure, roofs
-from benchmarks.kernel_cases import OPS, Case, check, make_case, prepared, truth
 from sra_fast.config import SIZES
+from sra_fast.kernels.perturb import Stored
+from sra_fast.tuning.cases import OPS, Case, check, make_case, prepared, truth
+from sra_fast.tuning.timing import GateFailed, measure
 
+# perturb reads moments, as packed latents are stored.
+SHIFT, SCALE = 0.0, 0.18215
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -34,6 +38,14 @@ def defaults(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         return {"sizes": ["s", "xl"], "batch": 32, "dtype": "bf16", "repeats": 100, "warmup": 5}
     return {"sizes": ["s"], "batch": 4, "dtype": "fp32", "repeats": 30, "warmup": 3}
+
+
+def case_of(
+    op: str, size: str, batch: int, device: torch.device, dtype: torch.dtype, names: Sequence[str] | None = None
+) -> Case:
+    """An op at the shape that it has in a preset of that size on 256 tokens."""
+    shift, scale = (torch.full((4,), value, device=device) for value in (SHIFT, SCALE))
+    return make_case(op, options.sit(size, batch=batch), device, dtype, Stored(True, shift, scale), names)
 
 
 def case_rows(
@@ -78,12 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in defaults(args.device).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    device_roofs, now = roofs(args.device), stamp(args.device)
+    device_roofs, now = roofs(args.device, DTYPES[args.dtype]), stamp(args.device)
     rows: list[Row] = []
     known: set[str] = set()
     for size in args.sizes:
         for op in args.ops:
-            case = make_case(op, size, args.batch, args.device, DTYPES[args.dtype], args.implementations)
+            case = case_of(op, size, args.batch, args.device, DTYPES[args.dtype], args.implementations)
             known |= set(case.implementations)
             for which in case.passes:
                 rows += case_rows(case, which, args, size, device_roofs)
@@ -106,7 +118,7 @@ def pytest_generate_tests(metafunc: Any) -> None:
     tests = []
     for size in chosen["sizes"]:
         for op in OPS:
-            case = make_case(op, size, 1, device, DTYPES[chosen["dtype"]])
+            case = case_of(op, size, 1, device, DTYPES[chosen["dtype"]])
             for which in case.passes:
                 tests += [pytest.param(op, size, which, name, marks=replayed) for name in case.implementations]
     metafunc.parametrize(("op", "size", "which", "implementation"), tests)
@@ -116,7 +128,7 @@ def test_kernel(benchmark: Any, op: str, size: str, which: str, implementation: 
     """One row, measured as the command measures it and recorded by pytest-benchmark."""
     device = options.default_device()
     args = argparse.Namespace(device=device, **defaults(device))
-    case = make_case(op, size, args.batch, device, DTYPES[args.dtype], [implementation])
+    case = case_of(op, size, args.batch, device, DTYPES[args.dtype], [implementation])
     rows = {row["params"]["implementation"]: row for row in case_rows(case, which, args, size)}
     measured = rows[implementation]
     assert "error" not in measured, measured["error"]

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import options
+from benchmarks.harness.roofs import roofs
 from benchmarks.harness.rows import Row, Samples, folder, row, stamp, write
 from benchmarks.harness.tables import finish
-from benchmarks.harness.timing import GateFailed, measure, roofs
 from benchmarks.rivals.recipe import RUNGS, PublicStep
 from sra_fast.config import SIZES, Config
 from sra_fast.data.stream import Batch
@@ -39,6 +39,8 @@ from sra_fast.step.ring import MetricRing
 from sra_fast.step.runner import StepRunner
 from sra_fast.step.state import TrainState
 from sra_fast.step.step import TrainingStep
+from sra_fast.tuning.choice import decide
+from sra_fast.tuning.timing import GateFailed, measure
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,10 @@ class OurStep:
         if variant.fused:
             perturb = config.kernels.perturb or config.kernels.default
             config = replace(config, kernels=replace(config.kernels, default="fused", perturb=perturb))
+        hardware = Hardware(device, variant.dtype)
+        config = decide(config, hardware, print)
         self.config, self.variant, self.dtype, self.device = config, variant, variant.dtype, device
-        backends = Backends.resolve(config, Hardware(device, variant.dtype))
+        backends = Backends.resolve(config, hardware)
         self.state = TrainState.create(config, backends, device, variant.dtype)
         self.step = TrainingStep(config, backends, device)
         self._run = StepRunner(self.step, self.state, MetricRing(8, device), backends.execution)
@@ -149,16 +153,15 @@ class Gate:
         with torch.no_grad():
             self.expected = [float(loss) for loss in reference.losses(batch)]
 
-    def __call__(self, steps: dict[str, Step]) -> None:
-        """Raise `GateFailed` if a step's losses differ."""
-        for name, step in steps.items():
-            losses = step.losses(self.batch) if isinstance(step, OurStep) else step.losses(self.noised)
-            tolerance = TOLERANCE[step.dtype]
-            compared = 2 if step.config.align.method != "none" else 1
-            for loss, right in list(zip(losses, self.expected, strict=True))[:compared]:
-                value = float(loss.detach())
-                if not abs(value - right) <= tolerance * abs(right):  # NaN fails too
-                    raise GateFailed(f"{name}: loss {value:.5f}, reference {right:.5f}, tolerance {tolerance:.1%}")
+    def __call__(self, name: str, step: Step) -> None:
+        """Raise `GateFailed` if the step's losses differ."""
+        losses = step.losses(self.batch) if isinstance(step, OurStep) else step.losses(self.noised)
+        tolerance = TOLERANCE[step.dtype]
+        compared = 2 if step.config.align.method != "none" else 1
+        for loss, right in list(zip(losses, self.expected, strict=True))[:compared]:
+            value = float(loss.detach())
+            if not abs(value - right) <= tolerance * abs(right):  # NaN fails too
+                raise GateFailed(f"{name}: loss {value:.5f}, reference {right:.5f}, tolerance {tolerance:.1%}")
 
 
 def build(name: str, config: Config, device: torch.device) -> Step:
@@ -183,8 +186,8 @@ def groups(names: Sequence[str], interleave: str) -> list[list[str]]:
 def measure_steps(
     config: Config, names: Sequence[str], device: torch.device, *, repeats: int, warmup: int, interleave: str
 ) -> Iterator[dict[str, Samples]]:
-    """Samples of all steps so far, after each group that lived together. A step that is unavailable, fails or does not
-    fit has an error instead."""
+    """Samples of all steps so far, after each group that lived together. A step that is unavailable, fails the gate or
+    in any other way, or does not fit has an error instead."""
     taken = {name: Samples(error="needs a GPU") for name in names if device.type != "cuda" and name in GPU_ONLY}
     available = [name for name in names if name not in taken]
     batch = make_batch(config)
@@ -206,39 +209,62 @@ def _measure_group(
     taken: dict[str, Samples] = {}
     for name in group:
         try:
-            steps[name] = build(name, config, device)
+            step = build(name, config, device)
+            gate(name, step)
         except Refused as error:  # a kernel that this machine lacks
             taken[name] = Samples(error=str(error))
+        except GateFailed as error:
+            taken[name] = Samples(error=f"disagrees with the reference: {error}")
         except torch.OutOfMemoryError as error:
             taken[name] = Samples(error=f"out of memory ({str(error).splitlines()[0]})")
+        except RuntimeError as error:
+            taken[name] = Samples(error=_failed(error))
+        else:
+            steps[name] = step
     # Ours copies the batch from the host every time, as in training; rivals find it on the device.
     there = on_device(batch, device)
     calls = {name: partial(step, batch if isinstance(step, OurStep) else there) for name, step in steps.items()}
     try:
-        taken |= measure(calls, device=device, repeats=repeats, warmup=warmup, gate=lambda: gate(steps))
+        taken |= measure(calls, device=device, repeats=repeats, warmup=warmup) if calls else {}
     except RuntimeError as error:  # ends this group only
-        taken |= {name: Samples(error=f"failed ({str(error).splitlines()[0]})") for name in steps}
+        taken |= {name: Samples(error=_failed(error)) for name in steps}
     failures = {name: step.failure for name, step in steps.items() if step.failure}
     return taken | {name: Samples(error=f"no CUDA graph: {failure}") for name, failure in failures.items()}
 
 
+def _failed(error: RuntimeError) -> str:
+    return f"failed ({(str(error) or type(error).__name__).splitlines()[0]})"
+
+
 def make_rows(config: Config, size: str, taken: dict[str, Samples], device: torch.device) -> list[Row]:
     """Rows of measured steps, with roofs and circumstances of this moment."""
-    now, limits = stamp(device), roofs(device)
-    peak = dense_peak_flops(now["device"], "bf16")
+    now = stamp(device)
+    dtypes = {name: products_of(name, device) for name in taken}
+    limits = {dtype: roofs(device, dtype) for dtype in set(dtypes.values())}
     images = config.train.batch
     plain = [variant.name for variant in OURS if not variant.aligned]
     rows = []
     for name, samples in taken.items():
+        dtype = dtypes[name]
+        peak = dense_peak_flops(now["device"], "bf16" if dtype == torch.bfloat16 else "tf32")
         flops = images * training_flops(config.model, None if name in plain else config.taps[1])
         params = {"size": size, "tokens": config.model.tokens, "batch": images, "rung": name}
         if config.model.depth != SIZES[size][0]:
             params["depth"] = config.model.depth
-        rows.append(row("step", params, samples, stamp=now, flops=flops, roofs=limits))
+        rows.append(row("step", params, samples, stamp=now, flops=flops, roofs=limits[dtype]))
         if samples.median_ms:
             rows[-1]["images_per_s"] = 1e3 * images / samples.median_ms
             rows[-1]["peak_share"] = flops / samples.median_ms * 1e3 / peak if peak else None
     return rows
+
+
+def products_of(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a step's matrix products, whose roof is its own. The roofs of fp16 are those of bf16; on a GPU the
+    public recipe computes the student in fp16, three quarters of all products."""
+    if variant := next((variant for variant in OURS if variant.name == name), None):
+        return variant.dtype
+    (rung,) = (rung for rung in RUNGS if rung.name == name)
+    return torch.bfloat16 if rung.bf16_teacher or device.type == "cuda" else torch.float32
 
 
 def choose_interleave(args: argparse.Namespace, batch: int) -> str:
@@ -252,7 +278,7 @@ def choose_interleave(args: argparse.Namespace, batch: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program. Returns its exit code: 1 if the gate fails."""
+    """The program. Returns its exit code: 1 if a step fails the gate."""
     parser = options.parser("bench_step", __doc__, needs_device=True)
     parser.add_argument("--size", choices=list(SIZES), default="xl")
     parser.add_argument("--tokens", type=int, choices=(256, 1024), default=256)
@@ -276,13 +302,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = options.sit(args.size, args.tokens, batch, args.depth)
         how = {"repeats": args.repeats, "warmup": args.warmup, "interleave": choose_interleave(args, batch)}
         latest: list[Row] = []
-        try:
-            for taken in measure_steps(config, rungs, args.device, **how):
-                latest, now = make_rows(config, args.size, taken, args.device), stamp(args.device)
-                path = write(folder(now), name, rows + latest, now)  # after each group: a kill costs only one
-        except GateFailed as error:
-            print(f"no number: {error}")
-            return 1
+        for taken in measure_steps(config, rungs, args.device, **how):
+            latest, now = make_rows(config, args.size, taken, args.device), stamp(args.device)
+            path = write(folder(now), name, rows + latest, now)  # after each group: a kill costs only one
         rows += latest
         rungs = [row["params"]["rung"] for row in latest if not row.get("error")]
         if not rungs:

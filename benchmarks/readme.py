@@ -21,7 +21,8 @@ from sra_fast.files import read_json, replacing
 OTHER_QUESTIONS = re.compile("-depth|auto-check")  # a model cut short for a quick look; which batches fit
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 NOTE = "<!-- written by `python -m benchmarks.readme` from benchmarks/results/; changes here are lost -->"
-SHORT_HEAD = ("device", "training step", "public, images/s", "ours, images/s", "x public")
+SHORT_HEAD = ("device", "training step", "public, images/s", "ours, images/s", "x public", "ours fp32", "x public")
+CPU = "CPU: "  # before a CPU's name
 NOT_MEASURED = "not yet measured (`make gpu-report`)"
 ALL = "[benchmarks/README.md](benchmarks/README.md#results) has every row with its machine, command and raw samples."
 
@@ -42,7 +43,7 @@ def result_files(root: Path, tracked_only: bool) -> list[Path]:
 
 
 def newest(files: Sequence[Path], root: Path) -> Devices:
-    """Rows with the file they are from as "source", the CPU last. All CPUs are one device."""
+    """Rows with the file they are from as "source", CPUs last."""
     devices: Devices = {}
     contents = [(str(file.relative_to(root)), read_json(file)) for file in files]
     results = [(path, content) for path, content in contents if {"name", "rows", "stamp"} <= set(content)]
@@ -57,8 +58,13 @@ def newest(files: Sequence[Path], root: Path) -> Devices:
             if not row["params"].get("depth") and tables.kind(row) != "roof":
                 families.setdefault(_family(row), []).append(row | {"source": source})
         if families:
-            devices.setdefault("CPU" if stamp["kind"] == "cpu" else stamp["device"], {}).update(families)
-    return dict(sorted(devices.items(), key=lambda item: (item[0] == "CPU", item[0])))
+            name = f"{CPU}{stamp['device']}, {stamp['threads']} threads" if stamp["kind"] == "cpu" else stamp["device"]
+            devices.setdefault(name, {}).update(families)
+    return dict(sorted(devices.items(), key=lambda item: (item[0].startswith(CPU), item[0])))
+
+
+def _has_gpu(devices: Devices) -> bool:
+    return not all(device.startswith(CPU) for device in devices)
 
 
 def _family(row: Row) -> tuple:
@@ -69,19 +75,20 @@ def _family(row: Row) -> tuple:
 
 def short_section(devices: Devices) -> str:
     """One step of each device: of its largest model, with few tokens and a small batch."""
-    lines = [] if set(devices) - {"CPU"} else [["NVIDIA GPU", NOT_MEASURED]]
+    lines = [] if _has_gpu(devices) else [["NVIDIA GPU", NOT_MEASURED]]
     for device, families in devices.items():
         title, rows, _ = tables.sections([*chain(*families.values())])[0]  # the first is of steps, if there are any
         if tables.kind(rows[0]) == "step":
-            public, ours = (tables.images_per_s(rows, name) for name in ("public", "ours"))
-            ratio = f"{ours / public:.2f}" if public and ours else ""
-            lines.append([device, title, digits(public), digits(ours), ratio])
+            public, *ours = (tables.images_per_s(rows, name) for name in ("public", "ours", "ours fp32"))
+            ratios = [f"{rate / public:.2f}" if public and rate else "" for rate in ours]
+            both = [digits(ours[0]), ratios[0], digits(ours[1]), ratios[1]]
+            lines.append([device, title, digits(public), *both])
     return "\n\n".join([BEGIN, NOTE, markdown(SHORT_HEAD, lines), ALL, END])
 
 
 def long_section(devices: Devices) -> str:
     """All tables of all devices, each with its sources."""
-    blocks = [] if set(devices) - {"CPU"} else [f"**NVIDIA GPU**: {NOT_MEASURED}."]
+    blocks = [] if _has_gpu(devices) else [f"**NVIDIA GPU**: {NOT_MEASURED}."]
     for device, families in devices.items():
         blocks.append(f"**{device}**")
         for title, rows, table in tables.sections([*chain(*families.values())]):

@@ -15,28 +15,22 @@ class Op(NamedTuple):
         reference: in plain PyTorch.
         fused: a kernel, or None where torch.compile of the reference is the best there is.
         compiled: whether the kernel is in the compiled library (csrc/) rather than in Triton.
-        faster_on: architectures ("cpu", "sm_90", ...) on which a result under benchmarks/results shows the kernel to be
-            faster than torch.compile of the reference: there `auto` takes it.
     """
 
     reference: Callable
     fused: Callable | None = None
     compiled: bool = False
-    faster_on: tuple[str, ...] = ()
 
 
 OPS: dict[str, Op] = {
-    "adaln": Op(adaln.adaln_ref, adaln.adaln, faster_on=("sm_90",)),
-    "gated_adaln": Op(adaln.gated_adaln_ref, adaln.gated_adaln, faster_on=("sm_90",)),
+    "adaln": Op(adaln.adaln_ref, adaln.adaln),
+    "gated_adaln": Op(adaln.gated_adaln_ref, adaln.gated_adaln),
     # No kernel: torch.compile fuses it with the ops around it, and a kernel of ours would break that fusion.
     "gated_residual": Op(adaln.gated_residual_ref),
-    "alignment": Op(alignment.alignment_ref, alignment.alignment, faster_on=("sm_90",)),
-    "perturb": Op(perturb.perturb_ref, perturb.perturb, faster_on=("sm_90",)),
-    # Measured together: benchmarks/results/*/optimizer-*.json.
-    "gradient_norm": Op(
-        gradient_norm.gradient_norm_ref, gradient_norm.gradient_norm, compiled=True, faster_on=("cpu", "sm_90")
-    ),
-    "adamw_ema": Op(adamw_ema.adamw_ema_ref, adamw_ema.adamw_ema, compiled=True, faster_on=("cpu", "sm_90")),
+    "alignment": Op(alignment.alignment_ref, alignment.alignment),
+    "perturb": Op(perturb.perturb_ref, perturb.perturb),
+    "gradient_norm": Op(gradient_norm.gradient_norm_ref, gradient_norm.gradient_norm, compiled=True),
+    "adamw_ema": Op(adamw_ema.adamw_ema_ref, adamw_ema.adamw_ema, compiled=True),
 }
 
 

@@ -23,19 +23,13 @@ COMPILED = [name for name, op in OPS.items() if op.compiled]
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with an H200, Triton and the compiled library. No op is faster anywhere."""
+    """A machine with an H200, Triton and the compiled library."""
     monkeypatch.setattr(language, "why_unavailable", lambda: "")
     monkeypatch.setattr(language, "INTERPRETED", False)
     monkeypatch.setattr(library, "why_unavailable", lambda on_gpu=False: "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(backends, "choose_attention", lambda *_: "cudnn")
     monkeypatch.setattr(language, "AVAILABLE", True)
-    for name in OPS:
-        faster_on(monkeypatch, name)
-
-
-def faster_on(monkeypatch: pytest.MonkeyPatch, op: str, *architectures: str) -> None:
-    monkeypatch.setitem(OPS, op, OPS[op]._replace(faster_on=architectures))
 
 
 def config(family: str = "sit", **kernels: str) -> Config:
@@ -56,8 +50,8 @@ ALL_BUT_PERTURB = [name for name in FUSED if name != "perturb"]
 @pytest.mark.parametrize(
     ("family", "kernels", "expected"),
     [
-        ("sit", {}, []),
-        ("dit", {}, []),
+        ("sit", {}, COMPILED),
+        ("dit", {}, COMPILED),
         ("sit", {"default": "reference"}, []),
         ("sit", {"default": "fused"}, FUSED),  # gated_residual has none
         ("sit", {"default": "fused", "alignment": "reference", "gated_adaln": "reference"}, ALL_BUT_TWO),
@@ -72,15 +66,23 @@ def test_an_op_named_in_the_configuration_precedes_the_default(family: str, kern
 
 
 @pytest.mark.usefixtures("gpu")
-def test_auto_takes_the_kernel_where_it_is_faster_and_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    for op, architecture in (("alignment", "sm_90"), ("adaln", "sm_80"), ("perturb", "sm_90"), ("adamw_ema", "cpu")):
-        faster_on(monkeypatch, op, architecture)
-    assert fused_ops(config(), GPU) == ["alignment", "perturb"]
-    assert fused_ops(config(default="reference", alignment="auto"), GPU) == ["alignment"]
-    assert fused_ops(config("dit"), GPU) == ["alignment"]
-    assert fused_ops(config(), CPU) == ["adamw_ema"]
-    monkeypatch.setattr(language, "why_unavailable", lambda: "Triton is not installed")
+def test_unmeasured_auto_takes_the_compiled_library_where_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fused_ops(config(), CPU) == COMPILED
+    assert fused_ops(config(default="reference", adamw_ema="auto"), GPU) == ["adamw_ema"]
+    monkeypatch.setattr(library, "why_unavailable", lambda on_gpu=False: "not built")
     assert fused_ops(config(), GPU) == []
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_is_undecided_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "candidates", lambda *_: ("cudnn", "flash"))
+    assert list(backends.undecided(config("dit"), GPU)) == [*ALL_BUT_PERTURB, "attention"]
+    assert all(names[0] in ("reference", "fused", "cudnn") for names in backends.undecided(config(), GPU).values())
+    assert backends.undecided(config(default="fused"), GPU) == {"attention": ("cudnn", "flash")}
+    assert any("a run measures its implementations" in note for note in Backends.resolve(config(), GPU).notes)
+    assert "measures" not in " ".join(Backends.resolve(config(), CPU).notes)
+    monkeypatch.setattr(language, "why_unavailable", lambda: "Triton is not installed")
+    assert list(backends.undecided(config(), GPU)) == [*COMPILED, "attention"]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +109,7 @@ def test_a_kernel_that_cannot_run_is_refused_with_the_reason(op: str, monkeypatc
         Backends.resolve(config(**{op: "fused"}), GPU)
     assert str(caught.value) == f"kernels.{op}: 'fused' given, but it is missing; must be auto or reference"
     if op in COMPILED:  # compiled without GPU code
-        assert fused_ops(config(**{op: "fused"}), CPU) == [op]
+        assert op in fused_ops(config(**{op: "fused"}), CPU)
 
 
 @pytest.mark.usefixtures("gpu")
@@ -128,7 +130,7 @@ def test_the_summary_names_every_choice() -> None:
 
 
 def test_every_op_has_a_field_in_the_configuration() -> None:
-    assert set(OPS) == set(vars(KernelsConfig())) - {"default"}
+    assert set(OPS) == set(vars(KernelsConfig())) - {"default", "retune"}
 
 
 # Execution

@@ -26,11 +26,11 @@ from benchmarks.bench_data import (
     write_jpegs,
 )
 from benchmarks.harness.rows import read, stamp
-from benchmarks.harness.timing import GateFailed
 from benchmarks.rivals.loaders import PublicFiles
 from sra_fast.data.decoders import PillowDecoder
 from sra_fast.data.latent_stream import LatentStream
 from sra_fast.errors import Refused
+from sra_fast.tuning.timing import GateFailed
 
 CPU = torch.device("cpu")
 

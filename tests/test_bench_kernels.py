@@ -12,14 +12,15 @@ import pytest
 import torch
 
 from benchmarks import bench_kernels
+from benchmarks.bench_kernels import case_of
 from benchmarks.compare import load
 from benchmarks.harness import options
 from benchmarks.harness.rows import read
-from benchmarks.harness.timing import GateFailed
-from benchmarks.kernel_cases import OPS, check, make_case, prepared, truth
 from sra_fast.flops import forward_flops
 from sra_fast.kernels import registry
 from sra_fast.kernels.adaln import adaln_ref
+from sra_fast.tuning.cases import OPS, check, prepared, truth
+from sra_fast.tuning.timing import GateFailed
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_eager_implementation_passes_the_gate(op, dtype):
-    case = make_case(op, "s", 1, CPU, dtype)
+    case = case_of(op, "s", 1, CPU, dtype)
     for which in case.passes:
         right = truth(case, which)
         for name in set(case.implementations) - {"compiled"}:
@@ -37,7 +38,7 @@ def test_every_eager_implementation_passes_the_gate(op, dtype):
 
 @pytest.mark.parametrize("op", [op for op in OPS if op != "perturb"])
 def test_a_forward_pass_moves_its_inputs_and_outputs_once(op):
-    case = make_case(op, "s", 3, CPU, torch.bfloat16)
+    case = case_of(op, "s", 3, CPU, torch.bfloat16)
     moved = [*case.inputs, *prepared(case, case.reference, "forward")()]
     assert case.bytes("forward") == sum(x.numel() * x.element_size() for x in moved)
 
@@ -45,19 +46,19 @@ def test_a_forward_pass_moves_its_inputs_and_outputs_once(op):
 @pytest.mark.parametrize(("op", "rows", "vectors"), [("adaln", 5, 5), ("gated_adaln", 10, 8), ("gated_residual", 6, 3)])
 def test_bytes_of_both_passes(op, rows, vectors):
     """In tensors of (B, T, D) and of (B, D), bf16."""
-    case = make_case(op, "xl", 2, CPU, torch.bfloat16)
+    case = case_of(op, "xl", 2, CPU, torch.bfloat16)
     assert case.bytes("forward+backward") == 2 * 1152 * 2 * (256 * rows + vectors)
 
 
 def test_bytes_of_perturb():
     """Moments in fp16 read, three images in fp32 written; labels, numbers and times."""
-    assert make_case("perturb", "s", 2, CPU, torch.float32).bytes("forward") == 2 * (4096 * (2 * 2 + 3 * 4) + 32)
+    assert case_of("perturb", "s", 2, CPU, torch.float32).bytes("forward") == 2 * (4096 * (2 * 2 + 3 * 4) + 32)
 
 
 def test_flops_of_attention_are_those_of_the_models_formula():
     """The part of a block that grows with the square of the tokens."""
     config = options.sit("xl").model
-    case = make_case("attention", "xl", 3, CPU, torch.float32)
+    case = case_of("attention", "xl", 3, CPU, torch.float32)
     assert case.inputs[0].shape == (3, 256, 3, 16, 72)
     blocks = [forward_flops(config, blocks) for blocks in (0, 1)]
     linear = 2 * (256 * 1152 * 1152 * (3 + 1 + 8) + 1152 * 6 * 1152)
@@ -79,7 +80,9 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_kernel_gets_no_number_and_the_others_do(monkeypatch, tmp_path, capsys, fault):
     monkeypatch.setitem(registry.OPS, "adaln", registry.Op(adaln_ref, FAULTS[fault]))
-    monkeypatch.setattr(bench_kernels, "roofs", lambda device: {"copy_gb_per_s": 10.0, "matmul_tflop_per_s": 1.0})
+    monkeypatch.setattr(
+        bench_kernels, "roofs", lambda device, dtype: {"copy_gb_per_s": 10.0, "matmul_tflop_per_s": 1.0}
+    )
     monkeypatch.setenv("SRA_FAST_RESULTS", str(tmp_path))
     words = "--ops adaln --sizes s --batch 1 --repeats 3 --warmup 1 --device cpu --implementations eager fused"
     assert bench_kernels.main(words.split()) == 1
@@ -93,7 +96,7 @@ def test_a_wrong_kernel_gets_no_number_and_the_others_do(monkeypatch, tmp_path, 
 
 
 def test_perturb_that_draws_other_labels_is_found():
-    case = make_case("perturb", "s", 64, CPU, torch.float32)
+    case = case_of("perturb", "s", 64, CPU, torch.float32)
     reference = case.implementations["eager"]
 
     def other(*inputs):

@@ -23,13 +23,13 @@ from benchmarks.bench_optimizer import (
     our_way,
 )
 from benchmarks.harness.options import sit
-from benchmarks.harness.rows import RESULTS, Row, read
-from benchmarks.harness.timing import GateFailed
+from benchmarks.harness.rows import read
 from benchmarks.rivals.optimizers import apex_way, rival_way
 from sra_fast.errors import Refused
 from sra_fast.kernels.adamw_ema import adamw_ema_ref, parameter_ref
 from sra_fast.kernels.gradient_norm import gradient_norm_ref
-from sra_fast.kernels.registry import OPS, why_unavailable
+from sra_fast.kernels.registry import why_unavailable
+from sra_fast.tuning.timing import GateFailed
 
 CPU = torch.device("cpu")
 
@@ -136,33 +136,3 @@ def test_what_fails_or_does_not_fit_is_a_row_and_the_exit_code(config, monkeypat
     assert rows["apex"]["error"] == "needs a GPU"
     assert rows["forgets"]["error"].startswith("disagrees with fp64: forgets: weight of")
     assert len(rows["reference, eager"]["samples_ms"]) == 2
-
-
-DEVICES = {"cpu": ("cpu",), "sm_90": ("h100", "h200")}  # as the folders of results are named
-
-
-def committed(pattern: str, architecture: str) -> list[list[Row]]:
-    """Rows of the committed files of a name, measured on devices of an architecture."""
-    return [read(path)["rows"] for device in DEVICES[architecture] for path in RESULTS.glob(f"{device}-*/{pattern}")]
-
-
-def test_auto_takes_the_compiled_library_only_where_a_committed_result_shows_it_winning():
-    for architecture in {architecture for op in OPS.values() if op.compiled for architecture in op.faster_on}:
-        files = committed("optimizer-*.json", architecture)
-        results = [{row["params"]["way"]: row["median_ms"] for row in rows} for rows in files]
-        results = [medians for medians in results if medians.get("ours")]
-        assert results, f"no result for {architecture}"
-        for medians in results:
-            rivals = [ms for way, ms in medians.items() if ms and "ours" not in way and way != ROOF]
-            assert medians["ours"] < min(rivals)
-
-
-def test_auto_takes_a_triton_kernel_only_where_a_committed_result_shows_it_winning():
-    wins = [(name, architecture) for name, op in OPS.items() if not op.compiled for architecture in op.faster_on]
-    for name, architecture in wins:
-        medians: dict[str, dict[str, float]] = {}  # by what is measured, then by implementation
-        for row in (row for rows in committed("kernels.json", architecture) for row in rows if row["name"] == name):
-            params = dict(row["params"])
-            medians.setdefault(str({**params, "implementation": ""}), {})[params["implementation"]] = row["median_ms"]
-        assert medians, f"no result of {name} for {architecture}"
-        assert all(of["fused"] < of["compiled"] for of in medians.values()), name

@@ -12,11 +12,11 @@ from benchmarks import bench_step
 from benchmarks.bench_step import Gate, Ours, OurStep, build, make_batch, measure_steps
 from benchmarks.harness.options import sit
 from benchmarks.harness.rows import read
-from benchmarks.harness.timing import GateFailed
 from benchmarks.rivals.recipe import RUNGS, PublicStep
 from sra_fast.config import Config
 from sra_fast.errors import Refused
 from sra_fast.model.layout import to_public
+from sra_fast.tuning.timing import GateFailed
 
 CPU = torch.device("cpu")
 
@@ -50,7 +50,7 @@ def test_a_step_that_computes_something_else_gets_no_number(config, fault, monke
     else:
         step.config = replace(config, align=replace(config.align, distance="l1"))
     with pytest.raises(GateFailed, match="public: loss"):
-        gate_of(config)({"public": step})
+        gate_of(config)("public", step)
 
 
 def test_gradients_of_the_rival_are_ours(config):
@@ -134,7 +134,7 @@ def test_fused_ops_are_asked_for_and_perturb_is_left_as_it_is(config, monkeypatc
 def test_auto_check_tries_batches_until_one_does_not_fit(monkeypatch, tmp_path):
     monkeypatch.setenv("SRA_FAST_RESULTS", str(tmp_path))
     monkeypatch.setattr(bench_step, "CHECKED_BATCHES", (1, 2, 3))
-    monkeypatch.setattr(bench_step, "roofs", lambda device: {"copy_gb_per_s": 10.0, "matmul_tflop_per_s": 1.0})
+    monkeypatch.setattr(bench_step, "roofs", lambda device, dtype: {"copy_gb_per_s": 10.0, "matmul_tflop_per_s": 1.0})
     monkeypatch.setattr(bench_step.options, "sit", lambda size, tokens, batch, depth: small(size, 16, batch, depth))
 
     call = OurStep.__call__
@@ -182,14 +182,24 @@ def test_a_step_that_fails_costs_only_itself(config, monkeypatch):
         create(step, config, variant, device)
 
     eager = [replace(variant, execution="eager") for variant in bench_step.OURS]
+    losses = OurStep.losses
+
+    def lose_a_tenth(step, batch):
+        factor = 0.9 if step.variant.name == "ours compiled" else 1.0
+        return [factor * loss for loss in losses(step, batch)]
+
+    monkeypatch.setattr(OurStep, "losses", lose_a_tenth)
     monkeypatch.setattr(OurStep, "__call__", fail_if_deterministic)
     monkeypatch.setattr(OurStep, "__init__", refuse_fp32)
     monkeypatch.setattr(
         OurStep, "failure", property(lambda step: "not permitted" if "eager" in step.variant.name else "")
     )
     monkeypatch.setattr(bench_step, "OURS", eager)
-    names = ["ours", "ours deterministic", "ours fp32", "ours eager"]
+    names = ["ours", "ours deterministic", "ours fp32", "ours eager", "ours compiled"]
     *_, taken = measure_steps(config, names, CPU, repeats=1, warmup=1, interleave="none")
     errors = [None, "failed (no deterministic kernel)", "no such kernel", "no CUDA graph: not permitted"]
-    assert [taken[name].error for name in names] == errors
-    assert [len(taken[name].ms) for name in names] == [1, 0, 0, 0]
+    assert [taken[name].error for name in names[:4]] == errors
+    assert taken["ours compiled"].error.startswith("disagrees with the reference: ours compiled: loss")
+    assert [len(taken[name].ms) for name in names] == [1, 0, 0, 0, 0]
+    *_, both = measure_steps(config, ["ours", "ours compiled"], CPU, repeats=1, warmup=1, interleave="all")
+    assert [len(both[name].ms) for name in ("ours", "ours compiled")] == [1, 0]

@@ -150,7 +150,7 @@ def test_a_dry_run_prints_what_would_run_and_writes_nothing(main, tmp_path, monk
     assert (resolved["student_tap"], resolved["teacher_tap"]) == taps
     ops = resolved["ops"]
     assert (ops.pop("attention"), resolved["execution"], resolved["device"]) == ("sdpa", "eager", "cpu")
-    assert set(ops) == {field.name for field in dataclasses.fields(config.KernelsConfig)} - {"default"}
+    assert set(ops) == {field.name for field in dataclasses.fields(config.KernelsConfig)} - {"default", "retune"}
     assert set(ops.values()) <= {"fused", "reference"}
     assert files(tmp_path) == []
 

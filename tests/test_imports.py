@@ -17,7 +17,7 @@ OPTIONAL = ("triton", "nvidia", "tensorboard", "sklearn", "scipy", "diffusers")
 # import it.
 ORDER = """
 errors | config | files | distributed flops hardware progress | memory | vae | data | packing | model | objective |
-step | sampling | evaluation | training | tools | cli | start
+step | tuning | sampling | evaluation | training | tools | cli | start
 """
 RANK = {name: rank for rank, names in enumerate(ORDER.split("|")) for name in names.split()}
 

@@ -66,9 +66,18 @@ def test_without_a_gpu_it_says_not_yet_measured_and_with_one_it_does_not(results
     results("h200-a", "step", [("step", step("public"), 80.0), ("step", step(), 40.0)], **H200)
     short, long = written(results)
     assert "not yet measured" not in short + long
-    assert cells(short, "| NVIDIA H200") == ["NVIDIA H200", "SiT-XL/2, 256 tokens, batch 32", "400", "800", "2.00"]
-    assert cells(short, "| CPU") == ["CPU", "SiT-S/2, 256 tokens, batch 32", "", "320", ""]
-    assert long.index("**NVIDIA H200**") < long.index("**CPU**")
+    assert cells(short, "| NVIDIA H200") == [
+        "NVIDIA H200",
+        "SiT-XL/2, 256 tokens, batch 32",
+        "400",
+        "800",
+        "2.00",
+        "",
+        "",
+    ]
+    cpu = f"CPU: {HERE['device']}, {HERE['threads']} threads"
+    assert cells(short, "| CPU") == [cpu, "SiT-S/2, 256 tokens, batch 32", "", "320", "", "", ""]
+    assert long.index("**NVIDIA H200**") < long.index("**CPU: ")
     assert "NVIDIA H200, 700 W, driver 580.1" in long
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from small_run import (
 from sra_fast import cli
 from sra_fast.data.folder import scan, split
 from sra_fast.step.step import TrainingStep
+from sra_fast.training import trainer
 from sra_fast.training.metrics import StepLog
 from sra_fast.training.validation import Previews, Validation
 
@@ -274,6 +276,24 @@ def test_another_runs_checkpoint_begins_a_new_run_and_does_not_enter_one(stopped
     assert ends[0] == ends[1]
     assert [row["step"] for row in metrics(stopped / "runs/b")] == [6, 7, 8, 9, 10]
     assert "resume: " in refused(arguments(stopped, run__name="b", resume=str(path)))
+
+
+def test_what_computes_each_op_is_saved_and_handed_on_when_the_run_resumes(root, monkeypatch):
+    """On a GPU `decide` measures; here a stand-in decides."""
+    before = []
+
+    def decide(config, hardware, report, stored, resumed):
+        before.append(resumed)
+        return replace(config, kernels=replace(config.kernels, adamw_ema="reference"))
+
+    monkeypatch.setattr(trainer, "decide", decide)
+    assert run(small(root), stop_after=2)[0] == 143
+    saved = json.loads((root / "runs/a/config.json").read_text())
+    assert saved["kernels"]["adamw_ema"] == "reference"
+    assert run(small(root))[0] == 0
+    assert before[0] is None
+    assert before[1].kernels.adamw_ema == "reference"
+    assert summary(root / "runs/a")["resolved"]["adamw_ema"] == "reference"
 
 
 def test_a_path_that_is_no_checkpoint_is_refused(root, refused):

@@ -84,6 +84,28 @@ def test_what_computes_each_op_is_printed_and_why_it_falls_back(root):
     assert any(line.startswith("step ") and "eager" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("precision", "validation_precision", "dtype"),
+    [("bf16", "auto", torch.bfloat16), ("bf16", "fp32", torch.float32), ("fp32", "auto", torch.float32)],
+)
+def test_validation_and_previews_compute_as_training_or_in_fp32(
+    root, monkeypatch, precision, validation_precision, dtype
+):
+    seen = []
+    for cls, name in ((validation.Validation, "loss"), (validation.Previews, "write")):
+        method = getattr(cls, name)
+
+        def noted(self, network, *rest, method=method):
+            seen.append(network.pos_embed.dtype)
+            return method(self, network, *rest)
+
+        monkeypatch.setattr(cls, name, noted)
+    options = {"train__precision": precision, "train__validation_precision": validation_precision}
+    assert run(small(root, train__images=16, **options))[0] == 0
+    assert len(seen) >= 2
+    assert set(seen) == {dtype}
+
+
 def test_previews_and_checkpoints_are_written_when_a_step_passes_their_number(root, monkeypatch):
     written, save_grid = [], validation.save_grid
     monkeypatch.setattr(

@@ -1,1 +1,1 @@
-"""What the benchmark programs share: timing, rows, stamps, tables, parts of a report."""
+"""What the benchmark programs share: roofs, rows, stamps, tables, parts of a report."""

@@ -9,7 +9,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 
 from sra_fast.errors import Refused
 from sra_fast.files import read_json, write_json
+from sra_fast.tuning.timing import Samples
 
 ROOT = Path(__file__).parents[2]
 FORMAT_VERSION = 1
@@ -43,27 +43,6 @@ QUERY = {  # our name -> nvidia-smi's
     "driver": "driver_version",
 }
 CLOCKS = ("sm_mhz", "sm_max_mhz", "memory_mhz", "temperature_c", "power_w")
-
-
-@dataclass(frozen=True)
-class Samples:
-    """All timings of one candidate, in the order they were taken."""
-
-    ms: tuple[float, ...] = ()  # per call: device time on a GPU, wall time on a CPU
-    host_samples_ms: tuple[float, ...] = ()  # per call until it returns to the host; on a CPU the same
-    peak_memory_gib: float | None = None  # with everything else in the process: allocated on a GPU, resident on a CPU
-    error: str | None = None  # why there are no samples
-
-    def joined(self, other: Samples) -> Samples:
-        """These timings followed by those of another measurement of the same candidate."""
-        memory = [peak for peak in (self.peak_memory_gib, other.peak_memory_gib) if peak is not None]
-        host = self.host_samples_ms + other.host_samples_ms
-        return Samples(self.ms + other.ms, host, min(memory, default=None), self.error or other.error)
-
-    @property
-    def median_ms(self) -> float | None:
-        """The median; None without samples."""
-        return _percentile(self.ms, 50)
 
 
 def _percentile(values: Sequence[float], percent: float) -> float | None:

@@ -127,6 +127,8 @@ class TrainConfig(Section):
     """Images between two evaluations of the validation loss; 0 = only at the end."""
     validation_images: int = 512
     """Held-out images used for the validation loss."""
+    validation_precision: Literal["auto", "fp32"] = "auto"
+    """Compute type of validation, previews and evaluation; auto = that of training."""
     preview_every_images: int = 2_560_000
     """Images between two preview grids; 0 = only at the end."""
     save_every_images: int = 2_560_000
@@ -148,8 +150,8 @@ class TrainConfig(Section):
 
 @dataclass(frozen=True)
 class KernelsConfig(Section):
-    """Implementation of each op: a fused kernel, its reference in plain PyTorch, or auto, whichever was measured
-    faster."""
+    """Implementation of each op: a fused kernel, its reference in plain PyTorch, or auto: on a GPU whichever is
+    measured to be faster when a run starts, on a CPU the compiled library's where it is built."""
 
     section: ClassVar[str] = "kernels"
 
@@ -169,6 +171,8 @@ class KernelsConfig(Section):
     """Global norm of the gradients."""
     adamw_ema: Choice | None = None
     """AdamW, the EMA, and the low-precision copies of both."""
+    retune: bool = False
+    """Measure again what is auto, rather than take what the checkpoint or an earlier run of these shapes has chosen."""
 
 
 @dataclass(frozen=True)

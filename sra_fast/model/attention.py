@@ -124,9 +124,17 @@ def available(device: torch.device, dtype: torch.dtype = torch.bfloat16, head_di
     return tuple(name for name in BACKENDS if name in names)
 
 
+def candidates(device: torch.device, dtype: torch.dtype, head_dim: int, deterministic: bool) -> tuple[str, ...]:
+    """Backends that may be the fastest, beginning with what `choose_attention` takes unmeasured; arguments as there."""
+    first = choose_attention("auto", device, dtype, head_dim, deterministic)
+    kernels = ("flash",) if deterministic else ("cudnn", "flash", *PACKAGES)
+    others = (name for name in kernels if name != first and name in available(device, dtype, head_dim))
+    return (first,) if first == "sdpa" else (first, *others)
+
+
 def choose_attention(choice: str, device: torch.device, dtype: torch.dtype, head_dim: int, deterministic: bool) -> str:
-    """The backend of a run. "auto" is cuDNN on Hopper and Blackwell, PyTorch's flash kernel on other GPUs, and
-    PyTorch's own choice where neither is available.
+    """The backend of a run. "auto", unless it was measured, is cuDNN on Hopper and Blackwell, PyTorch's flash kernel on
+    other GPUs, and PyTorch's own choice where neither is available.
 
     Args:
         choice: "auto" or one of `BACKENDS`.

@@ -17,7 +17,7 @@ from sra_fast.hardware import Hardware
 from sra_fast.kernels import language
 from sra_fast.kernels.perturb import NoisedBatch
 from sra_fast.kernels.registry import OPS, why_unavailable
-from sra_fast.model.attention import attention_operator, choose_attention
+from sra_fast.model.attention import attention_operator, candidates, choose_attention
 
 SDPA = attention_operator("sdpa")
 
@@ -93,14 +93,31 @@ def _implementation(op: str, config: Config, architecture: str) -> str:
     obstacle = DDPM_NOTE if _uses_ddpm_tables(op, config) else why_unavailable(op, architecture)
     if choice == "reference":
         return "reference"
-    if choice == "auto":
-        return "fused" if architecture in OPS[op].faster_on and not obstacle else "reference"
+    if choice == "auto":  # unmeasured, as on a CPU
+        return "fused" if OPS[op].compiled and not obstacle else "reference"
     has_kernel = OPS[op].fused is not None and not _uses_ddpm_tables(op, config)
     if named is None and not has_kernel:  # kernels.default = fused is for the ops that have a kernel
         return "reference"
     if obstacle:
         raise Refused(f"kernels.{op}: 'fused' given, but {obstacle}; must be auto or reference")
     return "fused"
+
+
+def undecided(config: Config, hardware: Hardware) -> dict[str, tuple[str, ...]]:
+    """{op, or "attention": its implementations}, where `config` says auto and there are several. The first is the one
+    that is taken unmeasured."""
+    choices: dict[str, tuple[str, ...]] = {}
+    for op in OPS:
+        is_auto = (getattr(config.kernels, op) or config.kernels.default) == "auto"
+        obstacle = _uses_ddpm_tables(op, config) or why_unavailable(op, hardware.architecture)
+        if is_auto and not obstacle:
+            first = _implementation(op, config, hardware.architecture)
+            choices[op] = (first, "fused" if first == "reference" else "reference")
+    head = config.model.hidden // config.model.heads
+    backends = candidates(hardware.device, hardware.dtype, head, config.deterministic)
+    if config.model.attention == "auto" and len(backends) > 1:
+        choices["attention"] = backends
+    return choices
 
 
 def _uses_ddpm_tables(op: str, config: Config) -> bool:
@@ -113,6 +130,8 @@ def _notes(names: dict[str, str], execution: str, config: Config, hardware: Hard
     obstacle = why_unavailable("adamw_ema", hardware.architecture)
     if obstacle and names["adamw_ema"] == "reference" and config.kernels.adamw_ema != "reference":
         yield f"adamw_ema: the optimizer runs as PyTorch operators: {obstacle}"
+    if hardware.device.type == "cuda" and (ops := undecided(config, hardware)):
+        yield f"{', '.join(ops)}: a run measures its implementations when it starts, and takes the fastest"
     if hardware.device.type == "cuda" and execution == "eager" and config.train.execution == "auto":
         yield f"step: not compiled, which is slow: torch.compile needs {_why_not_compiled(hardware.device)}"
 

@@ -16,6 +16,7 @@ from sra_fast.kernels import library
 from sra_fast.kernels.registry import OPS
 from sra_fast.model.attention import available
 from sra_fast.model.backends import EXECUTIONS, Backends
+from sra_fast.tuning.precision import advice
 
 EXAMPLE = "sit-xl-2"  # preset whose choices are shown
 
@@ -45,7 +46,9 @@ def lines() -> Iterator[str]:
     if hardware.device.type == "cuda":
         properties = torch.cuda.get_device_properties(hardware.device)
         yield f"             sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.1f} GiB"
-    elif shutil.which("nvidia-smi"):
+    elif hint := advice(hardware.precision):
+        yield f"             {hint}"
+    if hardware.device.type == "cpu" and shutil.which("nvidia-smi"):
         yield "             there is an NVIDIA driver, but this torch cannot use it: install a CUDA build of torch"
     for names, purpose, install in PACKAGES:
         installed = next(filter(None, map(_package_version, names)), "")

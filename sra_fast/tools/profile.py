@@ -35,6 +35,7 @@ from sra_fast.step.runner import StepRunner
 from sra_fast.step.state import TrainState
 from sra_fast.step.step import TrainingStep
 from sra_fast.tools.breakdown import CATEGORIES, STAGES, Breakdown, Event, Stages, breakdown, stages_of
+from sra_fast.tuning.choice import decide
 
 FORMAT_VERSION = 1
 LARGEST_TRACE = 16 * 2**20  # bytes; TensorBoard opens larger traces slowly
@@ -59,6 +60,8 @@ def profile(config: Config, settings: ProfileConfig, report: Callable[[str], Non
     if not existing.is_dir():
         raise Refused("profile.out", settings.out, f"must be a folder, but {existing} is a file")
     refuse_unwritable(out, "profile.out")
+    Backends.resolve(config, hardware)  # refuses what is not available
+    config = decide(config, hardware, report)
     backends = Backends.resolve(config, hardware)
     executions = _executions(backends)
     if settings.nvtx:

@@ -61,6 +61,7 @@ FREE_ON_RESUME = {
     "train.log_every_steps",
     "train.validate_every_images",
     "train.validation_images",
+    "train.validation_precision",
     "train.preview_every_images",
     "train.save_every_images",
     "train.save_every_minutes",

@@ -37,6 +37,8 @@ from sra_fast.training.rhythm import Clock
 from sra_fast.training.run_folder import Saver
 from sra_fast.training.signals import StopRequest
 from sra_fast.training.validation import Previews, Validation
+from sra_fast.tuning.choice import decide
+from sra_fast.tuning.precision import advice
 
 
 def train(config: Config, report: Callable[[str], None] = say) -> int:
@@ -61,12 +63,10 @@ class Trainer:
         self.hardware = Hardware.choose(config.train.device, config.train.precision, "train.device")
         if config.deterministic:
             set_deterministic(True)
-        self.backends = Backends.resolve(config, self.hardware)
+        Backends.resolve(config, self.hardware)  # refuses what is not available
         self.source, self.config = open_source(config, self.hardware.device)
         refuse_training(self.config, self.hardware)
-        self.step = TrainingStep(self.config, self.backends, self.hardware.device, self.source.stored)
         self.space = latent_space(self.config, self.source)
-        self.validation = Validation(self.config, self.source, self.step)
         self.previews = Previews(self.config, self.space, self.hardware.device)
         self.folder = self.config.path
         images = Path(config.data.images)
@@ -107,8 +107,8 @@ class Trainer:
         """A new state, or the one of the checkpoint to resume from."""
         config = self.config
         path = self._checkpoint_to_resume()
-        state = TrainState.create(config, self.backends, self.hardware.device, self.hardware.dtype)
         if path is None:
+            state = self._create_state(None)
             if config.init_from:
                 self._initialise_from(state, Path(config.init_from))
             return state, RunProgress(data_fingerprint=self.source.fingerprint)
@@ -124,12 +124,22 @@ class Trainer:
             seen = f"{progress.images_seen:,} images"
             raise Refused("run.name", config.run.name, f"is finished ({seen}); choose another, or raise --train.images")
         self.report(f"resuming from {path}")
-        before = checkpoint.describe(path)[1].train.images
-        if config.optim.schedule == "cosine" and config.train.images != before:
-            lengths = f"{before:,} before, {config.train.images:,} now"
+        before = checkpoint.describe(path)[1]
+        if config.optim.schedule == "cosine" and config.train.images != before.train.images:
+            lengths = f"{before.train.images:,} before, {config.train.images:,} now"
             self.report(f"train.images: {lengths}; the learning rate of the cosine schedule jumps here")
+        state = self._create_state(before)
         state.load(tensors)
         return state, progress
+
+    def _create_state(self, before: Config | None) -> TrainState:
+        """Decide what computes each op, by the configuration of the checkpoint to resume from or by measurement; then
+        the step and its initial state."""
+        self.config = decide(self.config, self.hardware, self.report, self.source.stored, before)
+        self.backends = Backends.resolve(self.config, self.hardware)
+        self.step = TrainingStep(self.config, self.backends, self.hardware.device, self.source.stored)
+        self.validation = Validation(self.config, self.source, self.step)
+        return TrainState.create(self.config, self.backends, self.hardware.device, self.hardware.dtype)
 
     def _checkpoint_to_resume(self) -> Path | None:
         resume, newest = self.config.resume, run_folder.newest(self.checkpoints)
@@ -179,7 +189,9 @@ class Trainer:
         images = f"{len(source.train):,} training and {len(source.held_out):,} held-out images"
         yield f"data     {images}, {model.classes} classes; {source.reader}"
         yield f"classes  {class_names.numbered(source.train.classes)}"
-        yield f"device   {self.hardware.name}, {self.hardware.precision}"
+        hint = advice(self.hardware.precision) if self.hardware.device.type == "cpu" else ""
+        hint = f" ({hint})" if hint else ""
+        yield f"device   {self.hardware.name}, {self.hardware.precision}{hint}"
         yield f"ops      {', '.join(f'{op}: {name}' for op, name in self.backends.names.items())}"
         for note in self.backends.notes:
             yield f"         {note}"
@@ -259,8 +271,12 @@ class Trainer:
         self.previews.write(self._ema_network(), self._preview_path)
 
     def _ema_network(self) -> Transformer:
-        """The EMA as an fp32 network that shares the state's tensors."""
-        return Transformer.from_tensors(self.config.model, self.state.ema, self.backends.for_fp32())
+        """The EMA as a network that computes as training does, from a copy; or in fp32, sharing the state's tensors."""
+        dtype, ema = self.hardware.dtype, self.state.ema
+        if dtype == torch.float32 or self.config.train.validation_precision == "fp32":
+            return Transformer.from_tensors(self.config.model, ema, self.backends.for_fp32())
+        copies = {name: tensor.to(dtype) for name, tensor in ema.items()}
+        return Transformer.from_tensors(self.config.model, copies, self.backends)
 
     # The end
 

@@ -7,25 +7,43 @@ benchmark guide of Dao-AILab/quack ("interleave variants at single-launch granul
 from __future__ import annotations
 
 import gc
-import math
+import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-from benchmarks.harness.rows import Samples
 from sra_fast.errors import is_out_of_memory
 
 GIB = 2**30
-COPY_BYTES = {"cuda": 4 * GIB, "cpu": GIB // 4}  # read plus written, well beyond the caches
-MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
 Call = Callable[[], object]
 
 
 class GateFailed(AssertionError):
     """Results disagree with the reference, so their speed does not count."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """All timings of one candidate, in the order they were taken."""
+
+    ms: tuple[float, ...] = ()  # per call: device time on a GPU, wall time on a CPU
+    host_samples_ms: tuple[float, ...] = ()  # per call until it returns to the host; on a CPU the same
+    peak_memory_gib: float | None = None  # with everything else in the process: allocated on a GPU, resident on a CPU
+    error: str | None = None  # why there are no samples
+
+    def joined(self, other: Samples) -> Samples:
+        """These timings followed by those of another measurement of the same candidate."""
+        memory = [peak for peak in (self.peak_memory_gib, other.peak_memory_gib) if peak is not None]
+        host = self.host_samples_ms + other.host_samples_ms
+        return Samples(self.ms + other.ms, host, min(memory, default=None), self.error or other.error)
+
+    @property
+    def median_ms(self) -> float | None:
+        """The median; None without samples."""
+        return statistics.median(self.ms) if self.ms else None
 
 
 def measure(
@@ -35,7 +53,6 @@ def measure(
     repeats: int,
     warmup: int,
     graph: bool = False,
-    gate: Call | None = None,
     clock: CpuClock | GpuClock | None = None,
 ) -> dict[str, Samples]:
     """Time every candidate `repeats` times, interleaved; each round starts with the next candidate.
@@ -47,7 +64,6 @@ def measure(
         warmup: calls of each before the first sample, at least 1, for compilation and autotuning.
         graph: time each call as it runs within a training step on a GPU: as the replay of a CUDA graph, from an L2
             cache that is emptied outside the timed window. Without it, the host's launch gaps are part of the time.
-        gate: called first; raises `GateFailed` if results disagree with the reference.
         clock: takes the samples; None = the device's own.
 
     Returns:
@@ -58,8 +74,6 @@ def measure(
         raise ValueError(f"repeats, warmup: {repeats}, {warmup} given; each must be at least 1")
     if graph and device.type != "cuda":
         raise ValueError(f"graph needs a CUDA device; {device} given")
-    if gate is not None:
-        gate()
     clock = clock or (GpuClock(device, graph) if device.type == "cuda" else CpuClock())
     ready: dict[str, Call] = {}
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
@@ -170,36 +184,3 @@ class GpuClock:
     def release(self) -> None:
         gc.collect()
         torch.cuda.empty_cache()
-
-
-class Operation(NamedTuple):
-    """A call with the bytes or the FLOPs (2 per multiply-add) that it takes."""
-
-    call: Call
-    bytes: int = 0
-    flops: int = 0
-
-
-def operations(device: torch.device) -> dict[str, Operation]:
-    """A large copy (bytes read + written) and square matrix product, of random numbers: zeros draw less power."""
-    source = torch.randn(COPY_BYTES[device.type] // 8, device=device)  # half is read, half written
-    target = torch.empty_like(source)
-    size = MATMUL_SIZE[device.type]
-    full = [torch.randn(size, size, device=device) for _ in range(3)]
-    half = [operand.bfloat16() for operand in full]
-    return {
-        "copy": Operation(lambda: target.copy_(source), bytes=8 * len(source)),
-        "matmul bf16": Operation(lambda: torch.mm(*half[:2], out=half[2]), flops=2 * size**3),
-        "matmul fp32": Operation(lambda: torch.mm(*full[:2], out=full[2]), flops=2 * size**3),
-    }
-
-
-def roofs(device: torch.device) -> dict[str, float]:
-    """Measure `copy_gb_per_s` (1e9 bytes, read + written) and `matmul_tflop_per_s` (1e12 FLOP, bf16) now."""
-    measured = operations(device)
-    copy, matmul = measured["copy"], measured["matmul bf16"]
-    samples = measure({"copy": copy.call, "matmul": matmul.call}, device=device, repeats=20, warmup=3)
-    return {
-        "copy_gb_per_s": copy.bytes / (samples["copy"].median_ms or math.inf) / 1e6,
-        "matmul_tflop_per_s": matmul.flops / (samples["matmul"].median_ms or math.inf) / 1e9,
-    }
