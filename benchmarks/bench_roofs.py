@@ -27,10 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measured = operations(args.device)
     calls = {name: operation.call for name, operation in measured.items()}
     taken = measure(calls, device=args.device, repeats=args.repeats, warmup=3)
-    for name, operation in list(measured.items()):
-        longer = f"{name}, for {SUSTAINED_MS / 1e3:g} s"
-        measured[longer] = operation
-        taken[longer] = sustained(operation, args.device, taken[name].median_ms or SUSTAINED_MS)
+    if args.device.type == "cuda":
+        for name, operation in list(measured.items()):
+            longer = f"{name}, for {SUSTAINED_MS / 1e3:g} s"
+            measured[longer] = operation
+            taken[longer] = sustained(operation, args.device, taken[name].median_ms or SUSTAINED_MS)
     now = stamp(args.device)
     rows = [
         row("roof", {"of": name}, taken[name], stamp=now, bytes=operation.bytes or None, flops=operation.flops or None)

@@ -2,11 +2,15 @@
 
     make gpu-report                                     on a machine with a GPU
     python -m benchmarks.gpu_report --budget-s 480
+    python -m benchmarks.gpu_report --parts smoke ops   only these parts
+    python -m benchmarks.gpu_report --into FOLDER       add to the report of an earlier call
+    python -m benchmarks.gpu_report --dry-run           what the budget is expected to reach; nothing runs
     python -m benchmarks.gpu_report --device cpu        the same programs at small sizes
 
 Every part is a process of its own: if one fails, the report names it with the end of its stderr, and the others go on.
-Parts for which no time is left read "not run (time)", those that need something this machine lacks "not run". Exit code
-1 if a part failed; 0 also if parts were not reached.
+Parts that are not expected to fit into the time that is left read "not run (time)", and shorter ones after them run;
+those that need something this machine lacks read "not run". Exit code 1 if a part failed; 0 also if parts were not
+reached.
 
 After every part results are collected in a folder <device>-<date>-<commit> below benchmarks/results, or below $OUT or
 --out. It has at most 7 files, small enough to commit:
@@ -15,6 +19,9 @@ After every part results are collected in a folder <device>-<date>-<commit> belo
     report.md        the same, and all tables
     step.json        rows of whole steps          kernels.json   all other rows
     profile.json     figures of a profiled step, beside its traces
+
+A second call for the same folder, by date and commit or by --into, adds to it: a row that it measures replaces the
+earlier one, a part that ran keeps its outcome until it runs again.
 """
 
 from __future__ import annotations
@@ -30,105 +37,62 @@ import tempfile
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.harness import options, tables
-from benchmarks.harness.parts import FAILED, NOT_RUN, OK, ROOT, Outcome, Part, run_parts
+from benchmarks.harness.parts import FAILED, NOT_RUN, OK, ROOT, Outcome, Part, run_parts, simulated
 from benchmarks.harness.rows import RESULTS, Row, circumstances, command, folder, markdown, read, write
-from sra_fast.files import write_json, write_text
+from benchmarks.report_plan import learned, parts_for_cpu, parts_for_gpu
+from sra_fast.errors import Refused
+from sra_fast.files import read_json, write_json, write_text
 
-SMOKE = ("--size", "s", "--depth", "3", "--batch", "32", "--repeats", "3")
 MAX_TRACES = 2
 MAX_BYTES = 16 * 2**20
 PROFILE = "profile.json"
-SANITIZERS = ("memcheck", "racecheck", "initcheck")
-# bench_step writes after each pair: ours and the public recipe come before the strongest rival, which takes longest to
-# compile, and before the variants between them.
-ENDS = ("ours", "ours, fused ops", "public", "+ CUDA graph")
-BETWEEN = ("bf16 teacher to its tap", "+ torch.compile", "+ fused AdamW, foreach EMA", "+ no host reads")
-BETWEEN += ("+ cuDNN attention",)
-VARIANTS = ("ours compiled", "ours eager", "ours fp32", "ours deterministic", "ours, plain SiT")
+SAME_DEVICE = ("kind", "device", "commit", "versions")  # of the stamps of calls that share a report
 
 
-def correctness(share: float, kernels: bool = False) -> Part:
-    """The tests that need a GPU, of kernels or of everything else, from the files that have some: other files may need
-    packages that are not installed here. Most tests of kernels are marked by tests/interpreter.py."""
-    texts = {f"tests/{path.name}": path.read_text() for path in sorted((ROOT / "tests").glob("test_*.py"))}
-    marked = {file for file, text in texts.items() if "mark.gpu" in text or "@kernel" in text}
-    of_kernels = {file for file in marked if "kernel" in file or "@kernel" in texts[file]}
-    arguments = ("-v", "--durations=0", "-m", "gpu", *sorted(of_kernels if kernels else marked - of_kernels))
-    if find_spec("xdist"):  # most of the time is compilation, on the host
-        arguments = ("-n", "auto", "--maxprocesses", "8", *arguments)
-    return Part("kernels" if kernels else "correctness", "pytest", arguments, share, must_end=True)
+class Earlier(NamedTuple):
+    """What earlier calls have left in a folder."""
+
+    stamps: list[dict[str, Any]]
+    outcomes: list[Outcome]
+    rows: list[Row]
 
 
-def sanitizer(tool: str) -> Part:
-    """The kernels under a tool of compute-sanitizer."""
-    return Part(tool, "benchmarks.sanitized", (tool,), 0.3, max_seconds=90)
+NOTHING = Earlier([], [], [])
 
 
-def steps(size: str, tokens: int, batch: int | str, rungs: Sequence[str] = ENDS, *more: str, label: str = "") -> Part:
-    """Whole steps of one model at one batch: a kill costs no other."""
-    arguments = ("--size", size, "--tokens", str(tokens), "--batch", str(batch), "--rungs", *rungs, *more)
-    name = f"SiT-{size.upper()}/2, {tokens} tokens, batch {batch}" + (f": {label}" if label else "")
-    return Part(name, "benchmarks.bench_step", arguments, 0.5)
+def read_earlier(out: Path, stamp: dict[str, Any]) -> Earlier:
+    """The report in a folder, to which a call with this stamp adds; empty if there is none.
+
+    Raises:
+        Refused: if it is of another device, commit or versions: its rows could not be compared.
+    """
+    if not (out / "report.json").exists():
+        return NOTHING
+    report = read_json(out / "report.json")
+    for field in SAME_DEVICE:
+        if report["stamp"][field] != stamp[field]:
+            raise Refused(f"{out}: {field}", stamp[field], f"must be that of its report, {report['stamp'][field]}")
+    outcomes = [Outcome(**{**part, "stderr": tuple(part["stderr"])}) for part in report["parts"]]
+    rows = [row for name in ("step", "kernels") if (out / f"{name}.json").exists() for row in _read_rows(out, name)]
+    return Earlier([*report["calls"]], outcomes, rows)
 
 
-def parts_for_gpu() -> list[Part]:
-    """The most important first. Each may use its share of the time that is then left."""
-    profile = ("profile", "sit-xl-2", "--train.batch", "32", "--profile.out", "{folder}")
-    return [
-        # Seconds: does anything run at all?
-        Part("smoke", "benchmarks.bench_step", (*SMOKE, "--rungs", *ENDS[:3]), 0.3, max_seconds=60),
-        steps("xl", 256, 32),
-        steps("xl", 256, 128, ENDS[:3]),
-        correctness(0.5),
-        correctness(0.5, kernels=True),
-        Part("profile", "sra_fast.cli", profile, 0.6, max_seconds=90),
-        Part("ops", "benchmarks.bench_kernels", ("--sizes", "xl", "--batch", "32"), 0.4),
-        Part("update", "benchmarks.bench_optimizer", ("--size", "xl"), 0.4),
-        Part("roofs", "benchmarks.bench_roofs", share=0.3),
-        *(sanitizer(tool) for tool in SANITIZERS),
-        Part("data", "benchmarks.bench_data", ("--repeats", "3", "--passes", "1"), 0.4, max_seconds=90),
-        steps("xl", 256, 256),
-        *(steps("xl", 256, batch, ("ours", *BETWEEN), label="between") for batch in (32, 256)),
-        *(steps("xl", 256, batch, VARIANTS, label="variants") for batch in (32, 256)),
-        *(steps(size, 256, batch) for size in ("s", "b", "l") for batch in (32, 256)),
-        steps("xl", 1024, 32),
-        steps("xl", 256, "auto-check", ("ours", "public")),
-        Part("ops of SiT-S", "benchmarks.bench_kernels", ("--sizes", "s", "--batch", "32")),
-        *(steps(size, 256, batch) for size in ("s", "b", "l") for batch in (64, 128)),
-        *(steps("xl", 256, batch, ("+ CUDA graph",), label="strongest rival") for batch in (64, 128)),
-        *(steps(size, 1024, 32) for size in ("l", "b", "s")),
-    ]
+def _read_rows(out: Path, name: str) -> list[Row]:
+    return read(out / f"{name}.json")["rows"]
 
 
-def parts_for_cpu() -> list[Part]:
-    """The same programs, at sizes that take seconds."""
-    few = ("--device", "cpu", "--repeats", "8", "--warmup", "1")
-    ways = ("--ways", "torch, defaults", "reference, eager")
-    profile = ("profile", "sit-s-2", "--model.depth", "3", "--train.batch", "1", "--train.device", "cpu")
-    traced = ("--train.execution", "eager", "--profile.steps", "1", "--profile.warmup", "1")
-    return [
-        correctness(0.5),
-        correctness(0.5, kernels=True),
-        sanitizer(SANITIZERS[0]),
-        Part("roofs", "benchmarks.bench_roofs", few[:4]),
-        Part("ops", "benchmarks.bench_kernels", ("--batch", "1", "--implementations", "eager", *few)),
-        Part("update", "benchmarks.bench_optimizer", ("--depth", "3", *ways, *few)),
-        steps("s", 256, 1, ("public", "ours eager"), "--depth", "3", *few),
-        Part("profile", "sra_fast.cli", (*profile, *traced, "--profile.out", "{folder}")),
-        Part("data", "benchmarks.bench_data", ("--device", "cpu", "--quick")),
-    ]
-
-
-def gather(staging: Path, out: Path, outcomes: Sequence[Outcome], stamp: dict[str, Any]) -> None:
-    """Write `out` anew from the parts' folders in `staging`. Called after every part, so that a killed report keeps
-    what was measured."""
+def gather(
+    staging: Path, out: Path, outcomes: Sequence[Outcome], stamp: dict[str, Any], earlier: Earlier = NOTHING
+) -> None:
+    """Write `out` anew from the parts' folders in `staging` and what earlier calls left. Called after every part, so
+    that a killed report keeps what was measured."""
     out.mkdir(parents=True, exist_ok=True)
-    rows = _rows(staging)
+    rows = _merged_rows(earlier.rows, _rows(staging))
+    outcomes = _merged_outcomes(earlier.outcomes, outcomes)
     steps = [row for row in rows if tables.kind(row) == "step"]
     others = [row for row in rows if tables.kind(row) != "step"]
     for name, some in (("step", steps), ("kernels", others)):
@@ -136,8 +100,32 @@ def gather(staging: Path, out: Path, outcomes: Sequence[Outcome], stamp: dict[st
             write(out, name, some, stamp)
     remarks = _copy_profile(staging, out)
     parts = [asdict(outcome) for outcome in outcomes]
-    write_json(out / "report.json", {"format_version": 1, "stamp": stamp, "parts": parts, "remarks": remarks})
-    write_text(out / "report.md", _text(outcomes, rows, stamp, remarks))
+    calls = [*earlier.stamps, stamp]
+    content = {"format_version": 1, "stamp": stamp, "calls": calls, "parts": parts, "remarks": remarks}
+    write_json(out / "report.json", content)
+    write_text(out / "report.md", _text(outcomes, rows, calls, remarks))
+
+
+def _merged_rows(earlier: Sequence[Row], later: Sequence[Row]) -> list[Row]:
+    """The later of two rows of the same name and parameters, unless only the earlier one has numbers."""
+    by_key = {_key(row): row for row in earlier}
+    for row in later:
+        if row["samples_ms"] or not by_key.get(_key(row), row)["samples_ms"]:
+            by_key[_key(row)] = row
+    return list(by_key.values())
+
+
+def _merged_outcomes(earlier: Sequence[Outcome], later: Sequence[Outcome]) -> list[Outcome]:
+    """The later of two outcomes of a part, unless it says that there was no time for what the earlier call ran."""
+    by_name = {outcome.name: outcome for outcome in earlier}
+    for outcome in later:
+        if outcome.outcome != NOT_RUN or by_name.get(outcome.name, outcome).outcome == NOT_RUN:
+            by_name[outcome.name] = outcome
+    return list(by_name.values())
+
+
+def _key(row: Row) -> tuple[str, str]:
+    return row["name"], str(sorted(row["params"].items()))
 
 
 def _rows(staging: Path) -> list[Row]:
@@ -151,9 +139,8 @@ def _rows(staging: Path) -> list[Row]:
         for row in content["rows"]:
             if cut := re.search(r"-depth(\d+)$", content["name"]):  # a model cut short is another model
                 row["params"].setdefault("depth", int(cut[1]))
-            key = row["name"], str(sorted(row["params"].items()))
-            if key not in by_key or not by_key[key]["samples_ms"]:
-                by_key[key] = row
+            if _key(row) not in by_key or not by_key[_key(row)]["samples_ms"]:
+                by_key[_key(row)] = row
     return list(by_key.values())
 
 
@@ -172,11 +159,16 @@ def _copy_profile(staging: Path, out: Path) -> list[str]:
     return remarks
 
 
-def _text(outcomes: Sequence[Outcome], rows: Sequence[Row], stamp: dict[str, Any], remarks: list[str]) -> str:
-    """report.md."""
+def _text(outcomes: Sequence[Outcome], rows: Sequence[Row], calls: list[dict[str, Any]], remarks: list[str]) -> str:
+    """report.md.
+
+    Args:
+        calls: the stamps of all calls that have added to the report.
+    """
     parts = [[o.name, o.outcome, f"{o.seconds:.0f}", o.reason, f"`{o.command}`"] for o in outcomes]
     head = ("part", "outcome", "s", "why", "command")
-    blocks = [f"# {circumstances(stamp)}", f"`{stamp['command']}`", "## Parts", markdown(head, parts)]
+    commands = [f"`{stamp['command']}`, {stamp['date']}" for stamp in calls]
+    blocks = [f"# {circumstances(calls[-1])}", *commands, "## Parts", markdown(head, parts)]
     for outcome in outcomes:
         if outcome.outcome == FAILED:
             stderr = "\n".join(outcome.stderr)
@@ -197,21 +189,28 @@ def stamp_of(device: str) -> dict[str, Any]:
     return {**json.loads(result.stdout.splitlines()[-1]), "command": command()}
 
 
-def report(parts: Sequence[Part], budget_s: float, device: str, results: Path) -> int:
-    """Run the parts, collect their results and print how each ended. Returns the exit code."""
+def report(parts: Sequence[Part], budget_s: float, device: str, results: Path, into: Path | None = None) -> int:
+    """Run the parts, collect their results and print how each ended. Returns the exit code.
+
+    Args:
+        results: folder in which the report has a folder of its own.
+        into: that folder, if it exists already.
+    """
     stamp = stamp_of(device)
-    out = folder(stamp, results)
+    out = into or folder(stamp, results)
+    earlier = read_earlier(out, stamp)
+    parts = learned(parts, results, stamp["device"])
     with tempfile.TemporaryDirectory(prefix="sra-fast-report-") as temporary:
         staging = Path(temporary)
 
         def gather_so_far(outcomes: list[Outcome]) -> None:
             try:
-                gather(staging, out, outcomes, stamp)
+                gather(staging, out, outcomes, stamp, earlier)
             except Exception:  # whatever it is, the remaining parts are worth more; the last `gather` may raise
                 traceback.print_exc()
 
         outcomes = run_parts(parts, budget_s, staging, gather_so_far)
-        gather(staging, out, outcomes, stamp)
+        gather(staging, out, outcomes, stamp, earlier)
     print()
     for outcome in outcomes:
         print(f"{outcome.name:>32}  {outcome}")
@@ -223,21 +222,40 @@ def report(parts: Sequence[Part], budget_s: float, device: str, results: Path) -
     return 1 if failed else 0
 
 
+def plan_table(parts: Sequence[Part], budget_s: float) -> str:
+    """What the budget is expected to reach: each part with its expected seconds and when it ends."""
+    lines = [
+        [outcome.name, f"{part.expected_s:.0f}", f"{end:.0f}" if outcome.outcome == OK else outcome.outcome]
+        for part, (outcome, end) in zip(parts, simulated(parts, budget_s), strict=True)
+    ]
+    return markdown(("part", "expected, s", f"of {budget_s:.0f} s, ends at"), lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = options.parser("gpu_report", __doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--budget-s", type=float, default=480, help="seconds for all parts; default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or RESULTS), help="default: %(default)s")
     parser.add_argument("--parts", nargs="+", metavar="NAME", help="only these, by name")
+    parser.add_argument("--into", type=Path, metavar="FOLDER", help="add to the report in this folder")
+    parser.add_argument("--dry-run", action="store_true", help="print what the budget is expected to reach")
     args = parser.parse_args(arguments)
+    if args.into and not (args.into / "report.json").is_file():
+        parser.error(f"--into: '{args.into}' given; must be a folder with a report.json")
     parts = parts_for_gpu() if args.device == "cuda" else parts_for_cpu()
     names = [part.name for part in parts]
     if unknown := set(args.parts or ()) - set(names):
         parser.error(f"--parts: {', '.join(sorted(unknown))} given; must be among {'; '.join(names)}")
     chosen = [part for part in parts if not args.parts or part.name in args.parts]
+    if args.dry_run:
+        print(plan_table(learned(chosen, args.out, ""), args.budget_s))
+        return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running part is killed too
     try:
-        return report(chosen, args.budget_s, args.device, args.out)
+        return report(chosen, args.budget_s, args.device, args.out, args.into)
+    except Refused as error:
+        print(error, file=sys.stderr)
+        return 2
     except subprocess.CalledProcessError as error:
         *_, reason = ["no reason given", *(error.stderr or "").splitlines()]
         print(f"no {args.device} device is usable here ({reason}); try --device cpu", file=sys.stderr)

@@ -7,14 +7,16 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks import compare, gpu_report
+from benchmarks import compare, gpu_report, report_plan
 from benchmarks.bench_step import NAMES
 from benchmarks.gpu_report import gather
-from benchmarks.harness.parts import FAILED, NOT_HERE, NOT_RUN, OK, Part, run_parts
+from benchmarks.harness import parts as parts_module
+from benchmarks.harness.parts import FAILED, NOT_HERE, NOT_RUN, OK, Outcome, Part, limit_s, run_parts, simulated
 from benchmarks.harness.rows import Samples, read, row, stamp, write
 
 HERE = stamp("cpu")
@@ -150,17 +152,105 @@ def test_the_exit_code_is_of_failures_not_of_lack_of_time(planted, tmp_path, cap
 
 
 def test_the_plan_has_the_most_important_first_and_every_variant_of_xl():
-    names = [part.name for part in gpu_report.parts_for_gpu()]
-    xl = [f"SiT-XL/2, 256 tokens, batch {batch}" for batch in (32, 128)]
-    assert names[:5] == ["smoke", *xl, "correctness", "kernels"]
+    names = [part.name for part in report_plan.parts_for_gpu()]
+    xl = [f"SiT-XL/2, 256 tokens, batch {batch}" for batch in ("32", "32: strongest rival", "128", "256")]
+    assert names[:11] == ["smoke", *xl, "correctness", "kernels", "ops", "update", "profile", "data"]
     assert len(set(names)) == len(names)
-    assert {*gpu_report.ENDS, *gpu_report.BETWEEN, *gpu_report.VARIANTS} == set(NAMES)
+    rungs = {*report_plan.ENDS, *report_plan.STRONGEST, *report_plan.BETWEEN, *report_plan.VARIANTS}
+    assert rungs == set(NAMES)
+
+
+REACHED = {
+    120: ["smoke", "SiT-XL/2, 256 tokens, batch 32", "roofs"],
+    240: ["smoke", "SiT-XL/2, 256 tokens, batch 32", "SiT-XL/2, 256 tokens, batch 32: strongest rival", "update"],
+    480: [
+        "smoke",
+        "SiT-XL/2, 256 tokens, batch 32",
+        "SiT-XL/2, 256 tokens, batch 32: strongest rival",
+        "SiT-XL/2, 256 tokens, batch 128",
+        "SiT-XL/2, 256 tokens, batch 256",
+        "correctness",
+    ],
+}
+
+
+@pytest.mark.parametrize("budget", REACHED)
+def test_what_a_budget_reaches_by_the_estimates(budget):
+    """The headline first; and what fits into the time that is left."""
+    ran = [
+        (outcome.name, end) for outcome, end in simulated(report_plan.parts_for_gpu(), budget) if outcome.outcome == OK
+    ]
+    assert [name for name, _ in ran] == REACHED[budget]
+    assert ran[-1][1] <= budget
+
+
+def test_parts_run_as_the_dry_run_says(planted, tmp_path, monkeypatch):
+    """Sleeping parts, fifty times as fast."""
+    monkeypatch.setattr(parts_module, "MIN_SECONDS", 3 / 50)
+    parts = [replace(part, expected_s=part.expected_s / 50) for part in report_plan.parts_for_gpu()[:12]]
+    expected = [outcome.outcome for outcome, _ in simulated(parts, 240 / 50)]
+    assert expected.count(OK) == 4
+    stubs = [planted(f"stub{i}", f"import time\ntime.sleep({part.expected_s / 4})") for i, part in enumerate(parts)]
+    stubs = [
+        replace(part, module=stub.module, arguments=(), must_end=False) for part, stub in zip(parts, stubs, strict=True)
+    ]
+    outcomes, _, _ = run(stubs, tmp_path, 240 / 50)
+    ran = [name for name, outcome in outcomes.items() if outcome.outcome == OK]
+    assert ran[:3] == REACHED[240][:3]
+
+
+def test_expected_seconds_are_those_of_the_last_report_on_this_device(tmp_path):
+    parts = [Part("a", "a", expected_s=10), Part("b", "b", expected_s=10), Part("c", "c", expected_s=10)]
+
+    def leave(name, device, date, **seconds):
+        outcomes = [asdict(Outcome(part, "", s, OK if s > 0 else FAILED)) for part, s in seconds.items()]
+        stamped = HERE | {"kind": "cuda", "device": device, "date": date}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps({"stamp": stamped, "parts": outcomes}))
+
+    assert report_plan.learned(parts, tmp_path, "H200") == parts
+    leave("old", "H200", "2026-01-01", a=20.0, b=30.0, c=-1.0)
+    leave("new", "H200", "2026-02-01", a=25.0)
+    leave("other", "H100", "2026-03-01", a=99.0, c=40.0)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "report.json").write_text("{")
+    assert [part.expected_s for part in report_plan.learned(parts, tmp_path, "H200")] == [25.0, 30.0, 40.0]
+
+
+def test_a_part_is_given_what_it_is_expected_to_take():
+    assert limit_s(Part("a", "a", expected_s=60, share=0.1), 100) == 90
+    assert limit_s(Part("a", "a", expected_s=60, share=0.1), 70) == 70
+    assert limit_s(Part("a", "a", expected_s=60, share=0.1), 59) == 0
+    assert limit_s(Part("a", "a", expected_s=60, share=0.1, max_seconds=65), 100) == 65
+    assert limit_s(Part("a", "a", share=0.5), 100) == 50
+
+
+def test_calls_add_to_one_report(planted, tmp_path, monkeypatch, capsys):
+    """A part that ran keeps its outcome and rows until it runs again; another device is refused."""
+    monkeypatch.setattr(gpu_report, "stamp_of", lambda device: HERE)
+    first = results(tmp_path, "first", [("step", step(), 40.0), ("step", step(batch=256), 300.0)])
+    second = results(tmp_path, "second", [("step", step(), 20.0)])
+    parts = [planted("a", leaves(first)), planted("b", "raise ValueError")]
+    assert gpu_report.report(parts, 60.0, "cpu", tmp_path / "out") == 1
+    (out,) = (tmp_path / "out").iterdir()
+    parts = [planted("b", leaves(second)), replace(planted("a", ""), expected_s=1e6), planted("c", "")]
+    assert gpu_report.report(parts, 60.0, "cpu", tmp_path / "out", out) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert [(part["name"], part["outcome"]) for part in report["parts"]] == [("a", OK), ("b", OK), ("c", OK)]
+    medians = {row["params"]["batch"]: row["median_ms"] for row in read(out / "step.json")["rows"]}
+    assert medians == {32: 20.0, 256: 300.0}
+    assert len(report["calls"]) == 2
+    monkeypatch.setattr(gpu_report, "stamp_of", lambda device: HERE | {"device": "another"})
+    monkeypatch.setattr(gpu_report, "parts_for_cpu", lambda: parts)
+    capsys.readouterr()
+    assert gpu_report.main(["--device", "cpu", "--into", str(out)]) == 2
+    assert "device: 'another' given" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_every_file_with_tests_for_a_gpu_is_run_once():
     """As pytest itself finds them."""
-    parts = [gpu_report.correctness(0.5, kernels) for kernels in (False, True)]
+    parts = [report_plan.correctness(0.5, kernels) for kernels in (False, True)]
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
     collected = subprocess.run(command, capture_output=True, text=True, cwd=gpu_report.ROOT).stdout
     files = [word for part in parts for word in part.arguments if word.endswith(".py")]

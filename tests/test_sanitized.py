@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks import sanitized
-from benchmarks.gpu_report import correctness
 from benchmarks.harness.parts import UNAVAILABLE
+from benchmarks.report_plan import correctness
 from benchmarks.sanitized import ERRORS_FOUND, TESTS
 
 ROOT = Path(__file__).parents[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import time
 
 import pytest
 import torch
@@ -105,6 +106,15 @@ def test_roofs_are_measured_and_count_what_they_say(monkeypatch):
     found = roofs(torch.device("cpu"))
     assert 0.01 < found["copy_gb_per_s"] < 1e5
     assert 1e-6 < found["matmul_tflop_per_s"] < 1e4
+
+
+def test_a_sustained_rate_is_that_of_many_calls(monkeypatch):
+    monkeypatch.setattr(roofs_module, "SUSTAINED_MS", 20.0)
+    calls = []
+    operation = roofs_module.Operation(lambda: (calls.append(1), time.sleep(0.001)))
+    samples = roofs_module.sustained(operation, torch.device("cpu"), burst_ms=1.0)
+    assert len(calls) >= 3 * 20
+    assert samples.median_ms == pytest.approx(1.1, abs=0.4)
 
 
 def test_the_stamp_of_a_cpu_is_whole(here):
