@@ -1,5 +1,5 @@
 // The optimizer on an NVIDIA GPU: many tensors per launch. Their addresses are kernel parameters, so that a CUDA graph
-// stores them and no table is copied to the device.
+// stores them and no table is copied to the device. cuda_on_cpu.h compiles this file for a CPU, to test it.
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
@@ -20,6 +20,19 @@ void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
+// Launches on threads of which each block has `threads`; `what` is named in errors.
+template <class... Parameters, class... Arguments>
+void start(
+    const char* what, void (*kernel)(Parameters...), int blocks, int threads, cudaStream_t stream,
+    const Arguments&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim.x = static_cast<unsigned>(blocks);
+  config.blockDim.x = static_cast<unsigned>(threads);
+  config.stream = stream;
+  cudaLaunchKernelEx(&config, kernel, arguments...);
+  check(cudaGetLastError(), what);
+}
+
 struct Part {
   Parameter parameter;
   bool aligned;  // all its tensors are aligned to VECTOR elements
@@ -33,7 +46,7 @@ struct Launch {
 };
 static_assert(sizeof(Launch) < 4000);
 
-// VECTOR elements as one load or store. Stores are inline assembly, because the compiler splits those of a struct.
+// VECTOR elements as one load or store. Stores are inline assembly, because nvcc splits those of a struct.
 __device__ void read_vector(const float* from, float* to) {
   const float4 word = *reinterpret_cast<const float4*>(from);
   to[0] = word.x, to[1] = word.y, to[2] = word.z, to[3] = word.w;
@@ -46,16 +59,24 @@ __device__ void read_vector(const Half* from, Half* to) {
 }
 
 __device__ void write_vector(const float* from, float* to) {
+#ifdef __CUDACC__
   asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(from[0]), "f"(from[1]), "f"(from[2]),
                "f"(from[3])
                : "memory");
+#else
+  *reinterpret_cast<float4*>(to) = {from[0], from[1], from[2], from[3]};
+#endif
 }
 
 template <class Half>
 __device__ void write_vector(const Half* from, Half* to) {
+#ifdef __CUDACC__
   asm volatile("st.global.v4.u16 [%0], {%1, %2, %3, %4};" ::"l"(to), "h"(from[0].word), "h"(from[1].word),
                "h"(from[2].word), "h"(from[3].word)
                : "memory");
+#else
+  *reinterpret_cast<ushort4*>(to) = {from[0].word, from[1].word, from[2].word, from[3].word};
+#endif
 }
 
 // Computed once per step.
@@ -255,8 +276,7 @@ void update_as(
     const std::vector<Parameter>& parameters, const Update& update, const State* state, const GroupRates* groups,
     cudaStream_t stream) {
   for_each_launch(parameters, UPDATE_CHUNK, sizeof(G), sizeof(C), [&](const Launch& launch, int blocks, std::int64_t) {
-    update_kernel<G, C><<<blocks, THREADS, 0, stream>>>(launch, state, groups, update.zero_gradients);
-    check(cudaGetLastError(), "update");
+    start("update", update_kernel<G, C>, blocks, THREADS, stream, launch, state, groups, update.zero_gradients);
   });
 }
 
@@ -274,8 +294,7 @@ void update_for(
 template <class G>
 void norm_of(const std::vector<Parameter>& parameters, double* sums, cudaStream_t stream) {
   for_each_launch(parameters, NORM_CHUNK, sizeof(G), 1, [&](const Launch& launch, int blocks, std::int64_t before) {
-    square_sum_kernel<G><<<blocks, THREADS, 0, stream>>>(launch, sums + before);
-    check(cudaGetLastError(), "gradient_norm");
+    start("gradient_norm", square_sum_kernel<G>, blocks, THREADS, stream, launch, sums + before);
   });
 }
 
@@ -300,8 +319,7 @@ void cuda_update(
       ++batch.count;
     }
     const bool last = batch.first + batch.count == count;
-    begin_kernel<<<1, 1, 0, cuda_stream>>>(settings, scalars, batch, last, state, groups);
-    check(cudaGetLastError(), "begin");
+    start("begin", begin_kernel, 1, 1, cuda_stream, settings, scalars, batch, last, state, groups);
     batch.first += batch.count;
   } while (batch.first < count);
   switch (update.gradients) {
@@ -325,8 +343,7 @@ void cuda_norm(const std::vector<Parameter>& parameters, Dtype dtype, double* su
     case Dtype::bfloat16: norm_of<Bfloat16>(parameters, sums, cuda_stream); break;
     case Dtype::float16: norm_of<Float16>(parameters, sums, cuda_stream); break;
   }
-  total_kernel<<<1, THREADS, 0, cuda_stream>>>(sums, count, norm);
-  check(cudaGetLastError(), "gradient_norm");
+  start("gradient_norm", total_kernel, 1, THREADS, cuda_stream, sums, count, norm);
 }
 
 }  // namespace sra
