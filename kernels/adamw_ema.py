@@ -39,7 +39,7 @@ class Lists(NamedTuple):
     m: Sequence[Tensor]  # float32, first moment
     v: Sequence[Tensor]  # float32, second moment
     ema: Sequence[Tensor] = ()  # float32
-    student: Sequence[Tensor] = ()  # copies of the weights; a tensor without elements stands for no copy
+    student: Sequence[Tensor] = ()  # copies, equal to the weights; a tensor without elements stands for no copy
     teacher: Sequence[Tensor] = ()  # copies of the EMA, likewise
 
 
@@ -122,7 +122,8 @@ def parameter_ref(
         assign(ema, ema.lerp(weight, rates.blend_ema))
     for copy, source in ((student, weight), (teacher, ema)):
         if copy is not None:
-            assign(copy, source)  # pyright: ignore[reportArgumentType]: the teacher has copies of an EMA only
+            # After a skipped update the source is what it was, and so is its copy, which need not be read.
+            copy.copy_(source)  # pyright: ignore[reportArgumentType]: the teacher has copies of an EMA only
 
 
 @torch.no_grad()

@@ -150,6 +150,9 @@ def test_a_norm_that_is_not_finite_changes_no_bit(call, norm: float, zero_gradie
     lists.gradients[1][3] = math.nan
     for part in lists[1:]:
         part[1][:5] = torch.tensor([-0.0, math.inf, -math.inf, math.nan, 1e-41])
+    for copies, sources in ((lists.student, lists.weights), (lists.teacher, lists.ema)):
+        for copy, source in zip(copies, sources, strict=True):
+            copy.copy_(source)
     before = all_words(lists, state)
     call(lists, state, **OPTIONS, zero_gradients=zero_gradients)
     if zero_gradients:
