@@ -213,3 +213,17 @@ def test_other_kernels_are_measured_anew(gpu, monkeypatch, tmp_path: Path) -> No
     monkeypatch.setattr(library, "__file__", str(source / "library.py"))
     decide(small(), GPU, lambda line: None)
     assert len(gpu.measured) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_gpu_measures_every_op_of_its_own_shapes(monkeypatch, tmp_path: Path) -> None:
+    """No implementation is left out, and the second start measures nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config, hardware, lines = sit("s", 256, 8, 3), Hardware.choose(), []
+    decided = decide(config, hardware, lines.append)
+    assert undecided(decided, hardware) == {}
+    assert len(lines) == 2 + len(undecided(config, hardware))
+    assert [line for line in lines if "without" in line] == []
+    assert decide(config, hardware, lines.append) == decided
+    assert len(lines) == 2 + len(undecided(config, hardware))
