@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks.harness import options
-from benchmarks.harness.rows import Row, Samples, folder, row, stamp, write
+from benchmarks.harness.rows import Row, folder, row, stamp, write
 from benchmarks.harness.tables import show
 from benchmarks.rivals.loaders import JpegFiles, PublicFiles
 from sra_fast.config import DataConfig, PrepareCommand
@@ -47,7 +47,7 @@ from sra_fast.data.packed import open_row_set
 from sra_fast.data.rows import Rows
 from sra_fast.errors import Refused
 from sra_fast.packing.prepare import prepare
-from sra_fast.tuning.timing import Call, CpuClock, GateFailed, measure
+from sra_fast.tuning.timing import Call, CpuClock, GateFailed, Samples, measure
 from sra_fast.vae import open_vae
 
 SHAPE = (8, 32, 32)  # of the SD autoencoder's moments at 256 pixels

@@ -21,12 +21,12 @@ import torch
 
 from benchmarks.harness import options
 from benchmarks.harness.roofs import roofs
-from benchmarks.harness.rows import Row, Samples, folder, row, stamp, write
+from benchmarks.harness.rows import Row, folder, row, stamp, write
 from benchmarks.harness.tables import finish
 from sra_fast.config import SIZES
 from sra_fast.kernels.perturb import Stored
 from sra_fast.tuning.cases import OPS, Case, check, make_case, prepared, truth
-from sra_fast.tuning.timing import GateFailed, measure
+from sra_fast.tuning.timing import GateFailed, Samples, measure
 
 # perturb reads moments, as packed latents are stored.
 SHIFT, SCALE = 0.0, 0.18215

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.harness import options
 from benchmarks.harness.roofs import roofs
-from benchmarks.harness.rows import Row, Samples, folder, row, stamp, write
+from benchmarks.harness.rows import Row, folder, row, stamp, write
 from benchmarks.harness.tables import finish
 from benchmarks.rivals.optimizers import Way, apex_way, rival_way
 from sra_fast.config import SIZES, Config, OptimConfig
@@ -37,7 +37,7 @@ from sra_fast.kernels.gradient_norm import gradient_norm, gradient_norm_ref
 from sra_fast.kernels.registry import why_unavailable
 from sra_fast.model.backends import REFERENCE
 from sra_fast.step.state import TrainState
-from sra_fast.tuning.timing import GateFailed, measure
+from sra_fast.tuning.timing import GateFailed, Samples, measure
 
 RESULTS = ("weight", "EMA", "student", "teacher")
 CHUNK = 2**24  # elements compared in fp64 at a time

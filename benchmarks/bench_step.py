@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.harness import options
 from benchmarks.harness.roofs import roofs
-from benchmarks.harness.rows import Row, Samples, folder, row, stamp, write
+from benchmarks.harness.rows import Row, folder, row, stamp, write
 from benchmarks.harness.tables import finish
 from benchmarks.rivals.recipe import RUNGS, PublicStep
 from sra_fast.config import SIZES, Config
@@ -40,7 +40,7 @@ from sra_fast.step.runner import StepRunner
 from sra_fast.step.state import TrainState
 from sra_fast.step.step import TrainingStep
 from sra_fast.tuning.choice import decide
-from sra_fast.tuning.timing import GateFailed, measure
+from sra_fast.tuning.timing import GateFailed, Samples, measure
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ from sra_fast.files import read_json, write_json, write_text
 MAX_TRACES = 2
 MAX_BYTES = 16 * 2**20
 PROFILE = "profile.json"
-SAME_DEVICE = ("kind", "device", "commit", "versions")  # of the stamps of calls that share a report
+SHARED = ("kind", "device", "commit", "versions")  # of the stamps of all calls that add to one report
 
 
 class Earlier(NamedTuple):
@@ -73,16 +73,13 @@ def read_earlier(out: Path, stamp: dict[str, Any]) -> Earlier:
     if not (out / "report.json").exists():
         return NOTHING
     report = read_json(out / "report.json")
-    for field in SAME_DEVICE:
+    for field in SHARED:
         if report["stamp"][field] != stamp[field]:
             raise Refused(f"{out}: {field}", stamp[field], f"must be that of its report, {report['stamp'][field]}")
     outcomes = [Outcome(**{**part, "stderr": tuple(part["stderr"])}) for part in report["parts"]]
-    rows = [row for name in ("step", "kernels") if (out / f"{name}.json").exists() for row in _read_rows(out, name)]
-    return Earlier([*report["calls"]], outcomes, rows)
-
-
-def _read_rows(out: Path, name: str) -> list[Row]:
-    return read(out / f"{name}.json")["rows"]
+    files = (out / f"{name}.json" for name in ("step", "kernels"))
+    rows = [row for file in files if file.exists() for row in read(file)["rows"]]
+    return Earlier(report["calls"], outcomes, rows)
 
 
 def gather(
@@ -199,7 +196,7 @@ def report(parts: Sequence[Part], budget_s: float, device: str, results: Path, i
     stamp = stamp_of(device)
     out = into or folder(stamp, results)
     earlier = read_earlier(out, stamp)
-    parts = learned(parts, results, stamp["device"])
+    parts = learned(parts, (RESULTS, results), stamp["device"])
     with tempfile.TemporaryDirectory(prefix="sra-fast-report-") as temporary:
         staging = Path(temporary)
 
@@ -248,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--parts: {', '.join(sorted(unknown))} given; must be among {'; '.join(names)}")
     chosen = [part for part in parts if not args.parts or part.name in args.parts]
     if args.dry_run:
-        print(plan_table(learned(chosen, args.out, ""), args.budget_s))
+        print(plan_table(learned(chosen, (RESULTS, args.out)), args.budget_s))
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running part is killed too
     try:

@@ -51,8 +51,7 @@ def steps(size: str, tokens: int, batch: int | str, rungs: Sequence[str] = ENDS,
 
 
 def parts_for_gpu() -> list[Part]:
-    """In the order of their worth. Each may use its share of the time that is then left, or what it is expected to
-    take."""
+    """The most important first. Each may use its share of the remaining time, or more if it is expected to need it."""
     profile = ("profile", "sit-xl-2", "--train.batch", "32", "--profile.out", "{folder}")
     xl, label = ("xl", 256), "strongest rival"
     return [
@@ -102,15 +101,16 @@ def parts_for_cpu() -> list[Part]:
     ]
 
 
-def learned(parts: Sequence[Part], results: Path, device: str) -> list[Part]:
-    """The parts, with the seconds that they took in the last report on this device, or on another one of its kind.
+def learned(parts: Sequence[Part], folders: Sequence[Path], device: str = "") -> list[Part]:
+    """The parts, with the seconds that they took in the last report on this GPU, or on another one.
 
     Args:
-        results: folder of the folders with reports.
-        device: name of the GPU or CPU.
+        folders: whose folders may have reports.
+        device: name of the GPU.
     """
     seconds: dict[str, float] = {}
-    for report in sorted(_reports(results), key=lambda report: (report["stamp"]["device"] == device, _date(report))):
+    reports = [report for folder in folders for report in _reports(folder)]
+    for report in sorted(reports, key=lambda report: (report["stamp"]["device"] == device, report["stamp"]["date"])):
         seconds |= {part["name"]: part["seconds"] for part in report["parts"] if part["outcome"] == OK}
     return [replace(part, expected_s=round(seconds.get(part.name, part.expected_s), 1)) for part in parts]
 
@@ -123,7 +123,3 @@ def _reports(results: Path) -> Iterator[dict[str, Any]]:
             continue
         if report["stamp"]["kind"] == "cuda":
             yield report
-
-
-def _date(report: dict[str, Any]) -> str:
-    return report["stamp"]["date"]

@@ -1,7 +1,7 @@
 // Runs CUDA kernels on a CPU, to test them: include this file, then the .cu file. A launch returns when its blocks have
 // ended, one after another in random order. The threads of a block are fibres, which take turns in random order, each
-// until its next barrier: whatever lacks a barrier gives other results than it should. Shared memory holds garbage when
-// a block begins. The process ends with a message if only some threads of a block reach a barrier; AddressSanitizer
+// until its next barrier, so that a missing barrier changes the results. Shared memory is filled with garbage before
+// each block. The process ends with a message if only some threads of a block reach a barrier; AddressSanitizer
 // reports accesses outside of tensors, UndefinedBehaviorSanitizer vectors that are not aligned.
 #pragma once
 

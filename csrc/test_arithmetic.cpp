@@ -5,17 +5,11 @@
 #include <vector>
 
 #include "cpu.h"
+#include "expect.h"
 
 namespace {
 
 using sra::bits, sra::Dtype;
-int failures = 0;
-
-template <class... Args>
-void expect(bool holds, const char* what, Args... args) {
-  if (holds || ++failures > 20) return;
-  std::printf(what, args...), std::puts("");
-}
 
 std::uint32_t random_word() {
   static std::uint64_t state = 1;

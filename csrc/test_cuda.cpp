@@ -8,17 +8,11 @@
 #include <cstring>
 
 #include "cpu.h"
+#include "expect.h"
 
 namespace {
 
 using sra::Dtype, sra::Parameter;
-int failures = 0;
-
-template <class... Args>
-void expect(bool holds, const char* what, Args... args) {
-  if (holds || ++failures > 20) return;
-  std::printf(what, args...), std::puts("");
-}
 
 std::mt19937 random_words{2};
 std::size_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }

@@ -179,6 +179,22 @@ def test_a_resumed_run_keeps_its_choices_unless_it_measures_again(gpu) -> None:
     assert decide(small(), GPU, lambda line: None).kernels.adaln == "fused"
 
 
+def test_the_cache_holds_what_was_measured_here_and_only_that(gpu) -> None:
+    """Not what a checkpoint brought along from another machine; and no measurement removes another."""
+    first = decide(small(), GPU, lambda line: None)
+    choice.cache_file().unlink()
+    gpu.choice = {}
+    decide(replace(small(), model=replace(small().model, attention="math")), GPU, lambda line: None)
+    without_adaln = replace(first, kernels=replace(first.kernels, adaln=None))
+    decide(small(), GPU, lambda line: None, before=without_adaln)
+    (entry,) = json.loads(choice.cache_file().read_text()).values()
+    assert set(entry) == set(gpu.measured[1])
+    assert decide(small(), GPU, lambda line: None).kernels.adaln == "fused"
+    assert gpu.measured[2:] == [("attention",)]
+    (entry,) = json.loads(choice.cache_file().read_text()).values()
+    assert set(entry) == {*gpu.measured[1], "attention"}
+
+
 def test_a_choice_that_this_machine_lacks_is_measured_anew(gpu, monkeypatch) -> None:
     first = decide(small(), GPU, lambda line: None)
     monkeypatch.setattr(backends, "candidates", lambda *_: ("cudnn", "flash-attn-3"))

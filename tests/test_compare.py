@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from benchmarks.compare import Change, change, main, student_quantile
-from benchmarks.harness.rows import Samples, row, stamp, write
+from benchmarks.harness.rows import row, stamp, write
+from sra_fast.tuning.timing import Samples
 
 NOISE = {k: v for k, v in json.loads(Path(__file__).with_name("timing_noise.json").read_text()).items() if k != "about"}
 KERNEL, STEP = 0.03, 0.015

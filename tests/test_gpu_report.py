@@ -17,7 +17,8 @@ from benchmarks.bench_step import NAMES
 from benchmarks.gpu_report import gather
 from benchmarks.harness import parts as parts_module
 from benchmarks.harness.parts import FAILED, NOT_HERE, NOT_RUN, OK, Outcome, Part, limit_s, run_parts, simulated
-from benchmarks.harness.rows import Samples, read, row, stamp, write
+from benchmarks.harness.rows import read, row, stamp, write
+from sra_fast.tuning.timing import Samples
 
 HERE = stamp("cpu")
 
@@ -208,13 +209,13 @@ def test_expected_seconds_are_those_of_the_last_report_on_this_device(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "report.json").write_text(json.dumps({"stamp": stamped, "parts": outcomes}))
 
-    assert report_plan.learned(parts, tmp_path, "H200") == parts
+    assert report_plan.learned(parts, [tmp_path], "H200") == parts
     leave("old", "H200", "2026-01-01", a=20.0, b=30.0, c=-1.0)
     leave("new", "H200", "2026-02-01", a=25.0)
     leave("other", "H100", "2026-03-01", a=99.0, c=40.0)
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "report.json").write_text("{")
-    assert [part.expected_s for part in report_plan.learned(parts, tmp_path, "H200")] == [25.0, 30.0, 40.0]
+    assert [part.expected_s for part in report_plan.learned(parts, [tmp_path], "H200")] == [25.0, 30.0, 40.0]
 
 
 def test_a_part_is_given_what_it_is_expected_to_take():

@@ -7,7 +7,8 @@ import subprocess
 import pytest
 
 from benchmarks import readme
-from benchmarks.harness.rows import Samples, row, stamp, write
+from benchmarks.harness.rows import row, stamp, write
+from sra_fast.tuning.timing import Samples
 
 HERE = stamp("cpu") | {"dirty": False}
 H200 = {"kind": "cuda", "device": "NVIDIA H200", "power_limit_w": 700.0, "driver": "580.1"}

@@ -12,10 +12,10 @@ import torch
 
 from benchmarks.harness import roofs as roofs_module
 from benchmarks.harness.roofs import roofs
-from benchmarks.harness.rows import Samples, parse_query, read, row, stamp
+from benchmarks.harness.rows import parse_query, read, row, stamp
 from benchmarks.harness.tables import show
 from sra_fast.errors import Refused
-from sra_fast.tuning.timing import measure
+from sra_fast.tuning.timing import Samples, measure
 
 ROW = "name params samples_ms median_ms p20_ms p80_ms bytes flops roof_share peak_memory_gib device versions clocks"
 ROW_FIELDS = {*ROW.split(), "commit", "command", "host_ms"}  # the contract's, and the host's time

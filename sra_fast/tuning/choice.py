@@ -1,4 +1,4 @@
-"""What `auto` comes to on a GPU: the fastest implementation of each op that agrees with its reference, measured on this
+"""Decides `auto` on a GPU: for each op the fastest implementation that agrees with the reference, measured on this
 device at the shapes of the run.
 
 The choices are kept: in the configuration that a run saves, so that it resumes with the same bits, and in a file per
@@ -54,18 +54,18 @@ def decide(
     if hardware.device.type != "cuda":
         return config
     ops = undecided(config, hardware)
-    choices: dict[str, str] = {}
     key = to_json(_circumstances(config, hardware, stored))
+    kept: dict[str, str] = {}
     if not config.kernels.retune:
-        cached = _read_cache().get(key, {})
-        for source in (cached, _choices_of(before) if before else {}):  # the checkpoint's precede
-            choices |= {op: name for op, name in source.items() if name in ops.get(op, ())}
+        kept = _read_cache().get(key, {}) | (_choices_of(before) if before else {})  # the checkpoint's precede
+    choices = {op: kept[op] for op, names in ops.items() if kept.get(op) in names}
     if left := {op: names for op, names in ops.items() if op not in choices}:
         report(f"tuning   measuring {', '.join(left)}: once for this device and these shapes")
         start = perf_counter()
-        choices |= measure_ops(left, config, hardware, report, stored)
+        measured = measure_ops(left, config, hardware, report, stored)
         report(f"tuning   took {perf_counter() - start:.0f} s; choices are kept in {cache_file()}")
-        _write_cache(key, choices)
+        _write_cache(key, measured)
+        choices |= measured
     return _with_choices(config, choices)
 
 
@@ -212,9 +212,11 @@ def _read_cache() -> dict[str, dict[str, str]]:
     return content if well_formed else {}
 
 
-def _write_cache(key: str, choices: Mapping[str, str]) -> None:
+def _write_cache(key: str, measured: Mapping[str, str]) -> None:
+    """Add what was measured under these circumstances to what is there."""
+    cache = _read_cache()
     try:
         cache_file().parent.mkdir(parents=True, exist_ok=True)
-        write_json(cache_file(), {**_read_cache(), key: dict(choices)})
+        write_json(cache_file(), {**cache, key: {**cache.get(key, {}), **measured}})
     except (OSError, Refused) as error:
         warn(f"tuning: the choices are not kept for the next run: {error}")
