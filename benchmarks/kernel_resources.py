@@ -173,12 +173,13 @@ def _norms() -> Launchers:
     dtypes = [(name, dtype, dtype) for name, dtype in DTYPES.items()] + [("bf16 and fp32", BF16, FP32)]
     for width, (name, dtype, modulation) in product(WIDTHS, dtypes):
         x, per_token = torch.empty(BATCH, TOKENS, width, dtype=dtype), torch.empty(BATCH, TOKENS)
-        vector = torch.empty(BATCH, 6 * width, dtype=modulation)[:, :width]
+        bias, vectors = torch.empty(width, dtype=dtype), torch.empty(BATCH, 6, width, dtype=modulation)
+        two, three = vectors[:, :2], vectors[:, :3]
         with recorded() as launches:
-            adaln._forward(x, None, None, vector, vector, 1e-6)
-            adaln._backward(None, x, x, None, None, vector, per_token, per_token, modulation)
-            adaln._forward(x, x, vector, vector, vector, 1e-6)
-            adaln._backward(x, x, x, x, vector, vector, per_token, per_token, modulation)
+            adaln._forward(x, None, None, two, 1e-6)
+            adaln._backward(None, x, x, None, None, two, per_token, per_token)
+            adaln._forward(x, x, bias, three, 1e-6)
+            adaln._backward(x, x, x, x, bias, three, per_token, per_token)
         yield f"D = {width}, {name}", launches
 
 
@@ -210,7 +211,7 @@ def _variant(launch: Launch) -> str:
     """What a kernel is specialised for apart from shape and dtypes."""
     constants = launch.constants
     if launch.name == "rows._adaln_total":
-        return " of 2" if "third" in constants else " of 3"
+        return "" if "bias" in constants else " gated"
     if launch.name.startswith("adaln."):
         return "" if "branch" in constants else " gated"
     return f" {constants['DISTANCE']}" if "DISTANCE" in constants else ""

@@ -236,7 +236,7 @@ def _check(student: Tensor, teacher: Tensor, distance: str) -> None:
     """Raise ValueError for arguments that the kernels do not support."""
     if distance not in DISTANCES:
         raise ValueError(f"distance: {distance!r} given; must be one of {', '.join(DISTANCES)}")
-    check({"student": student, "teacher": teacher}, {})
+    check({"student": student, "teacher": teacher})
     if not student.numel():
         raise ValueError(f"student: shape {tuple(student.shape)} given; must not be empty: it has no mean")
 

@@ -100,26 +100,29 @@ def normalise_backward(n_main, n_tail, g_main, g_tail, rstd, WIDTH: tl.constexpr
 
 @triton.jit
 def _adaln_total(
-    partials, first, second, third,  # (K, B, CHUNKS, D), K x (B, D), None beyond K
+    partials,  # (K, B, CHUNKS, D), or (K + 1, B, CHUNKS, D) with a bias
+    modulation, bias,  # (B, K, D), (D,) or None
     batch, chunks,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SUMS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """COLUMNS columns of one of the K sums of one sample, ROWS chunks at a time."""
-    sample, which = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    """COLUMNS columns of one of the B K sums over chunks, or of the bias's over samples and chunks, ROWS at a time."""
+    program = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    partials += (which * batch + sample) * chunks * WIDTH
+    is_bias = program == batch * SUMS
+    sample, which = program // SUMS, program % SUMS
+    first = tl.where(is_bias, SUMS * batch, which * batch + sample) * chunks
+    count = tl.where(is_bias, batch * chunks, chunks)
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for begin in range(0, chunks, ROWS):
-        chunk = begin + tl.arange(0, ROWS)[:, None]
-        sums += tl.load(partials + chunk * WIDTH + column, mask=(chunk < chunks) & (column < WIDTH), other=0.0)
+    for begin in range(0, count, ROWS):
+        row = begin + tl.arange(0, ROWS)[:, None]
+        source = partials + (first + row) * WIDTH + column
+        sums += tl.load(source, mask=(row < count) & (column < WIDTH), other=0.0)
     result = tl.sum(sums, axis=0, keep_dims=True)
-    offset, mask = sample * WIDTH + column, column < WIDTH
-    if which == 0:
-        tl.store(first + offset, result.to(first.dtype.element_ty), mask=mask)
-    elif which == 1:
-        tl.store(second + offset, result.to(second.dtype.element_ty), mask=mask)
-    elif third is not None:
-        tl.store(third + offset, result.to(third.dtype.element_ty), mask=mask)
+    if program < batch * SUMS:
+        target = modulation + program * WIDTH + column
+        tl.store(target, result.to(modulation.dtype.element_ty), mask=column < WIDTH)
+    elif bias is not None:
+        tl.store(bias + column, result.to(bias.dtype.element_ty), mask=column < WIDTH)
 
 
 def chunks(batch: int, tokens: int, min_tokens: int) -> int:
@@ -135,27 +138,27 @@ def chunks(batch: int, tokens: int, min_tokens: int) -> int:
     return min(target, -(-tokens // min_tokens))
 
 
-def total(partials: Tensor, *dtypes: torch.dtype) -> tuple[Tensor, ...]:
-    """Sums over chunks in one launch: (K, B, CHUNKS, D) float32 -> K x (B, D) of the given dtypes, zeros without any
-    chunks. K is 2 or 3."""
-    count, batch, chunks, width = partials.shape
-    sums = tuple(torch.empty(batch, width, dtype=dtype, device=partials.device) for dtype in dtypes)
-    if batch:
-        first, second, third = (*sums, None)[:3]
-        grid = (batch, -(-width // TOTAL_COLUMNS), count)
-        _adaln_total[grid](
-            partials, first, second, third, batch, chunks,
-            WIDTH=width, ROWS=TOTAL_ROWS, COLUMNS=TOTAL_COLUMNS, num_warps=4,
-        )  # fmt: skip
-    return sums
-
-
-def check(rows: Mapping[str, Tensor], vectors: Mapping[str, Tensor]) -> None:
-    """Validate the arguments of a fused op.
+def total(partials: Tensor, modulation: Tensor, bias: Tensor | None = None) -> None:
+    """Sums over chunks in one launch, zeros without any chunks.
 
     Args:
-        rows: by name, tensors that must be (B, T, D); the first decides the sizes.
-        vectors: by name, tensors that must be (B, D).
+        partials: (K, B, CHUNKS, D) float32; with a bias, (K + 1, B, CHUNKS, D), of which the last are summed over
+            samples too.
+        modulation: (B, K, D), contiguous, overwritten.
+        bias: (D,), contiguous, overwritten.
+    """
+    _, batch, chunks, width = partials.shape
+    sums = modulation.shape[1]
+    programs = batch * sums + (bias is not None)
+    if programs:
+        _adaln_total[(programs, -(-width // TOTAL_COLUMNS))](
+            partials, modulation, bias, batch, chunks,
+            SUMS=sums, WIDTH=width, ROWS=TOTAL_ROWS, COLUMNS=TOTAL_COLUMNS, num_warps=4,
+        )  # fmt: skip
+
+
+def check(rows: Mapping[str, Tensor]) -> tuple[int, int, int]:
+    """Validate the rows of a fused op, by name. The first decides the sizes, which are returned: (B, T, D).
 
     Raises:
         ValueError: naming the tensor, its value and what is expected.
@@ -167,14 +170,24 @@ def check(rows: Mapping[str, Tensor], vectors: Mapping[str, Tensor]) -> None:
         raise ValueError(f"{first}: shape {tuple(x.shape)} given; must be (B, T, D) with D from 1 to {MAX_WIDTH:,}")
     if x.device.type != "cuda" and not INTERPRETED:
         raise ValueError(f"{first}: device {x.device} given; must be a CUDA device")
-    shapes = dict.fromkeys(rows, tuple(x.shape)) | dict.fromkeys(vectors, (x.shape[0], x.shape[2]))
-    for name, tensor in {**rows, **vectors}.items():
-        if tensor.shape != shapes[name]:
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)} given; must be {shapes[name]} to match {first}")
+    shape = batch, tokens, width = x.shape
+    check_shape(x, **{name: (tensor, shape) for name, tensor in rows.items()})
+    return batch, tokens, width
+
+
+def check_shape(x: Tensor, /, **tensors: tuple[Tensor, tuple[int, ...]]) -> None:
+    """Validate tensors that accompany the rows x: (tensor, its shape) by name.
+
+    Raises:
+        ValueError: naming the tensor, its value and what is expected.
+    """
+    for name, (tensor, shape) in tensors.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)} given; must be {tuple(shape)} to match the rows")
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name}: dtype {tensor.dtype} given; must be one of {', '.join(map(str, DTYPES))}")
         if tensor.device != x.device:
-            raise ValueError(f"{name}: device {tensor.device} given; must be {x.device}, the device of {first}")
+            raise ValueError(f"{name}: device {tensor.device} given; must be {x.device}, the device of the rows")
         if not _has_dense_rows(tensor):
             raise ValueError(f"{name}: strides {tensor.stride()} given; the last must be 1")
 

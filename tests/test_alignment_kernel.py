@@ -164,7 +164,7 @@ REFUSED: dict[str, Callable[[Tensor], tuple[Tensor, Tensor, str]]] = {
     "distance: 'cos' given; must be one of cosine, ": lambda x: (x, x, "cos"),
     "student: shape (2, 0, 4) given; must not be empty": lambda x: (x[:, :0], x[:, :0], "l1"),
     "student: dtype torch.float64 given; must be one of torch.float32, ": lambda x: (x.double(), x, "l2"),
-    "teacher: shape (2, 2, 4) given; must be (2, 3, 4) to match student": lambda x: (x, x[:, :2], "cosine"),
+    "teacher: shape (2, 2, 4) given; must be (2, 3, 4) to match the rows": lambda x: (x, x[:, :2], "cosine"),
 }
 
 

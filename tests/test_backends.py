@@ -18,7 +18,8 @@ from sra_fast.model.backends import REFERENCE, Backends, choose_execution
 CPU = Hardware(torch.device("cpu"), torch.float32)
 GPU = Hardware(torch.device("cuda"), torch.bfloat16)
 FUSED = [name for name, op in OPS.items() if op.fused]
-COMPILED = [name for name, op in OPS.items() if op.compiled]
+OF_PYTORCH = [name for name, op in OPS.items() if op.of == "torch"]  # on every GPU, and on no CPU
+COMPILED = [name for name, op in OPS.items() if op.of == "library"]
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_what_is_undecided_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("a run measures its implementations" in note for note in Backends.resolve(config(), GPU).notes)
     assert "measures" not in " ".join(Backends.resolve(config(), CPU).notes)
     monkeypatch.setattr(language, "why_unavailable", lambda: "Triton is not installed")
-    assert list(backends.undecided(config(), GPU)) == [*COMPILED, "attention"]
+    assert list(backends.undecided(config(), GPU)) == [*OF_PYTORCH, *COMPILED, "attention"]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_refusals(hardware: Hardware, family: str, kernels: dict, message: str) 
     assert str(caught.value).startswith(message)
 
 
-@pytest.mark.parametrize("op", FUSED)
+@pytest.mark.parametrize("op", sorted(set(FUSED) - set(OF_PYTORCH)))
 @pytest.mark.usefixtures("gpu")
 def test_a_kernel_that_cannot_run_is_refused_with_the_reason(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(language, "why_unavailable", lambda: "it is missing")
@@ -115,7 +116,7 @@ def test_a_kernel_that_cannot_run_is_refused_with_the_reason(op: str, monkeypatc
 @pytest.mark.usefixtures("gpu")
 def test_the_interpreter_runs_kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(language, "INTERPRETED", True)
-    assert fused_ops(config(default="fused"), CPU) == FUSED
+    assert fused_ops(config(default="fused"), CPU) == [name for name in FUSED if name not in OF_PYTORCH]
 
 
 @pytest.mark.usefixtures("gpu")

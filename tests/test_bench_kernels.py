@@ -43,11 +43,15 @@ def test_a_forward_pass_moves_its_inputs_and_outputs_once(op):
     assert case.bytes("forward") == sum(x.numel() * x.element_size() for x in moved)
 
 
-@pytest.mark.parametrize(("op", "rows", "vectors"), [("adaln", 5, 5), ("gated_adaln", 10, 8), ("gated_residual", 6, 3)])
-def test_bytes_of_both_passes(op, rows, vectors):
-    """In tensors of (B, T, D) and of (B, D), bf16."""
+@pytest.mark.parametrize(
+    ("op", "rows", "vectors", "biases"),
+    [("adaln", 5, 5, 0), ("gated_adaln", 10, 8, 3), ("gated_residual", 6, 3, 3), ("linear_gelu", 5, 0, 0)],
+)
+def test_bytes_of_both_passes(op, rows, vectors, biases):
+    """In tensors of (B, T, D), of (B, D) and of (D,), bf16; for linear_gelu, besides weight and bias."""
     case = case_of(op, "xl", 2, CPU, torch.bfloat16)
-    assert case.bytes("forward+backward") == 2 * 1152 * 2 * (256 * rows + vectors)
+    layer = 4 * (1152 + 1) if op == "linear_gelu" else 0
+    assert case.bytes("forward+backward") == 1152 * 2 * (2 * (256 * rows + vectors) + biases + layer)
 
 
 def test_bytes_of_perturb():
@@ -67,13 +71,11 @@ def test_flops_of_attention_are_those_of_the_models_formula():
 
 
 FAULTS = {
-    "another epsilon": lambda x, shift, scale: adaln_ref(x, shift, scale, eps=1e-4),
-    "NaN in one column": lambda x, shift, scale: adaln_ref(x, shift, scale).index_fill(
-        2, torch.tensor([5]), float("nan")
-    ),
-    "statistics in bf16": lambda x, shift, scale: adaln_ref(x.bfloat16(), shift, scale).to(x.dtype),
-    "another dtype": lambda x, shift, scale: adaln_ref(x, shift, scale).double(),
-    "no gradient of the scale": lambda x, shift, scale: adaln_ref(x, shift, scale.detach() + 0 * scale),
+    "another epsilon": lambda x, modulation: adaln_ref(x, modulation, eps=1e-4),
+    "NaN in one column": lambda x, modulation: adaln_ref(x, modulation).index_fill(2, torch.tensor([5]), float("nan")),
+    "statistics in bf16": lambda x, modulation: adaln_ref(x.bfloat16(), modulation).to(x.dtype),
+    "another dtype": lambda x, modulation: adaln_ref(x, modulation).double(),
+    "no gradient of the modulation": lambda x, modulation: adaln_ref(x, modulation.detach() + 0 * modulation),
 }
 
 

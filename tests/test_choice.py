@@ -43,12 +43,12 @@ def fast(*arguments, **options):
     return adaln_ref(*arguments, **options)
 
 
-def wrong(x, shift, scale, eps=1e-6):
-    return adaln_ref(x, shift, scale, eps=1e-3)
+def wrong(x, modulation, eps=1e-6):
+    return adaln_ref(x, modulation, eps=1e-3)
 
 
-def wrong_gradient(x, shift, scale, eps=1e-6):
-    return adaln_ref(x, shift, scale + (shift - shift.detach()), eps)
+def wrong_gradient(x, modulation, eps=1e-6):
+    return adaln_ref(x, modulation.detach() + 2 * (modulation - modulation.detach()), eps)
 
 
 def raises(*arguments, **options):

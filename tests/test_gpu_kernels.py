@@ -29,7 +29,7 @@ def on_gpu(test):
 
 
 class Op(NamedTuple):
-    """An op, its reference, and its numbers of (B, T, D) and (B, D) inputs and of differentiable inputs."""
+    """An op, its reference, and its numbers of (B, T, D) inputs, modulation vectors, and differentiable inputs."""
 
     call: Callable
     reference: Callable
@@ -39,8 +39,8 @@ class Op(NamedTuple):
 
 
 OPS = {
-    "adaln": Op(adaln, adaln_ref, 1, 2, 3),
-    "gated_adaln": Op(gated_adaln, gated_adaln_ref, 2, 3, 5),
+    "adaln": Op(adaln, adaln_ref, 1, 2, 2),
+    "gated_adaln": Op(gated_adaln, gated_adaln_ref, 2, 3, 4),
     **{
         f"alignment {name}": Op(partial(alignment, distance=name), partial(alignment_ref, distance=name), 2, 0, 1)
         for name in DISTANCES
@@ -55,14 +55,17 @@ def real(batch: int, width: int) -> Shape:
 
 
 def draw(op: Op, shape: Shape, dtype: torch.dtype, modulation: torch.dtype, seed: int = 0) -> list[Tensor]:
-    """Rows, the second near the first as a teacher's features are, and vectors as views into one (B, 6 D) tensor."""
+    """Rows, the second near the first as a teacher's features are; a bias for a gated op; and vectors as a view into
+    those of a block, (B, 6, D)."""
     generator = torch.Generator(DEVICE).manual_seed(seed)
     normal = partial(torch.randn, generator=generator, device=DEVICE)
     rows = [normal(shape, dtype=dtype)]
     if op.rows == 2:
         rows.append(normal(shape, dtype=dtype).mul_(0.2).add_(rows[0]))
     batch, _, width = shape
-    return [*rows, *normal((batch, 6 * width), dtype=modulation).chunk(6, dim=-1)[6 - op.vectors :]]
+    if op.vectors == 3:
+        rows.append(normal(width, dtype=dtype))
+    return [*rows, normal((batch, 6, width), dtype=modulation)[:, 6 - op.vectors :]] if op.vectors else rows
 
 
 def output_grads(op: Op, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -109,7 +112,7 @@ def test_kernel_is_as_exact_as_pytorch_and_repeats_its_bits(
     got, again, usual = (results(op, function, inputs, grads) for function in (op.call, op.call, op.reference))
     assert_same(got, again)
     truth = results(op, op.reference, doubled(inputs), doubled(grads))
-    assert_as_exact(got, usual, truth, terms=max(shape[1:]))
+    assert_as_exact(got, usual, truth, terms=max(shape[0] * shape[1], shape[2]))
 
 
 @on_gpu
@@ -158,13 +161,16 @@ def compare_in_pieces(op: Op, call: Callable, inputs: list[Tensor], piece: int, 
     """
     grads = output_grads(op, inputs)
     got = results(op, call, inputs, grads)
-    terms = max(inputs[0].shape[1:])
-    rows = [i for i, x in enumerate(got) if x.ndim == 3]
-    sums = {i: torch.zeros(x.shape, dtype=torch.float64, device=DEVICE) for i, x in enumerate(got) if x.ndim != 3}
+    shape = inputs[0].shape
+    terms = max(shape[0] * shape[1], shape[2])
+    rows = [i for i, x in enumerate(got) if x.shape == shape]
+    sums = {i: torch.zeros(x.shape, dtype=torch.float64, device=DEVICE) for i, x in enumerate(got) if x.shape != shape}
 
     def part(x: Tensor, sample: int, first: int) -> Tensor:
-        x = x[sample : sample + 1] if x.ndim else x
-        return x.narrow(axis, first, min(piece, x.shape[axis] - first)) if x.ndim == 3 else x
+        if x.ndim < 3:  # a bias or a mean
+            return x
+        one = x[sample : sample + 1]
+        return one.narrow(axis, first, min(piece, x.shape[axis] - first)) if x.shape == shape else one
 
     for sample in range(len(inputs[0])):
         for first in range(0, inputs[0].shape[axis], piece):
@@ -176,7 +182,7 @@ def compare_in_pieces(op: Op, call: Callable, inputs: list[Tensor], piece: int, 
                 [part(got[i], sample, first) for i in rows], [usual[i] for i in rows], [truth[i] for i in rows], terms
             )
             for i, total in sums.items():
-                (total[sample : sample + 1] if total.ndim else total).add_(share * truth[i])
+                (total[sample : sample + 1] if total.ndim == 3 else total).add_(share * truth[i])
     values, truths = [got[i] for i in sums], list(sums.values())
     if not op.vectors:  # a distance is 1 minus a mean cosine, and its sums are rounded relative to that cosine
         values, truths = [1 - value for value in values], [1 - truth for truth in truths]

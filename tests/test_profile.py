@@ -72,8 +72,8 @@ def test_the_figures_are_those_of_the_trace(folder, written):
     assert entry["stages_ms"]["update"] == pytest.approx(entry["breakdown"]["optimizer"]["busy_ms"])
     assert len(entry["top_kernels"]) == 20
     assert [k["ms"] for k in entry["top_kernels"]] == sorted((k["ms"] for k in entry["top_kernels"]), reverse=True)
-    # Two linear layers of the MLP, two of attention and the modulation, in student and teacher.
-    assert next(k for k in entry["top_kernels"] if k["name"] == "aten::addmm")["calls"] >= 2 * 5 * 3
+    # The first linear layer of MLP and attention, and the modulation, in student and teacher.
+    assert next(k for k in entry["top_kernels"] if k["name"] == "aten::addmm")["calls"] >= 2 * 3 * 3
     assert entry["untraced_ms_per_step"] > 0
 
 

@@ -32,7 +32,7 @@ from sra_fast.data.stream import Batch
 from sra_fast.kernels.alignment import alignment_ref
 from sra_fast.kernels.perturb import NoisedBatch, interpolate
 from sra_fast.model.initial import initial_weights
-from sra_fast.model.transformer import LabelEmbedder, Mlp, ProjectionHead, TimestepEmbedder
+from sra_fast.model.transformer import LabelEmbedder, ProjectionHead, TimestepEmbedder
 from sra_fast.step.graph import Captured
 
 
@@ -55,6 +55,18 @@ class Attention(nn.Module):
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width))
+
+
+class Mlp(nn.Module):
+    """As timm's, with the GELU of the public networks."""
+
+    def __init__(self, hidden: int, ratio: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden, ratio * hidden)
+        self.fc2 = nn.Linear(ratio * hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class Block(nn.Module):

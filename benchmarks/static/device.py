@@ -98,7 +98,7 @@ def _replace_what_needs_memory() -> None:
 
     def cudnn(qkv: Tensor) -> Tensor:
         """PyTorch's choice of attention is made in C++ that a CPU build has not got: the operator by its name."""
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+        q, k, v = attention.split_heads(qkv)
         operator = torch.ops.aten._scaled_dot_product_cudnn_attention
         return operator(q, k, v, None, torch.is_grad_enabled(), 0.0, False, False)[0].transpose(1, 2).flatten(2)
 

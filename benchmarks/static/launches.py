@@ -33,6 +33,7 @@ FREE = {
 # Of csrc/: parameters per launch, and launches besides.
 PER_LAUNCH = 46
 COMPILED = {"adamw_ema_": 1, "gradient_norm": 1}
+OF_PYTORCH = ("linear_gelu",)  # calls operators of PyTorch
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,10 @@ class Recorder:
     def _note_ours(self, mode: Any, function: Any, arguments: Any, named: Any) -> None:
         """The launches of an operator of this project: its launcher runs, with a kernel that notes its arguments."""
         name, recorder = function._opname, self
+        if name in OF_PYTORCH:
+            with mode:
+                OPDEFS[f"{PREFIX}{name}"]._init_fn(*arguments, **named)
+            return
         if name in COMPILED:
             lists = [part for part in arguments if isinstance(part, list) and part and isinstance(part[0], Tensor)]
             parameters = max(map(len, lists))

@@ -163,6 +163,8 @@ class KernelsConfig(Section):
     """Gated residual, LayerNorm and modulation, between two half blocks."""
     gated_residual: Choice | None = None
     """Gated residual that no normalisation follows."""
+    linear_gelu: Choice | None = None
+    """First layer of the MLP and GELU, where no gradient is needed: in the teacher, and when sampling."""
     alignment: Choice | None = None
     """Distance between student and teacher features."""
     perturb: Choice | None = None

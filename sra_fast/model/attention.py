@@ -29,15 +29,26 @@ CUDNN_FIRST = (9, 10)
 LARGEST_HEAD = 128  # supported by all half-precision kernels, which also need a multiple of 8
 
 
+def split_heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values by head, as PyTorch's attention takes them: (B, T, 3, H, d) -> 3 x (B, H, T, d), views.
+
+    The parts are split along the last axis, not unbound: their gradients are then concatenated along it, and
+    torch.compile sums the projection's bias gradient in the same kernel.
+    """
+    heads = qkv.shape[3:]
+    q, k, v = (part.unflatten(-1, heads).transpose(1, 2) for part in qkv.flatten(2).chunk(3, dim=-1))
+    return q, k, v
+
+
 def _math(qkv: Tensor) -> Tensor:
-    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # 3 x (B, H, T, d)
+    q, k, v = split_heads(qkv)
     scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.shape[-1])  # (B, H, T, T)
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype)
     return (weights @ v).transpose(1, 2).flatten(2)
 
 
 def _sdpa(qkv: Tensor) -> Tensor:
-    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # 3 x (B, H, T, d), views
+    q, k, v = split_heads(qkv)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 

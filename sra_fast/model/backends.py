@@ -46,6 +46,7 @@ class Backends:
     adaln: Callable[..., Tensor] = OPS["adaln"].reference
     gated_adaln: Callable[..., tuple[Tensor, Tensor]] = OPS["gated_adaln"].reference
     gated_residual: Callable[..., Tensor] = OPS["gated_residual"].reference
+    linear_gelu: Callable[[Tensor, Tensor, Tensor], Tensor] = OPS["linear_gelu"].reference
     alignment: Callable[..., Tensor] = OPS["alignment"].reference
     perturb: Callable[..., NoisedBatch] = OPS["perturb"].reference
     gradient_norm: Callable[..., Tensor] = OPS["gradient_norm"].reference
@@ -81,6 +82,10 @@ class Backends:
         """{op: what computes it, "step": how it is executed}."""
         return {**self.names, "step": self.execution}
 
+    def for_mlp(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """`linear_gelu` where no gradient is needed, which the fused one does not have; otherwise the reference."""
+        return OPS["linear_gelu"].reference if torch.is_grad_enabled() else self.linear_gelu
+
     def for_fp32(self) -> Backends:
         """The same with PyTorch's choice of attention: a backend chosen for bf16 may not take fp32."""
         return replace(self, attention=SDPA, names={**self.names, "attention": "sdpa"})
@@ -94,8 +99,10 @@ def _implementation(op: str, config: Config, architecture: str) -> str:
     if choice == "reference":
         return "reference"
     if choice == "auto":  # unmeasured, as on a CPU
-        return "fused" if OPS[op].compiled and not obstacle else "reference"
+        return "fused" if OPS[op].of == "library" and not obstacle else "reference"
     has_kernel = OPS[op].fused is not None and not _uses_ddpm_tables(op, config)
+    if OPS[op].of == "torch" and obstacle:  # on a CPU, where Triton's interpreter runs the other kernels
+        has_kernel = False
     if named is None and not has_kernel:  # kernels.default = fused is for the ops that have a kernel
         return "reference"
     if obstacle:

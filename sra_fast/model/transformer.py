@@ -13,7 +13,7 @@ Sources: Peebles and Xie, "Scalable Diffusion Models with Transformers" (DiT), 2
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from sra_fast.model.backends import REFERENCE, Backends
 from sra_fast.model.layout import PER_BLOCK, PER_FINAL_LAYER
 
 FREQUENCIES = 256  # width of the sinusoidal time embedding
+PER_NORM, PER_SEAM = 2, 3  # modulation vectors of a normalisation, and with the gate of the residual before it
 
 
 class PatchEmbed(nn.Module):
@@ -83,7 +84,8 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with optional normalisation of queries and keys."""
+    """Multi-head self-attention with optional normalisation of queries and keys. The bias of the output projection is
+    left to the residual addition."""
 
     def __init__(self, config: ModelConfig, backends: Backends) -> None:
         super().__init__()
@@ -100,53 +102,51 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k, v = qkv.unbind(2)
             qkv = torch.stack([self.q_norm(q), self.k_norm(k), v], dim=2)
-        return self.proj(self.attend(qkv))  # (B, T, D)
+        return F.linear(self.attend(qkv), self.proj.weight)  # (B, T, D)
 
 
 class Mlp(nn.Module):
-    """Linear, tanh-GELU, Linear."""
+    """Linear, tanh-GELU, Linear, whose bias is left to the residual addition."""
 
-    def __init__(self, hidden: int, ratio: int) -> None:
+    def __init__(self, hidden: int, ratio: int, backends: Backends) -> None:
         super().__init__()
+        self.backends = backends
         self.fc1 = nn.Linear(hidden, ratio * hidden)
         self.fc2 = nn.Linear(ratio * hidden, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return F.linear(self.backends.for_mlp()(x, self.fc1.weight, self.fc1.bias), self.fc2.weight)
 
 
 class Block(nn.Module):
     """Attention and MLP, each normalised, modulated and gated by the condition (adaLN-Zero).
 
     A block starts after its first normalisation and ends with the first normalisation of the next block, or of the
-    final layer. Each of its two residual additions is then one op with the normalisation that follows: gate, add,
-    normalise, modulate.
+    final layer. Each of its two residual additions is then one op with the normalisation that follows: add the branch's
+    bias, gate, add, normalise, modulate.
     """
 
     def __init__(self, config: ModelConfig, backends: Backends) -> None:
         super().__init__()
         self.backends = backends
         self.attn = Attention(config, backends)
-        self.mlp = Mlp(config.hidden, config.mlp_ratio)
+        self.mlp = Mlp(config.hidden, config.mlp_ratio, backends)
 
-    def forward(
-        self, x: Tensor, h: Tensor, modulation: Tensor, next_modulation: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, h: Tensor, middle: Tensor, end: Tensor) -> tuple[Tensor, Tensor | None]:
         """The next (x, h).
 
         Args:
             x: (B, T, D), the residual stream.
             h: (B, T, D), x normalised and modulated for this block's attention.
-            modulation: (B, 4, D): gate of attention; shift, scale, gate of the MLP.
-            next_modulation: (B, 2, D): shift and scale of the normalisation that follows; None = the next h is not
-                needed, and None is returned for it.
+            middle: (B, 3, D): gate of attention, shift and scale of the MLP.
+            end: (B, 3, D): gate of the MLP, shift and scale of the normalisation that follows; or the gate alone,
+                (B, 1, D), if the next h is not needed, and None is returned for it.
         """
-        gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.unbind(1)  # 4 x (B, D), views
-        x, h = self.backends.gated_adaln(x, self.attn(h), gate_attn, shift_mlp, scale_mlp)  # 2 x (B, T, D)
-        branch = self.mlp(h)  # (B, T, D)
-        if next_modulation is None:
-            return self.backends.gated_residual(x, branch, gate_mlp), None
-        return self.backends.gated_adaln(x, branch, gate_mlp, *next_modulation.unbind(1))
+        x, h = self.backends.gated_adaln(x, self.attn(h), self.attn.proj.bias, middle)  # 2 x (B, T, D)
+        branch, bias = self.mlp(h), self.mlp.fc2.bias  # (B, T, D), (D,)
+        if end.shape[1] == 1:
+            return self.backends.gated_residual(x, branch, bias, end), None
+        return self.backends.gated_adaln(x, branch, bias, end)
 
 
 class ProjectionHead(nn.Module):
@@ -207,10 +207,11 @@ class Transformer(nn.Module):
         Returns:
             (prediction (B, C_out, H, W), features (B, T, D) or None), in the weights' dtype.
         """
-        x, h, vectors = self.begin(x, t, self.y_embedder(labels), [*[2, 4] * self.config.depth, PER_FINAL_LAYER])
+        depth = self.config.depth
+        x, h, vectors = self.begin(x, t, self.y_embedder(labels), PER_BLOCK * depth + PER_FINAL_LAYER)
         features = None
-        for number, block in enumerate(self.blocks, start=1):
-            x, h = self._run(block, number, x, h, vectors[2 * number - 1], vectors[2 * number])  # 2 x (B, T, D)
+        for number, (block, modulation) in enumerate(zip(self.blocks, seams(vectors), strict=True), start=1):
+            x, h = self._run(block, number, x, h, *modulation)  # 2 x (B, T, D)
             if number == tap:
                 features = self.ap_head(x)  # (B, T, D)
         return self._unpatchify(self.final_layer(h)), features
@@ -218,10 +219,9 @@ class Transformer(nn.Module):
     def features(self, x: Tensor, t: Tensor, labels: Tensor, tap: int) -> Tensor:
         """Output of block `tap` (1-based), (B, T, D). Later blocks, head and final layer are not run. Arguments as
         `forward`."""
-        x, h, vectors = self.begin(x, t, self.y_embedder(labels), [2, 4] * tap)
-        for number, block in enumerate(self.blocks[:tap], start=1):
-            next_modulation = vectors[2 * number] if number < tap else None
-            x, h = self._run(block, number, x, h, vectors[2 * number - 1], next_modulation)
+        x, h, vectors = self.begin(x, t, self.y_embedder(labels), PER_BLOCK * tap)
+        for number, (block, modulation) in enumerate(zip(self.blocks[:tap], seams(vectors), strict=True), start=1):
+            x, h = self._run(block, number, x, h, *modulation)
         return x
 
     def truncate_after(self, tap: int) -> Transformer:
@@ -241,40 +241,51 @@ class Transformer(nn.Module):
         model.load_state_dict(tensors, assign=True)
         return model.eval().requires_grad_(False)
 
-    def begin(
-        self, x: Tensor, t: Tensor, label_vectors: Tensor, groups: list[int]
-    ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+    def begin(self, x: Tensor, t: Tensor, label_vectors: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """What precedes the first block's attention. The label table is looked up outside: its gradient, if compiled,
         adds in varying order.
 
         Args:
             x, t: as `forward`.
             label_vectors: (B, D).
-            groups: sizes of the groups of modulation vectors, as `Block` takes them: shift and scale of block 1's
-                attention, its other four, shift and scale of block 2's, ...
+            count: number of modulation vectors to compute, in the order of layout.py.
 
         Returns:
-            (tokens (B, T, D), the same normalised and modulated for block 1, the groups (B, 2, D) or (B, 4, D)).
+            (tokens (B, T, D), the same normalised and modulated for block 1, the vectors (B, count, D)).
         """
         tokens = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # (B, T, D)
         condition = F.silu(self.t_embedder(t) + label_vectors)  # (B, D)
-        weight, bias, rows = self.modulation.weight, self.modulation.bias, sum(groups) * self.config.hidden
+        weight, bias, rows = self.modulation.weight, self.modulation.bias, count * self.config.hidden
         if rows < len(weight):  # a slice of all rows would cost the backward pass a copy of the gradient
             weight, bias = weight[:rows], bias[:rows]
-        vectors = F.linear(condition, weight, bias).unflatten(-1, (sum(groups), -1)).split(groups, dim=1)
-        return tokens, self.backends.adaln(tokens, *vectors[0].unbind(1)), vectors
+        vectors = F.linear(condition, weight, bias).unflatten(-1, (count, -1))
+        return tokens, self.backends.adaln(tokens, vectors[:, :PER_NORM]), vectors
 
     def _run(
-        self, block: nn.Module, number: int, x: Tensor, h: Tensor, modulation: Tensor, next_modulation: Tensor | None
+        self, block: nn.Module, number: int, x: Tensor, h: Tensor, middle: Tensor, end: Tensor
     ) -> tuple[Tensor, Tensor]:
         every = self.config.checkpoint_every
         if every and number % every == 0 and torch.is_grad_enabled():
             # Nothing in a block is random, and CUDA graph capture does not allow reading a generator's state.
-            return checkpoint(block, x, h, modulation, next_modulation, use_reentrant=False, preserve_rng_state=False)
-        return block(x, h, modulation, next_modulation)
+            return checkpoint(block, x, h, middle, end, use_reentrant=False, preserve_rng_state=False)
+        return block(x, h, middle, end)
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
         """(B, T, p p C_out) -> (B, C_out, H, W)."""
         side, patch = self.config.input_size // self.config.patch, self.config.patch
         patches = patches.unflatten(1, (side, side)).unflatten(3, (patch, patch, -1))  # (B, h, w, p, q, C_out)
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def seams(vectors: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Modulation of the blocks, as `Block` takes it, views: in the order of layout.py, what belongs to one op is
+    adjacent.
+
+    Not compiled, so that the backward pass concatenates the gradients of all blocks at once.
+
+    Args:
+        vectors: (B, K, D), of which the first two are the first normalisation's.
+    """
+    full, rest = divmod(vectors.shape[1] - PER_NORM, PER_SEAM)
+    _, *groups = vectors.split([PER_NORM, *[PER_SEAM] * full, *[1] * rest], dim=1)
+    return zip(groups[::2], groups[1::2], strict=True)

@@ -31,8 +31,9 @@ MAX_PARAMETERS = 2**26  # 2.4 GB of an update, more than any cache
 # Without a reference in fp64: random words agree in every bit, but logarithm and cosine differ between libraries by a
 # few units in the last place.
 ULPS = 16
-# Rows (B, T, D) among the inputs, which of the six vectors (B, D) of a modulation, and the rows and vectors that the
-# forward and the backward pass move.
+# Rows (B, T, D) among the inputs, which of the six modulation vectors of a block, and the rows and vectors of every
+# sample that the forward and the backward pass move; a gated op also reads the branch's bias (D,), and in the backward
+# pass reads it and writes its gradient.
 NORMS = {
     # read x, shift, scale; write h. Backward: read x, dh, scale; write dx, dshift, dscale
     "adaln": (1, slice(0, 2), (2, 2), (3, 3)),
@@ -43,7 +44,7 @@ NORMS = {
     "gated_residual": (2, slice(5, 6), (3, 1), (3, 2)),
 }
 UPDATES = ("gradient_norm", "adamw_ema")
-OPS = (*NORMS, "alignment", "perturb", "attention")
+OPS = (*NORMS, "linear_gelu", "alignment", "perturb", "attention")
 
 Function = Callable[..., Any]
 
@@ -107,7 +108,8 @@ def make_case(
     elif op == "perturb":
         case = _perturb(config, normal, stored)
     else:
-        case = {"alignment": _alignment, "attention": _attention}[op](config, normal)
+        make = {"linear_gelu": _linear_gelu, "alignment": _alignment, "attention": _attention}[op]
+        case = make(config, normal)
     kept = case.implementations if names is None else (*names, case.reference)
     return replace(case, implementations={name: call for name, call in case.implementations.items() if name in kept})
 
@@ -120,10 +122,10 @@ def _implementations(
     op: str, device: torch.device, bind: Callable[[Function], Function] = lambda function: function
 ) -> dict[str, Function]:
     """`bind` adds the arguments that are no tensors."""
-    reference, fused, is_compiled = registry.OPS[op]
+    reference, fused, of = registry.OPS[op]
     functions = {"eager": bind(reference), "compiled": torch.compile(bind(reference), dynamic=False)}
-    is_triton = not is_compiled and getattr(fused, "__module__", "").startswith("sra_fast.kernels")
-    if fused and (device.type == "cuda" or not is_triton):
+    needs_gpu = of != "library" and getattr(fused, "__module__", "").startswith("sra_fast.kernels")
+    if fused and (device.type == "cuda" or not needs_gpu):
         functions["fused"] = bind(fused)
     return functions
 
@@ -132,15 +134,33 @@ def _norm(op: str, config: Config, normal: Callable[..., Tensor]) -> Case:
     width, images = config.model.hidden, _images(config)
     row_inputs, which, forward, backward = NORMS[op]
     rows = [normal(images, config.model.tokens, width) for _ in range(row_inputs)]
-    vectors = normal(images, 6 * width).chunk(6, dim=-1)[which]  # views of the modulation, as in a block
+    biases = [normal(width)] * (row_inputs - 1)
+    modulation = normal(images, 6, width)[:, which]  # a view, as in a block
     row_bytes, vector_bytes = rows[0].nbytes, images * width * rows[0].element_size()
+    bias_bytes = sum(bias.nbytes for bias in biases)
+    inputs = (*rows, *biases, modulation)
     return Case(
         op,
-        (*rows, *vectors),
-        (True,) * (len(rows) + len(vectors)),
+        inputs,
+        (True,) * len(inputs),
         _implementations(op, rows[0].device),
-        forward_bytes=forward[0] * row_bytes + forward[1] * vector_bytes,
-        backward_bytes=backward[0] * row_bytes + backward[1] * vector_bytes,
+        forward_bytes=forward[0] * row_bytes + forward[1] * vector_bytes + bias_bytes,
+        backward_bytes=backward[0] * row_bytes + backward[1] * vector_bytes + 2 * bias_bytes,
+    )
+
+
+def _linear_gelu(config: Config, normal: Callable[..., Tensor]) -> Case:
+    width, images = config.model.hidden, _images(config)
+    x, weight = normal(images, config.model.tokens, width), normal(config.model.mlp_ratio * width, width) / width**0.5
+    inputs = (x, weight, normal(len(weight)))
+    return Case(
+        "linear_gelu",
+        inputs,
+        (False,) * 3,
+        _implementations("linear_gelu", x.device),
+        # read all, write (B, T, H)
+        forward_bytes=sum(tensor.nbytes for tensor in inputs) + x.nbytes * config.model.mlp_ratio,
+        forward_flops=2 * x.numel() * len(weight),
     )
 
 
