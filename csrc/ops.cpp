@@ -251,21 +251,28 @@ std::vector<sra::Parameter> as_parameters(const Tensors& gradients) {
   return parameters;
 }
 
-Tensor norm_on_cpu(Tensors gradients) {
+Tensor square_sums_on_cpu(Tensors gradients) {
   const std::vector<sra::Parameter> parameters = as_parameters(gradients);
   const sra::Dtype dtype = dtype_of(gradients[0]);
   const std::size_t size = dtype == sra::Dtype::float32 ? 4 : 2;
   std::vector<std::int64_t> first;
-  std::vector<double> sums(static_cast<std::size_t>(sra::count_chunks(parameters, sra::NORM_CHUNK, first)));
+  const std::int64_t chunks = sra::count_chunks(parameters, sra::NORM_CHUNK, first);
+  Tensor result = torch::stable::new_empty(gradients[0], {chunks}, ScalarType::Double);
+  double* sums = static_cast<double*>(result.mutable_data_ptr());
   const sra::Cpu& cpu = sra::best_cpu();
   for_each_chunk(
       parameters, sra::NORM_CHUNK, [&](std::size_t which, std::int64_t begin, std::int64_t count, std::int64_t i) {
         const char* gradient = static_cast<const char*>(parameters[which].gradient);
-        sums[static_cast<std::size_t>(i)] =
-            cpu.square_sum(gradient + static_cast<std::size_t>(begin) * size, count, dtype);
+        sums[i] = cpu.square_sum(gradient + static_cast<std::size_t>(begin) * size, count, dtype);
       });
+  return result;
+}
+
+Tensor norm_on_cpu(Tensors gradients) {
+  const Tensor sums = square_sums_on_cpu(gradients);
   Tensor norm = torch::stable::new_empty(gradients[0], {}, ScalarType::Float);
-  scalar<float>(norm) = static_cast<float>(std::sqrt(sra::total(sums.data(), static_cast<std::int64_t>(sums.size()))));
+  const double sum = sra::total(static_cast<const double*>(sums.const_data_ptr()), sums.numel());
+  scalar<float>(norm) = static_cast<float>(std::sqrt(sum));
   return norm;
 }
 
@@ -332,7 +339,8 @@ void update_on_cuda(
       parameters, update, {beta1, beta2, eps}, scalars, weight_decay, workspace.mutable_data_ptr(), on.stream);
 }
 
-Tensor norm_on_cuda(Tensors gradients) {
+// (sums over chunks, norm)
+std::pair<Tensor, Tensor> sums_and_norm_on_cuda(Tensors gradients) {
   const std::vector<sra::Parameter> parameters = as_parameters(gradients);
   const OnDevice on(gradients[0]);
   const Tensor sums = torch::stable::new_empty(gradients[0], {sra::cuda_norm_sums(parameters)}, ScalarType::Double);
@@ -340,8 +348,11 @@ Tensor norm_on_cuda(Tensors gradients) {
   sra::cuda_norm(
       parameters, dtype_of(gradients[0]), static_cast<double*>(sums.mutable_data_ptr()), &scalar<float>(norm),
       on.stream);
-  return norm;
+  return {sums, norm};
 }
+
+Tensor square_sums_on_cuda(Tensors gradients) { return sums_and_norm_on_cuda(gradients).first; }
+Tensor norm_on_cuda(Tensors gradients) { return sums_and_norm_on_cuda(gradients).second; }
 
 #endif
 
@@ -363,6 +374,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sra_fast, library) {
       " Tensor ema_decay, Tensor clip, Tensor loss_scale, int[] group, float[] weight_decay, float beta1, float beta2,"
       " float eps, bool zero_gradients) -> ()");
   library.def("gradient_norm(Tensor[] gradients) -> Tensor");
+  library.def("square_sums(Tensor[] gradients) -> Tensor");
   library.def("cuda_is_ready() -> bool");
 }
 
@@ -373,11 +385,13 @@ STABLE_TORCH_LIBRARY_IMPL(sra_fast, CompositeExplicitAutograd, library) {
 STABLE_TORCH_LIBRARY_IMPL(sra_fast, CPU, library) {
   library.impl("adamw_ema_", TORCH_BOX(&update_on_cpu));
   library.impl("gradient_norm", TORCH_BOX(&norm_on_cpu));
+  library.impl("square_sums", TORCH_BOX(&square_sums_on_cpu));
 }
 
 #ifdef SRA_CUDA
 STABLE_TORCH_LIBRARY_IMPL(sra_fast, CUDA, library) {
   library.impl("adamw_ema_", TORCH_BOX(&update_on_cuda));
   library.impl("gradient_norm", TORCH_BOX(&norm_on_cuda));
+  library.impl("square_sums", TORCH_BOX(&square_sums_on_cuda));
 }
 #endif

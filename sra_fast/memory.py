@@ -48,7 +48,7 @@ def training_bytes(config: Config, dtype: torch.dtype) -> dict[str, int]:
     model, data, size = config.model, config.data, dtype.itemsize
     if data.images and not model.input_size:  # before the images have been looked at
         model = replace(model, input_size=data.resolution, channels=data.channels)
-    images = config.train.batch // config.train.accumulate
+    images = config.train.batch // config.train.micro_batches
     count = parameters(model)
     blocks = 1 if model.checkpoint_every else ROWS_PER_BLOCK
     copies = 0 if dtype == torch.float32 else 2 * size

@@ -87,9 +87,11 @@ def test_what_this_machine_lacks_is_refused(words, expected, dry_run, refused, r
     assert not (root / "runs").exists()
 
 
-def test_several_processes_are_refused(refused, root, monkeypatch):
+def test_a_launcher_that_counts_machines_is_refused_with_the_cure(refused, root, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "WORLD_SIZE: '2' given; must be 1" in refused(arguments(root))
+    assert "torchrun --nnodes WORLD_SIZE --node-rank RANK" in refused(arguments(root))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert "there is no MASTER_ADDR and MASTER_PORT; start with torchrun or srun" in refused(arguments(root))
     assert not (root / "runs").exists()
 
 

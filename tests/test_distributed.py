@@ -7,7 +7,7 @@ from small_data import refusal, write_jpegs
 
 from sra_fast.distributed import place
 
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
 
 
 @pytest.fixture
@@ -24,9 +24,9 @@ def environment(monkeypatch):
 
 def test_torchrun_precedes_slurm_and_alone_a_process_is_the_only_one(environment):
     assert place() == (0, 1, 0)
-    environment(SLURM_PROCID="5", SLURM_NTASKS="8", SLURM_LOCALID="1")
+    environment(SLURM_PROCID="5", SLURM_STEP_NUM_TASKS="8", SLURM_LOCALID="1")
     assert place() == (5, 8, 1)
-    environment(SLURM_PROCID="0", SLURM_NTASKS="1", RANK="3", WORLD_SIZE="4", LOCAL_RANK="3")
+    environment(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="1", RANK="3", WORLD_SIZE="4", LOCAL_RANK="3")
     assert place() == (3, 4, 3)
 
 

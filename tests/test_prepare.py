@@ -66,7 +66,7 @@ def test_ranks_of_a_launcher_start_at_different_shards(images, tmp_path, monkeyp
     monkeypatch.setenv("RANK", "")
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setenv("SLURM_PROCID", "1")
-    monkeypatch.setenv("SLURM_NTASKS", "3")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "3")
     order.clear()
     prepare(config(images, tmp_path / "slurm"))
     assert order == [1, 2, 0]

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from sra_fast.config import OptimConfig
 from sra_fast.kernels import library
+from sra_fast.kernels.gradient_norm import gradient_norm_ref
 from sra_fast.kernels.registry import OPS
 from sra_fast.model.backends import REFERENCE
 from sra_fast.step.state import MAX_SKIPPED_IN_A_ROW, TrainState, ema_decay, learning_rate
@@ -31,7 +31,13 @@ def update(request) -> Callable[..., tuple[Tensor, Tensor]]:
     """`update` by the compiled kernels, and by the references."""
     if request.param == "fused" and library.why_unavailable():
         pytest.skip(library.why_unavailable())
-    return partial(update_state, **{op: getattr(OPS[op], request.param) for op in ("gradient_norm", "adamw_ema")})
+    gradient_norm, adamw_ema = (getattr(OPS[op], request.param) for op in ("gradient_norm", "adamw_ema"))
+
+    def call(state: TrainState, gradients: list[Tensor], lr: Tensor, optim: OptimConfig) -> tuple[Tensor, Tensor]:
+        norm = gradient_norm(gradients)
+        return norm, update_state(state, gradients, norm, lr, optim, adamw_ema)
+
+    return call
 
 
 @pytest.fixture
@@ -48,6 +54,11 @@ def start(tiny) -> Callable[..., tuple[TrainState, OptimConfig]]:
 def gradients_for(state: TrainState, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(parameter.shape, generator=generator) for parameter in state.trained]
+
+
+def updated(state: TrainState, gradients: list[Tensor], optim: OptimConfig) -> None:
+    """An update by the references."""
+    update_state(state, gradients, gradient_norm_ref(gradients), LR, optim)
 
 
 def tensors_of(state: TrainState) -> dict[str, Tensor]:
@@ -156,11 +167,11 @@ def test_skipped_in_a_row_is_reset_by_a_finite_step_but_stays_at_the_limit(start
     good = gradients_for(state, 0)
     bad = [gradient * math.nan for gradient in good]
     for gradients, in_a_row in [(bad, 1), (bad, 2), (good, 0)]:
-        update_state(state, gradients, LR, optim)
+        updated(state, gradients, optim)
         assert int(state.skipped_in_a_row) == in_a_row
     state.skipped_in_a_row.fill_(MAX_SKIPPED_IN_A_ROW - 1)
     for gradients in (bad, good, bad, good):
-        update_state(state, gradients, LR, optim)
+        updated(state, gradients, optim)
         assert int(state.skipped_in_a_row) == MAX_SKIPPED_IN_A_ROW == 64
 
 
@@ -181,7 +192,7 @@ def test_loading_copies_in_place(start, dtype: torch.dtype) -> None:
     """A captured graph has the addresses: no tensor may move, and the networks must see the new values."""
     (state, optim), (other, _) = start(dtype), start()
     for k in range(3):
-        update_state(other, gradients_for(other, k), LR, optim)
+        updated(other, gradients_for(other, k), optim)
     addresses = {name: value.data_ptr() for name, value in tensors_of(state).items()}
     state.load({field: getattr(other, field) for field in GROUPS + COUNTERS})
     assert {name: value.data_ptr() for name, value in tensors_of(state).items()} == addresses

@@ -149,6 +149,9 @@ class OptimConfig(Section):
     """Decay of the EMA per optimizer step."""
     ema_warmup: bool = True
     """Use min(decay, (1 + k) / (10 + k)) at optimizer step k."""
+    shard: Literal["auto", "none", "world"] = "auto"
+    """Whether each process keeps and updates only its share of weights, EMA and moments: none = all have everything,
+    world = shares over all processes; auto = world for several processes."""
 
     def check(self) -> None:
         self.need_positive("lr", "eps")

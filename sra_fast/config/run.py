@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -101,6 +101,7 @@ class TrainConfig(Section):
     limits: ClassVar[dict[str, float]] = {
         "batch": 1 << 20,
         "accumulate": 1 << 20,
+        "micro_batch": 1 << 20,
         "log_every_steps": 1_000_000,
         "validation_images": 1 << 20,
         "save_every_minutes": 1e9,
@@ -110,9 +111,17 @@ class TrainConfig(Section):
     images: int = 102_400_000
     """Length of the run in images (400,000 steps of 256)."""
     batch: int = 256
-    """Images per optimizer step, over all micro-batches."""
+    """Images per optimizer step, over all processes and micro-batches."""
     accumulate: int = 1
-    """Micro-batches per optimizer step; their gradients are summed in fp32."""
+    """Micro-batches per optimizer step of each process; their gradients are summed in fp32."""
+    micro_batch: int = 0
+    """Images per micro-batch, instead of accumulate; 0 = batch / (accumulate x processes)."""
+    reduction: Literal["fast", "ordered"] = "fast"
+    """How gradients are summed over micro-batches: fast, or in one fixed order that gives the same bits on any number
+    of processes (it needs micro-batch)."""
+    reduce_dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Type of the gradients that processes exchange, if the reduction is fast; auto = that of the networks for a single
+    micro-batch per process, fp32 for more."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Compute type of the networks; auto = bf16 on GPUs that have it, fp32 elsewhere. Weights, moments and losses are
     always fp32."""
@@ -143,9 +152,35 @@ class TrainConfig(Section):
     def check(self) -> None:
         self.need_positive("images", "batch", "accumulate", "log_every_steps", "validation_images")
         self.need_positive("save_every_images", "save_every_minutes", "keep_checkpoints")
-        self.need_not_negative("validate_every_images", "preview_every_images", "keep_every_images")
+        self.need_not_negative("validate_every_images", "preview_every_images", "keep_every_images", "micro_batch")
         rule = f"must be a multiple of train.accumulate = {self.accumulate}"
         self.need(self.batch % self.accumulate == 0, "batch", rule)
+        if self.micro_batch:
+            self.need(self.accumulate == 1, "accumulate", "must be 1 if train.micro-batch is set")
+            rule = f"must be a multiple of train.micro-batch = {self.micro_batch}"
+            self.need(self.batch % self.micro_batch == 0, "batch", rule)
+        elif self.reduction == "ordered":
+            self.need(False, "micro_batch", "must be set for train.reduction = ordered, whose bits depend on it")
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches per optimizer step, of all processes, once the micro-batch is known."""
+        return self.batch // self.micro_batch if self.micro_batch else self.accumulate
+
+    def on(self, processes: int) -> TrainConfig:
+        """The same with the micro-batch filled in for a number of processes.
+
+        Raises:
+            Refused: if the batch cannot be split.
+        """
+        parts = self.accumulate * processes
+        if not self.micro_batch:
+            rule = f"must be a multiple of {parts} = {processes} processes x train.accumulate"
+            self.need(self.batch % parts == 0, "batch", rule)
+            return replace(self, accumulate=1, micro_batch=self.batch // parts)
+        rule = f"its {self.micro_batches} micro-batches must be a multiple of the {processes} processes"
+        self.need(self.micro_batches % processes == 0, "batch", rule)
+        return self
 
 
 @dataclass(frozen=True)

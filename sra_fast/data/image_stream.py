@@ -35,6 +35,7 @@ class ImageStream(Stream):
         seed: the run's 64-bit seed.
         batch: images per batch.
         first_image: image number of the first image.
+        every: see `Stream`.
         strict: stop at the first undecodable file.
         max_bad_share: stop when more than this share of the files has turned out undecodable.
         bad: files already known to be undecodable, and why.
@@ -51,6 +52,7 @@ class ImageStream(Stream):
         seed: int,
         batch: int,
         first_image: int,
+        every: int = 0,
         strict: bool = False,
         max_bad_share: float = 0.01,
         bad: Mapping[str, str] | None = None,
@@ -58,7 +60,7 @@ class ImageStream(Stream):
         self.bad = dict(bad or {})
         self._folder, self._decoder, self._seed, self._batch = folder, decoder, seed, batch
         self._strict, self._max_bad_share = strict, max_bad_share
-        super().__init__(batch, first_image, decoder.device)
+        super().__init__(batch, first_image, decoder.device, every)
 
     def read_batch(self, first: int) -> tuple[Batch, int]:
         numbers = range(first, first + self._batch)

@@ -27,17 +27,20 @@ class LatentStream(Stream):
         seed: the run's 64-bit seed.
         batch: images per batch.
         first_image: image number of the first image.
+        every: see `Stream`.
         pinned: gather into page-locked memory, from which a GPU copies asynchronously.
 
     Raises:
         Damaged: from `next`, naming a file that has become unreadable.
     """
 
-    def __init__(self, training: Rows, *, seed: int, batch: int, first_image: int, pinned: bool = False) -> None:
+    def __init__(
+        self, training: Rows, *, seed: int, batch: int, first_image: int, every: int = 0, pinned: bool = False
+    ) -> None:
         self.bad = {}
         self._training, self._seed, self._batch, self._pinned = training, seed, batch, pinned
         self._block = first_image, np.empty(0, dtype=np.int64), np.empty(0, dtype=bool)
-        super().__init__(batch, first_image, torch.device("cpu"))
+        super().__init__(batch, first_image, torch.device("cpu"), every)
 
     def read_batch(self, first: int) -> tuple[Batch, int]:
         chosen, flipped = self._order(first)

@@ -19,6 +19,7 @@ from sra_fast.data.folder import ImageFolder
 from sra_fast.data.packed import open_row_set
 from sra_fast.data.rows import Rows, RowSet
 from sra_fast.data.stream import Stream
+from sra_fast.distributed import ALONE, World
 from sra_fast.errors import Damaged, Refused, printable
 from sra_fast.kernels.perturb import Stored, clean_ref
 from sra_fast.progress import warn
@@ -44,8 +45,9 @@ class Source(Protocol):
         """One line on how the data is read."""
         ...
 
-    def stream(self, config: Config, first_image: int, bad: Mapping[str, str]) -> Stream:
-        """Training batches starting at an image number. bad: files already known to be undecodable."""
+    def stream(self, config: Config, first_image: int, bad: Mapping[str, str], world: World = ALONE) -> Stream:
+        """This process's part of the training batches, the first of which starts at an image number. bad: files already
+        known to be undecodable."""
         ...
 
     def load(self, images: Any) -> tuple[Tensor, Tensor]:
@@ -72,13 +74,15 @@ class ImageSource:
     def reader(self) -> str:
         return f"decoded by {self.decoder.name}{self.decoder.note}"
 
-    def stream(self, config: Config, first_image: int, bad: Mapping[str, str]) -> Stream:
+    def stream(self, config: Config, first_image: int, bad: Mapping[str, str], world: World = ALONE) -> Stream:
+        batch = config.train.batch // world.size
         return image_stream.ImageStream(
             self.train,
             self.decoder,
             seed=config.run.seed,
-            batch=config.train.batch,
-            first_image=first_image,
+            batch=batch,
+            first_image=first_image + world.rank * batch,
+            every=config.train.batch,
             strict=config.data.strict,
             max_bad_share=config.data.max_bad_share,
             bad=bad,
@@ -115,12 +119,14 @@ class LatentSource:
         kind = "moments" if self.row_set.posterior else "rows"
         return f"{kind} of {channels} x {height} x {width} {self.row_set.dtype} from {self.row_set.root}"
 
-    def stream(self, config: Config, first_image: int, bad: Mapping[str, str]) -> Stream:
+    def stream(self, config: Config, first_image: int, bad: Mapping[str, str], world: World = ALONE) -> Stream:
+        batch = config.train.batch // world.size
         return latent_stream.LatentStream(
             self.train,
             seed=config.run.seed,
-            batch=config.train.batch,
-            first_image=first_image,
+            batch=batch,
+            first_image=first_image + world.rank * batch,
+            every=config.train.batch,
             pinned=self.device.type == "cuda",
         )
 

@@ -89,7 +89,7 @@ class ReadAhead(Iterator[U], AbstractContextManager, Generic[T, U]):
 
 
 class Stream(Iterator[Batch], AbstractContextManager):
-    """Endless iterator over the batches that start at image number first_image, first_image + batch, ...
+    """Endless iterator over the batches that start at image number first_image, first_image + every, ...
 
     A subclass calls `__init__` last, because reading starts at once. Close the stream, or use it as a context manager.
 
@@ -97,6 +97,7 @@ class Stream(Iterator[Batch], AbstractContextManager):
         batch: images per batch.
         first_image: image number of the first image.
         device: where the batches are created.
+        every: images between the first ones of two batches, if other processes read what lies between; 0 = `batch`.
 
     Raises:
         BaseException: from `next`, whatever `read_batch` raised in the background.
@@ -107,10 +108,10 @@ class Stream(Iterator[Batch], AbstractContextManager):
     replaced: int
     """Images in the batches handed out so far that replace undecodable ones."""
 
-    def __init__(self, batch: int, first_image: int, device: torch.device) -> None:
+    def __init__(self, batch: int, first_image: int, device: torch.device, every: int = 0) -> None:
         self.replaced = 0
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._batches = ReadAhead(self.read_batch, itertools.count(first_image, batch), stream)
+        self._batches = ReadAhead(self.read_batch, itertools.count(first_image, every or batch), stream)
 
     @abstractmethod
     def read_batch(self, first: int) -> tuple[Batch, int]:

@@ -72,7 +72,7 @@ class StepRunner:
 
     def _over(self, inputs: Inputs) -> Callable[[], None]:
         """A function that runs one step on fixed buffers, with one graph, or with two for many micro-batches."""
-        if self.step.config.train.accumulate <= MAX_UNROLLED:
+        if self.step.sync or self.step.parts_per_process <= MAX_UNROLLED:
             (run,) = self._as_graphs(partial(self._run_step, inputs))
             return run
         micro_batches = _MicroBatches(self.step, self.state, self.ring, inputs)
@@ -96,7 +96,7 @@ class _MicroBatches:
 
     def __init__(self, step: TrainingStep, state: TrainState, ring: MetricRing, inputs: Inputs) -> None:
         self._step, self._state, self._ring, self._inputs = step, state, ring, inputs
-        self._parts = step.config.train.accumulate
+        self._parts = step.parts_per_process
         self._batch = Batch(*(tensor.clone() for tensor in inputs.batch.split(self._parts)[0]))
         self._sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in state.trained]
         self._losses = inputs.x.new_zeros(3, dtype=torch.float32)
@@ -117,7 +117,7 @@ class _MicroBatches:
 
     def update(self) -> None:
         """Update the state from the sums, and clear them."""
-        self._ring.push(self._step.apply(self._state, self._sums, self._losses, self._inputs.lr))
+        self._ring.push(self._step.apply(self._state, self._sums, self._losses, None, self._inputs.lr))
         torch._foreach_zero_([*self._sums, self._losses])
 
 

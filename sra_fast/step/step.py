@@ -24,6 +24,7 @@ from sra_fast.objective.alignment import Alignment, Losses, training_losses
 from sra_fast.objective.ddpm import Diffusion
 from sra_fast.objective.flow import Flow
 from sra_fast.step.state import TrainState, update
+from sra_fast.step.sync import Synchronisation
 
 
 class Metrics(NamedTuple):
@@ -45,10 +46,22 @@ class TrainingStep:
         backends: what computes each op.
         device: of the state.
         stored: how to compute x from stored data; None if batches have x itself.
+        sync: sums the gradients in a fixed order, or those of several processes; None = of this process alone.
+        processes: that share the micro-batches of a step.
     """
 
-    def __init__(self, config: Config, backends: Backends, device: torch.device, stored: Stored | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        backends: Backends,
+        device: torch.device,
+        stored: Stored | None = None,
+        sync: Synchronisation | None = None,
+        processes: int = 1,
+    ) -> None:
         self.config, self.backends, self.stored = config, backends, stored
+        self.sync, self.parts = sync, config.train.micro_batches
+        self.parts_per_process = self.parts // processes
         self.objective = Flow() if config.model.family == "sit" else Diffusion(device)
         self.settings = Settings(
             seed=config.run.seed,
@@ -67,10 +80,17 @@ class TrainingStep:
 
         Args:
             state: updated in place.
-            batch: all images of the step; split into `train.accumulate` micro-batches here.
+            batch: all images of the step that this process computes; split into micro-batches here.
             lr, weight: () float32, learning rate and alignment weight.
         """
-        first, *others = batch.split(self.config.train.accumulate)
+        if self.sync:
+            if state.shard:
+                state.shard.gather()
+            micro_batches = batch.split(self.parts_per_process)
+            return self.apply(
+                state, *self.sync.reduce(self.gradients(state, part, weight) for part in micro_batches), lr
+            )
+        first, *others = batch.split(self.parts)
         gradients, losses = self.gradients(state, first, weight)
         if others:
             gradients = [gradient.float() for gradient in gradients]
@@ -78,18 +98,20 @@ class TrainingStep:
             more_gradients, more_losses = self.gradients(state, micro_batch, weight)
             torch._foreach_add_(gradients, more_gradients)  # of two dtypes: no fp32 copy is written and read again
             losses = losses + more_losses
-        return self.apply(state, gradients, losses, lr)
+        return self.apply(state, gradients, losses, None, lr)
 
     def gradients(self, state: TrainState, batch: Batch, weight: Tensor) -> tuple[list[Tensor], Tensor]:
-        """(gradients in the order of `state.trained` and the compute dtype, losses (3,) float32) of one micro-batch.
+        """(gradients in the order of `state.trained`, contiguous and in the compute dtype, losses (3,) float32) of one
+        micro-batch.
 
-        Both are the micro-batch's share: they add up, in fp32, over `train.accumulate` micro-batches.
+        Both are the micro-batch's share: they add up, in fp32, over the micro-batches of the step.
         """
-        parts = self.config.train.accumulate
         losses = self.losses(state, batch, weight)
         with record_function("sra_fast::backward"):
-            gradients = torch.autograd.grad(losses.total / parts, state.trained)
-        return list(gradients), torch.stack([loss.detach() for loss in losses]) / parts
+            gradients = torch.autograd.grad(losses.total / self.parts, state.trained)
+        return [gradient.contiguous() for gradient in gradients], torch.stack(
+            [loss.detach() for loss in losses]
+        ) / self.parts
 
     def losses(self, state: TrainState, batch: Batch, weight: Tensor) -> Losses:
         """Losses of one micro-batch, with a graph to the student's parameters."""
@@ -98,10 +120,18 @@ class TrainingStep:
         alignment = None if self.config.align.method == "none" else Alignment(*self.config.taps, self._distance)
         return training_losses(self.objective, alignment, state.student, state.teacher.features, noised, weight)
 
-    def apply(self, state: TrainState, gradients: list[Tensor], losses: Tensor, lr: Tensor) -> Metrics:
-        """Update the state from gradients and losses summed over all micro-batches."""
+    def apply(
+        self, state: TrainState, gradients: list[Tensor], losses: Tensor, norm: Tensor | None, lr: Tensor
+    ) -> Metrics:
+        """Update the state from gradients and losses summed over all micro-batches.
+
+        Args:
+            norm: of the whole gradient; None = that of `gradients`.
+        """
         with record_function("sra_fast::update"):
-            norm, decay = update(state, gradients, lr, self.config.optim, self.backends.gradient_norm, self._adamw_ema)
+            if norm is None:
+                norm = self.backends.gradient_norm(gradients)
+            decay = update(state, gradients, norm, lr, self.config.optim, self._adamw_ema)
         loss, generative, alignment = losses.unbind()
         return Metrics(loss, generative, alignment, norm, lr, decay)
 

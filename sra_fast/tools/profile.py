@@ -50,7 +50,7 @@ def profile(config: Config, settings: ProfileConfig, report: Callable[[str], Non
     Raises:
         Refused: if it cannot start; nothing has been written then.
     """
-    refuse_several_processes()
+    refuse_several_processes("profile")
     hardware = Hardware.choose(config.train.device, config.train.precision, "train.device")
     if settings.nvtx and hardware.device.type != "cuda":
         raise Refused("profile.nvtx", settings.nvtx, "needs an NVIDIA GPU, and none is used here")
@@ -255,7 +255,7 @@ def _circumstances(config: Config, backends: Backends, hardware: Hardware) -> di
             "run": config.run.name,
             "tokens": model.tokens,
             "batch": train.batch,
-            "accumulate": train.accumulate,
+            "accumulate": train.micro_batches,
             "precision": hardware.precision,
             "method": config.align.method,
         },

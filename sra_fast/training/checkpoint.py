@@ -17,7 +17,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from sra_fast.config import Config, from_dict, to_dict
+from sra_fast.distributed import ALONE, World
 from sra_fast.errors import Damaged, Refused
 from sra_fast.files import open_regular, read_json, sync, write_json
 from sra_fast.model import public_weights
@@ -71,6 +72,7 @@ FREE_ON_RESUME = {
     "init_from",
     "weights_family",
     "deterministic",
+    "optim.shard",
 }
 FREE_SECTIONS = ("kernels", "sample", "evaluate")
 
@@ -87,13 +89,27 @@ class RunProgress:
     undecodable_files: dict[str, str] = field(default_factory=dict)  # name -> reason
 
 
-def save(folder: Path, state: TrainState, config: Config, progress: RunProgress) -> Path:
-    """Write a checkpoint below `folder` and return its path.
+def save(folder: Path, state: TrainState, config: Config, progress: RunProgress, world: World = ALONE) -> Path:
+    """Write a checkpoint below `folder` and return its path. A collective: the first process writes.
 
     Raises:
         Refused: if it cannot be written; older checkpoints are untouched and no partial file remains.
     """
     target = folder / f"{progress.images_seen:012d}"
+    if not world.is_first:
+        if state.shard:
+            for name in TENSORS:
+                state.whole(name)
+        world.together(lambda: None)
+        return target
+    tensors = {name: state.whole(name) for name in TENSORS}  # before an error of this process could keep others waiting
+    return world.together(lambda: _write(target, tensors, state, config, progress))
+
+
+def _write(
+    target: Path, tensors: Mapping[str, dict[str, Tensor]], state: TrainState, config: Config, progress: RunProgress
+) -> Path:
+    folder = target.parent
     partial = target.with_name(target.name + ".tmp")
     description = {"format_version": FORMAT_VERSION, **dataclasses.asdict(progress), "config": to_dict(config)}
     description |= {name: int(getattr(state, name)) for name in COUNTERS}
@@ -102,8 +118,8 @@ def save(folder: Path, state: TrainState, config: Config, progress: RunProgress)
         partial.mkdir(parents=True)
         sums = {}
         for name, file in zip(TENSORS, FILES, strict=True):
-            tensors = to_public(getattr(state, name))
-            sha256 = public_weights.write_safetensors(partial / file, tensors, config.model, config.objective)
+            public = to_public(tensors[name])
+            sha256 = public_weights.write_safetensors(partial / file, public, config.model, config.objective)
             sums[file] = {"bytes": (partial / file).stat().st_size, "sha256": sha256}
             sync(partial / file)
         write_json(partial / "state.json", {**description, "files": sums})

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sra_fast.config import Config
+from sra_fast.distributed import ALONE, World
 from sra_fast.errors import Refused
 from sra_fast.files import open_regular, replacing, sync, to_json
 from sra_fast.progress import warn
@@ -38,33 +39,43 @@ class StepLog:
         config: of the run.
         state: whose skipped steps are reported.
         clock: gives the images per second.
+        world: the processes of the run; the first one has the file.
     """
 
-    def __init__(self, file: MetricsFile, config: Config, state: TrainState, clock: Clock) -> None:
+    def __init__(
+        self, file: MetricsFile | None, config: Config, state: TrainState, clock: Clock, world: World = ALONE
+    ) -> None:
         self.ring = MetricRing(config.train.log_every_steps, state.skipped_steps.device)
         """Where steps put their metrics."""
         self.last_row: dict[str, Any] = {}
         """The line written last."""
         self._file, self._state, self._clock = file, state, clock
         self._every_steps, self._batch = config.train.log_every_steps, config.train.batch
-        self._pending_steps = 0
+        self._pending_steps, self._pending_images, self._world = 0, 0, world
 
-    def add_step(self) -> None:
-        """Count a step, whose metrics are in the ring."""
+    def add_step(self, images: int) -> None:
+        """Count a step of this many images on this process, whose metrics are in the ring."""
         self._pending_steps += 1
+        self._pending_images += images
 
     def due(self, progress: RunProgress) -> bool:
         """Whether a line is to be written after this step."""
         return progress.step % self._every_steps == 0
 
     def write(self, progress: RunProgress, **more: float) -> None:
-        """Write a line about the steps since the last one, if there are any.
+        """Write a line about the steps since the last one, if there are any. A collective.
 
         Raises:
-            Refused: if the last `MAX_SKIPPED_IN_A_ROW` steps were not finite.
+            Refused: if the last `MAX_SKIPPED_IN_A_ROW` steps were not finite, or the processes have not computed each
+                image once.
         """
         if not self._pending_steps:
             return
+        images = self._world.gather(self._pending_images)
+        self._pending_images = 0
+        if sum(images) != self._pending_steps * self._batch:
+            expected = f"{self._pending_steps} steps have {self._pending_steps * self._batch} images"
+            raise Refused(f"training: {expected}, but the processes have computed {images}")
         images_per_s = self._pending_steps * self._batch / self._clock.lap_s()
         metrics = self.ring.last(self._pending_steps)
         self._pending_steps = 0
@@ -76,9 +87,11 @@ class StepLog:
             "ema_decay": metrics[-1].ema_decay,
             "images_per_s": images_per_s,
             "skipped_steps": int(self._state.skipped_steps),
+            **({"images_of_ranks": images} if self._world.size > 1 else {}),
             **more,
         }
-        self._file.write(self.last_row)
+        if self._file:
+            self._file.write(self.last_row)
         skipped = int(self._state.skipped_in_a_row)
         if skipped >= MAX_SKIPPED_IN_A_ROW:
             raise Refused(f"training: {skipped} steps in a row had a non-finite gradient norm; the run has diverged")

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sra_fast.config import Config
+from sra_fast.distributed import ALONE, World
 from sra_fast.errors import Refused
 from sra_fast.files import lock_file
 from sra_fast.model import public_weights
@@ -72,10 +73,11 @@ class Saver:
         folder: of the checkpoints.
         config: of the run.
         progress: at the start; it is not saved again.
+        world: the processes of the run.
     """
 
-    def __init__(self, folder: Path, config: Config, progress: RunProgress) -> None:
-        self._folder, self._config = folder, config
+    def __init__(self, folder: Path, config: Config, progress: RunProgress, world: World = ALONE) -> None:
+        self._folder, self._config, self._world = folder, config, world
         self._every = Every(config.train.save_every_images, config.train.batch)
         self._saved_step, self._last_save = progress.step, time.monotonic()
 
@@ -84,11 +86,12 @@ class Saver:
         return self._every.due(progress.images_seen) or minutes > self._config.train.save_every_minutes
 
     def save(self, state: TrainState, progress: RunProgress) -> None:
-        """Write a checkpoint, unless this step has been saved already."""
+        """Write a checkpoint, unless this step has been saved already. A collective."""
         if progress.step == self._saved_step:
             return
-        checkpoint.save(self._folder, state, self._config, progress)
-        prune(self._folder, self._config.train.keep_checkpoints, self._config.train.keep_every_images)
+        checkpoint.save(self._folder, state, self._config, progress, self._world)
+        if self._world.is_first:
+            prune(self._folder, self._config.train.keep_checkpoints, self._config.train.keep_every_images)
         self._saved_step, self._last_save = progress.step, time.monotonic()
 
 

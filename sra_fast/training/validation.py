@@ -13,6 +13,7 @@ from torch import Tensor
 from sra_fast.config import Config
 from sra_fast.data.source import Source
 from sra_fast.data.stream import Batch
+from sra_fast.distributed import ALONE, World
 from sra_fast.errors import Damaged, Refused
 from sra_fast.model.transformer import Transformer
 from sra_fast.progress import warn
@@ -38,15 +39,21 @@ class Validation:
         return self._every.due(images_seen)
 
     @torch.no_grad()
-    def loss(self, network: Transformer) -> float:
+    def loss(self, network: Transformer, world: World = ALONE) -> float:
+        """The mean over all images, to which every process contributes some batches. A collective; the bits do not
+        depend on the number of processes."""
         x, labels = self._images
         number = torch.arange(len(x), device=x.device) + FIRST_NUMBER
-        total = 0.0
-        for batch in map(Batch._make, zip(x.split(BATCH), labels.split(BATCH), number.split(BATCH), strict=True)):
-            noised = self._step.perturb(batch)
-            prediction, _ = network(noised.x_t, noised.t, batch.labels)
-            total += float(self._step.objective.loss(prediction, noised)) * len(batch.x)
-        return total / len(x)
+        batches = [*map(Batch._make, zip(x.split(BATCH), labels.split(BATCH), number.split(BATCH), strict=True))]
+        own: dict[int, float] = {}
+        for place in range(world.rank, len(batches), world.size):
+            noised = self._step.perturb(batches[place])
+            prediction, _ = network(noised.x_t, noised.t, batches[place].labels)
+            own[place] = float(self._step.objective.loss(prediction, noised)) * len(batches[place].x)
+        sums: dict[int, float] = {}
+        for part in world.gather(own):
+            sums |= part
+        return sum(sums[place] for place in range(len(batches))) / len(x)
 
     @cached_property
     def _images(self) -> tuple[Tensor, Tensor]:

@@ -115,7 +115,7 @@ def make_case(
 
 
 def _images(config: Config) -> int:
-    return config.train.batch // config.train.accumulate
+    return config.train.batch // config.train.micro_batches
 
 
 def _implementations(
@@ -228,7 +228,7 @@ def _update(op: str, config: Config, device: torch.device, dtype: torch.dtype) -
             shapes.append(shape)
             count += shape.numel()
     generator = torch.Generator(device).manual_seed(0)
-    compute = dtype if config.train.accumulate == 1 else torch.float32
+    compute = dtype if config.train.micro_batches == 1 else torch.float32
     weights = [torch.randn(shape, generator=generator, device=device) for shape in shapes]
     gradients = [(0.01 * weight).to(compute) for weight in weights]
     if op == "gradient_norm":

@@ -1,0 +1,190 @@
+"""What processes do with the gradients of one step, so that all of them make the same update.
+
+Every process computes some micro-batches. Their gradients go into flat buffers, one for each bucket of the plan
+(plan.py), whose sums over all processes are then
+
+    fast        computed by the collectives of NCCL or gloo. The order of additions depends on the number of processes.
+    ordered     computed in fp32 in the fixed tree of tree.py, by the process that owns the slice: the bits depend on
+                the micro-batches alone, not on which process has computed them.
+
+Afterwards a process has the sums of its own slices if the state is sharded (shard.py), otherwise all of them. The norm
+is the sum of squares over grains, each computed by the process that owns it, added in one order everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sra_fast.distributed import World
+from sra_fast.kernels.gradient_norm import CHUNK, square_sums
+from sra_fast.step import tree
+from sra_fast.step.plan import Piece, Plan
+from sra_fast.step.tree import Node, Sums
+
+MicroBatch = tuple[Sequence[Tensor], Tensor]  # gradients, losses
+
+
+class Reduced(NamedTuple):
+    """Sums over all micro-batches of a step."""
+
+    gradients: list[Tensor]  # of the pieces that this process updates, in their order
+    losses: Tensor  # (3,) float32
+    norm: Tensor  # () float32, of the whole gradient
+
+
+class Synchronisation:
+    """Sums the gradients of all processes.
+
+    Args:
+        plan: of the parameters.
+        world: the processes.
+        names: of the parameters, in the order of the gradients.
+        pieces: what this process updates.
+        shapes: of their weights.
+        dtype: of the gradients that are communicated, if the reduction is fast or sums a single micro-batch.
+        ordered: whether sums are in one fixed tree.
+        micro_batches: that every process computes.
+        is_sharded: whether the pieces are those of this process's slices, rather than whole parameters.
+        device: of the gradients.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        world: World,
+        names: Sequence[str],
+        pieces: Sequence[Piece],
+        shapes: Sequence[torch.Size],
+        dtype: torch.dtype,
+        ordered: bool,
+        micro_batches: int,
+        is_sharded: bool,
+        device: torch.device,
+    ) -> None:
+        self._plan, self._world, self._device = plan, world, device
+        self._ordered, self._count = ordered, micro_batches
+        self._dtype = torch.float32 if ordered else dtype
+        # A single micro-batch is sent as it is, which loses nothing.
+        self._sent = dtype if micro_batches == 1 else torch.float32
+        self._pieces, self._is_sharded = list(zip(pieces, shapes, strict=True)), is_sharded
+        whole = {piece.name: piece for piece in plan.whole()}
+        self._places = [whole[name] for name in names]
+        self._grains = _order_of_grains(plan).to(device)
+        self._buffers = self._new_buffers()
+
+    def reduce(self, micro_batches: Iterable[MicroBatch]) -> Reduced:
+        """Sum the micro-batches of all processes. A collective.
+
+        Args:
+            micro_batches: of this process, in their order. The shares of the whole step: they add up.
+        """
+        buffers, losses = (self._sum_in_order if self._ordered else self._sum_fast)(micro_batches)
+        norm = self._norm(buffers)
+        if self._ordered and not self._is_sharded:  # so far, only the own slices are sums
+            _wait(self._world.all_gather(buffer) for buffer in buffers)
+        gradients = [
+            buffers[piece.bucket][piece.offset : piece.offset + _size(piece)].view(shape)
+            for piece, shape in self._pieces
+        ]
+        return Reduced(gradients, losses, norm)
+
+    def _sum_fast(self, micro_batches: Iterable[MicroBatch]) -> tuple[list[Tensor], Tensor]:
+        losses = torch.zeros(3, device=self._device)
+        for number, (gradients, more_losses) in enumerate(micro_batches):
+            self._fill(self._buffers, gradients, add=number > 0)
+            losses = losses + more_losses
+        collective = self._world.reduce_scatter if self._is_sharded else self._world.all_reduce
+        _wait([*map(collective, self._buffers), self._world.all_reduce(losses)])
+        return self._buffers, losses
+
+    def _sum_in_order(self, micro_batches: Iterable[MicroBatch]) -> tuple[list[Tensor], Tensor]:
+        """Buffers in which the own slices are sums over all processes."""
+        sums: Sums[list[Tensor]] = Sums()
+        first = self._world.rank * self._count
+        for number, (gradients, losses) in enumerate(micro_batches, start=first):
+            buffers = self._buffers if number == first else self._new_buffers()
+            self._fill(buffers, gradients)
+            sums.push(Node(0, number), [*buffers, losses.clone()], _add)
+        if self._world.size == 1:
+            *buffers, losses = sums.total(_add)
+            return buffers, losses
+        nodes = [tree.nodes(rank * self._count, self._count) for rank in range(self._world.size)]
+        losses = self._exchange_losses(nodes, torch.stack([value[-1] for _, value in sums]))
+        result = sums[0][1][:-1]
+        for number, bucket in enumerate(self._plan.buckets):
+            own = [value[number].view(self._world.size, -1) for _, value in sums]  # by the process that adds them
+            received = self._exchange(nodes, torch.stack(own, dim=1).flatten(), bucket.slice_size)
+            total = tree.total(zip((node for part in nodes for node in part), received, strict=True), torch.add)
+            self._world.slice_of(result[number]).copy_(total)
+        return result, losses
+
+    def _exchange(self, nodes: Sequence[Sequence[Node]], own: Tensor, size: int) -> list[Tensor]:
+        """The own slice of the nodes of all processes, by rank.
+
+        Args:
+            own: (slices, nodes, size) flat: this process's nodes.
+        """
+        counts = [len(part) * size for part in nodes]
+        own = own.to(self._sent)
+        output = own.new_empty(sum(counts))
+        _wait([self._world.all_to_all(output, own, counts, [counts[self._world.rank]] * self._world.size)])
+        return list(output.float().view(-1, size))
+
+    def _exchange_losses(self, nodes: Sequence[Sequence[Node]], own: Tensor) -> Tensor:
+        """The sum (3,) of all losses, from this process's nodes (N, 3)."""
+        gathered = torch.zeros(self._world.size, max(map(len, nodes)), 3, device=own.device)
+        gathered[self._world.rank, : len(own)] = own
+        _wait([self._world.all_gather(gathered.view(-1))])
+        parts = [(node, gathered[rank, i]) for rank, part in enumerate(nodes) for i, node in enumerate(part)]
+        return tree.total(parts, torch.add)
+
+    def _norm(self, buffers: Sequence[Tensor]) -> Tensor:
+        """The norm of the whole gradient, of which this process has its own slices."""
+        grain = self._plan.grain
+        slices = [self._world.slice_of(buffer) for buffer in buffers]
+        if grain != CHUNK:
+            slices = [part for own in slices for part in own.split(grain)]
+        sums = square_sums(slices)
+        gathered = sums.new_empty(self._world.size * len(sums))
+        self._world.slice_of(gathered).copy_(sums)
+        _wait([self._world.all_gather(gathered)])
+        return gathered[self._grains].sum().sqrt().float()
+
+    def _fill(self, buffers: Sequence[Tensor], gradients: Sequence[Tensor], add: bool = False) -> None:
+        """Copy the gradients into flat buffers, or add them."""
+        views = [
+            buffers[place.bucket][place.offset : place.offset + _size(place)].view(gradient.shape)
+            for place, gradient in zip(self._places, gradients, strict=True)
+        ]
+        (torch._foreach_add_ if add else torch._foreach_copy_)(views, list(gradients))
+
+    def _new_buffers(self) -> list[Tensor]:
+        """Zeros, because what lies between the parameters must not count for the norm."""
+        return [torch.zeros(bucket.size, dtype=self._dtype, device=self._device) for bucket in self._plan.buckets]
+
+
+def _order_of_grains(plan: Plan) -> Tensor:
+    """Positions of the sums over grains among those of all processes, (ranks, grains of all own slices) flat, in the
+    order of the buckets and without the grains that are padding: (N,) int64, N the same for any number of processes."""
+    per_slice = [bucket.slice_size // plan.grain for bucket in plan.buckets]
+    positions = torch.arange(plan.ranks * sum(per_slice)).view(plan.ranks, -1).split(per_slice, dim=1)
+    return torch.cat([part.flatten()[:count] for part, count in zip(positions, plan.grains(), strict=True)])
+
+
+def _add(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
+    torch._foreach_add_(first, second)
+    return first
+
+
+def _size(piece: Piece) -> int:
+    return piece.stop - piece.start
+
+
+def _wait(works: Iterable[object]) -> None:
+    for work in list(works):
+        if work is not None:
+            work.wait()  # pyright: ignore[reportAttributeAccessIssue]: a handle of torch.distributed
