@@ -34,6 +34,7 @@ from sra_fast.config import (
     preset,
     to_dict,
 )
+from sra_fast.distributed import ElsewhereRefused
 from sra_fast.errors import Refused, is_out_of_memory
 from sra_fast.files import read_json, to_json
 
@@ -195,6 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name not in COMMANDS:
             raise Refused("command", name, f"must be one of {', '.join(COMMANDS)}")
         return COMMANDS[name](rest)
+    except ElsewhereRefused:  # the process that refused has said why
+        return 1
     except Refused as error:
         print(f"sra-fast: {error}", file=sys.stderr)
         return 1

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PORTS = 20_000, 40_000  # of the first process under srun, by the number of the job
-TIMEOUT = timedelta(minutes=10)  # of a collective: the first one waits for the slowest start
+TIMEOUT = timedelta(minutes=30)  # of a collective: other processes wait while the first one draws previews
+LOST = ("connection closed", "connection reset", "broken pipe", "timed out", "timeout", "remote process")
 
 
 class Place(NamedTuple):
@@ -122,19 +123,19 @@ class World:
         return numbers.tolist()
 
     def together(self, function: Callable[[], T]) -> T:
-        """Call a function on every process. If it is refused on one, all are: this process raises what its own call
-        raised, or `ElsewhereRefused`."""
+        """Call a function on every process. If it is refused on some, all are: the first of these raises what its own
+        call raised, the others `ElsewhereRefused`."""
         error: Refused | None = None
         result: Any = None
         try:
             result = function()
         except Refused as refused:
             error = refused
-        failed = [text for text in self.gather(error and str(error)) if text]
-        if error:
+        failed = [rank for rank, refused in enumerate(self.gather(error is not None)) if refused]
+        if error and failed[0] == self.rank:
             raise error
         if failed:
-            raise ElsewhereRefused(failed[0])
+            raise ElsewhereRefused(f"refused by rank {failed[0]}")
         return result
 
     def first(self, function: Callable[[], T]) -> T:
@@ -219,8 +220,19 @@ def join(device: torch.device) -> Iterator[World]:
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise Refused(f"the processes cannot connect through {address}: {str(error).splitlines()[0]}") from error
+    world = World(where, control)
     try:
-        yield World(where, control)
+        yield world
+    except ElsewhereRefused:
+        raise
+    except Refused as error:
+        raise error if world.is_first else Refused(f"{world.name}: {error}") from error
+    except RuntimeError as error:
+        if not any(words in str(error).lower() for words in LOST):
+            error.add_note(f"on {world.name}")
+            raise
+        reason = re.sub(r"^\[\S*\] ", "", str(error).splitlines()[0]).split(". ")[0]  # without gloo's source line
+        raise Refused(f"{world.name}: another process has ended or does not answer ({reason})") from error
     finally:
         dist.destroy_process_group()
 

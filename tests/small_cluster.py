@@ -15,9 +15,13 @@ import pickle
 import socket
 import subprocess
 import sys
+import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+KILLED = "killed"  # instead of what a process would have returned
 
 
 def free_port() -> int:
@@ -26,8 +30,9 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def on_ranks(file: str, name: str, ranks: tuple[int, ...], timeout_s: float = 240) -> dict[int, list[Any]]:
-    """{number of processes: what the function has returned on each of them, by rank}. It is called with the `World`."""
+def on_ranks(file: str, name: str, ranks: Sequence[int], timeout_s: float = 240) -> list[list[Any]]:
+    """For each number of processes: what the function has returned on each of them, by rank, or `KILLED`. It is called
+    with the `World`."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, file, name, *map(str, ranks)]
     result = subprocess.run(command, env=environment, capture_output=True, timeout=timeout_s)
@@ -39,12 +44,15 @@ def _child(function: Any, place: dict[str, int], results: Any) -> None:
     import torch
 
     from sra_fast.distributed import join
+    from sra_fast.errors import Refused
 
     os.environ |= {name: str(value) for name, value in place.items()}
     torch.set_num_threads(1)
     try:
         with join(torch.device("cpu")) as world:
             answer = place["RANK"], function(world), ""
+    except Refused as error:
+        answer = place["RANK"], f"{type(error).__name__}: {error}", ""
     except BaseException:
         answer = place["RANK"], None, traceback.format_exc()
     results.put(pickle.dumps(answer))  # bytes: the queue would share the memory of tensors, which ends with the process
@@ -54,7 +62,7 @@ def _main() -> None:
     file, name, *ranks = sys.argv[1:]
     sys.path.insert(0, str(Path(file).parent))
     function = getattr(importlib.import_module(Path(file).stem), name)
-    context, found = multiprocessing.get_context("fork"), {}
+    context, found = multiprocessing.get_context("fork"), []
     for size in map(int, ranks):
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         results = context.SimpleQueue()
@@ -62,12 +70,18 @@ def _main() -> None:
         children = [context.Process(target=_child, args=(function, place, results)) for place in places]
         for child in children:
             child.start()
-        answers = sorted((pickle.loads(results.get()) for _ in children), key=lambda answer: answer[0])
+        answers = []
+        while len(answers) < size and (any(child.is_alive() for child in children) or not results.empty()):
+            if not results.empty():
+                answers.append(pickle.loads(results.get()))
+            time.sleep(0.01)
         for child in children:
             child.join()
+        answers += [(r, KILLED, "") for r in range(size) if r not in {answer[0] for answer in answers}]
+        answers.sort(key=lambda answer: answer[0])
         if errors := [f"rank {rank} of {size}:\n{error}" for rank, _, error in answers if error]:
             sys.exit("\n".join(errors))
-        found[size] = [value for _, value, _ in answers]
+        found.append([value for _, value, _ in answers])
     sys.stdout.buffer.write(pickle.dumps(found))
 
 

@@ -112,7 +112,8 @@ def both(world: World) -> tuple[dict[str, list[str]], dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def results() -> dict[int, list[Any]]:
-    return on_ranks(__file__, "both", (1, 2, 3, 4))
+    sizes = (1, 2, 3, 4)
+    return dict(zip(sizes, on_ranks(__file__, "both", sizes), strict=True))
 
 
 @pytest.mark.parametrize("name", ORDERED)

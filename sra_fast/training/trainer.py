@@ -76,6 +76,9 @@ class Trainer:
             set_deterministic(True)
         Backends.resolve(config, self.hardware)  # refuses what is not available
         train = config.train.on(self.world.size)
+        if config.deterministic and self.world.size > 1 and train.reduction == "fast":
+            rule = "needs --train.reduction ordered, and a --train.micro-batch, on several processes"
+            raise Refused("deterministic", True, rule)
         if config.data.images == DIGITS_FOLDER and self.world.is_first:
             write_digits(Path(DIGITS_FOLDER))
         self.world.barrier()
