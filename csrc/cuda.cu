@@ -214,11 +214,12 @@ __device__ double tree(double sum) {
 }
 
 template <class G>
-__global__ void __launch_bounds__(THREADS) square_sum_kernel(const __grid_constant__ Launch launch, double* sums) {
+__global__ void __launch_bounds__(THREADS)
+    square_sum_kernel(const __grid_constant__ Launch launch, std::int64_t chunk, double* sums) {
   const int block = static_cast<int>(blockIdx.x), which = part_of(launch, block);
   const Part& part = launch.parts[which];
-  const std::int64_t begin = std::int64_t{block - launch.first[which]} * NORM_CHUNK;
-  const std::int64_t end = min(begin + NORM_CHUNK, part.parameter.size);
+  const std::int64_t begin = std::int64_t{block - launch.first[which]} * chunk;
+  const std::int64_t end = min(begin + chunk, part.parameter.size);
   double lanes[VECTOR] = {};
   for (std::int64_t at = begin + VECTOR * threadIdx.x; at < end; at += NORM_LANES) {
     G g[VECTOR] = {};
@@ -292,9 +293,9 @@ void update_for(
 }
 
 template <class G>
-void norm_of(const std::vector<Parameter>& parameters, double* sums, cudaStream_t stream) {
-  for_each_launch(parameters, NORM_CHUNK, sizeof(G), 1, [&](const Launch& launch, int blocks, std::int64_t before) {
-    start("gradient_norm", square_sum_kernel<G>, blocks, THREADS, stream, launch, sums + before);
+void square_sums_of(const std::vector<Parameter>& parameters, std::int64_t chunk, double* sums, cudaStream_t stream) {
+  for_each_launch(parameters, chunk, sizeof(G), 1, [&](const Launch& launch, int blocks, std::int64_t before) {
+    start("square_sums", square_sum_kernel<G>, blocks, THREADS, stream, launch, chunk, sums + before);
   });
 }
 
@@ -329,21 +330,18 @@ void cuda_update(
   }
 }
 
-std::int64_t cuda_norm_sums(const std::vector<Parameter>& parameters) {
-  std::vector<std::int64_t> first;
-  return std::max<std::int64_t>(1, count_chunks(parameters, NORM_CHUNK, first));
+void cuda_square_sums(
+    const std::vector<Parameter>& parameters, Dtype dtype, std::int64_t chunk, double* sums, void* stream) {
+  cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
+  switch (dtype) {
+    case Dtype::float32: return square_sums_of<float>(parameters, chunk, sums, cuda_stream);
+    case Dtype::bfloat16: return square_sums_of<Bfloat16>(parameters, chunk, sums, cuda_stream);
+    case Dtype::float16: return square_sums_of<Float16>(parameters, chunk, sums, cuda_stream);
+  }
 }
 
-void cuda_norm(const std::vector<Parameter>& parameters, Dtype dtype, double* sums, float* norm, void* stream) {
-  cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
-  std::vector<std::int64_t> first;
-  const std::int64_t count = count_chunks(parameters, NORM_CHUNK, first);
-  switch (dtype) {
-    case Dtype::float32: norm_of<float>(parameters, sums, cuda_stream); break;
-    case Dtype::bfloat16: norm_of<Bfloat16>(parameters, sums, cuda_stream); break;
-    case Dtype::float16: norm_of<Float16>(parameters, sums, cuda_stream); break;
-  }
-  start("gradient_norm", total_kernel, 1, THREADS, cuda_stream, sums, count, norm);
+void cuda_norm(const double* sums, std::int64_t count, float* norm, void* stream) {
+  start("gradient_norm", total_kernel, 1, THREADS, static_cast<cudaStream_t>(stream), sums, count, norm);
 }
 
 }  // namespace sra

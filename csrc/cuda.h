@@ -28,9 +28,11 @@ void cuda_update(
     const std::vector<Parameter>& parameters, const Update& update, Settings settings, const DeviceScalars& scalars,
     const std::vector<double>& decays, void* workspace, void* stream);
 
-// Number of float64 values that `cuda_norm` needs for `sums`, at least one.
-std::int64_t cuda_norm_sums(const std::vector<Parameter>& parameters);
+// The sums of squares of each `chunk` gradients of each parameter, in the order of arithmetic.h, into `sums`.
+void cuda_square_sums(
+    const std::vector<Parameter>& parameters, Dtype dtype, std::int64_t chunk, double* sums, void* stream);
 
-void cuda_norm(const std::vector<Parameter>& parameters, Dtype dtype, double* sums, float* norm, void* stream);
+// The root of the sum of `count` such sums.
+void cuda_norm(const double* sums, std::int64_t count, float* norm, void* stream);
 
 }  // namespace sra

@@ -251,25 +251,24 @@ std::vector<sra::Parameter> as_parameters(const Tensors& gradients) {
   return parameters;
 }
 
-Tensor square_sums_on_cpu(Tensors gradients) {
+Tensor square_sums_on_cpu(Tensors gradients, std::int64_t chunk) {
   const std::vector<sra::Parameter> parameters = as_parameters(gradients);
   const sra::Dtype dtype = dtype_of(gradients[0]);
   const std::size_t size = dtype == sra::Dtype::float32 ? 4 : 2;
   std::vector<std::int64_t> first;
-  const std::int64_t chunks = sra::count_chunks(parameters, sra::NORM_CHUNK, first);
+  const std::int64_t chunks = sra::count_chunks(parameters, chunk, first);
   Tensor result = torch::stable::new_empty(gradients[0], {chunks}, ScalarType::Double);
   double* sums = static_cast<double*>(result.mutable_data_ptr());
   const sra::Cpu& cpu = sra::best_cpu();
-  for_each_chunk(
-      parameters, sra::NORM_CHUNK, [&](std::size_t which, std::int64_t begin, std::int64_t count, std::int64_t i) {
-        const char* gradient = static_cast<const char*>(parameters[which].gradient);
-        sums[i] = cpu.square_sum(gradient + static_cast<std::size_t>(begin) * size, count, dtype);
-      });
+  for_each_chunk(parameters, chunk, [&](std::size_t which, std::int64_t begin, std::int64_t count, std::int64_t i) {
+    const char* gradient = static_cast<const char*>(parameters[which].gradient);
+    sums[i] = cpu.square_sum(gradient + static_cast<std::size_t>(begin) * size, count, dtype);
+  });
   return result;
 }
 
 Tensor norm_on_cpu(Tensors gradients) {
-  const Tensor sums = square_sums_on_cpu(gradients);
+  const Tensor sums = square_sums_on_cpu(gradients, sra::NORM_CHUNK);
   Tensor norm = torch::stable::new_empty(gradients[0], {}, ScalarType::Float);
   const double sum = sra::total(static_cast<const double*>(sums.const_data_ptr()), sums.numel());
   scalar<float>(norm) = static_cast<float>(std::sqrt(sum));
@@ -339,20 +338,24 @@ void update_on_cuda(
       parameters, update, {beta1, beta2, eps}, scalars, weight_decay, workspace.mutable_data_ptr(), on.stream);
 }
 
-// (sums over chunks, norm)
-std::pair<Tensor, Tensor> sums_and_norm_on_cuda(Tensors gradients) {
+Tensor square_sums_on_cuda(Tensors gradients, std::int64_t chunk) {
   const std::vector<sra::Parameter> parameters = as_parameters(gradients);
   const OnDevice on(gradients[0]);
-  const Tensor sums = torch::stable::new_empty(gradients[0], {sra::cuda_norm_sums(parameters)}, ScalarType::Double);
-  Tensor norm = torch::stable::new_empty(gradients[0], {}, ScalarType::Float);
-  sra::cuda_norm(
-      parameters, dtype_of(gradients[0]), static_cast<double*>(sums.mutable_data_ptr()), &scalar<float>(norm),
-      on.stream);
-  return {sums, norm};
+  std::vector<std::int64_t> first;
+  const std::int64_t chunks = sra::count_chunks(parameters, chunk, first);
+  const Tensor sums = torch::stable::new_empty(gradients[0], {chunks}, ScalarType::Double);
+  sra::cuda_square_sums(
+      parameters, dtype_of(gradients[0]), chunk, static_cast<double*>(sums.mutable_data_ptr()), on.stream);
+  return sums;
 }
 
-Tensor square_sums_on_cuda(Tensors gradients) { return sums_and_norm_on_cuda(gradients).first; }
-Tensor norm_on_cuda(Tensors gradients) { return sums_and_norm_on_cuda(gradients).second; }
+Tensor norm_on_cuda(Tensors gradients) {
+  const Tensor sums = square_sums_on_cuda(gradients, sra::NORM_CHUNK);
+  const OnDevice on(gradients[0]);
+  Tensor norm = torch::stable::new_empty(gradients[0], {}, ScalarType::Float);
+  sra::cuda_norm(static_cast<const double*>(sums.const_data_ptr()), sums.numel(), &scalar<float>(norm), on.stream);
+  return norm;
+}
 
 #endif
 
@@ -374,7 +377,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sra_fast, library) {
       " Tensor ema_decay, Tensor clip, Tensor loss_scale, int[] group, float[] weight_decay, float beta1, float beta2,"
       " float eps, bool zero_gradients) -> ()");
   library.def("gradient_norm(Tensor[] gradients) -> Tensor");
-  library.def("square_sums(Tensor[] gradients) -> Tensor");
+  library.def("square_sums(Tensor[] gradients, int chunk) -> Tensor");
   library.def("cuda_is_ready() -> bool");
 }
 

@@ -125,8 +125,9 @@ void test_norm(Dtype dtype, const std::vector<Sizes>& sizes, float last = 0) {
               std::min(sra::NORM_CHUNK, list[i].size - at), dtype));
   }
   float norm = -1;
-  std::vector<double> sums(std::size_t(sra::cuda_norm_sums(list)), -1.0);
-  sra::cuda_norm(list, dtype, sums.data(), &norm, nullptr);
+  std::vector<double> sums(chunks.size(), -1.0);
+  sra::cuda_square_sums(list, dtype, sra::NORM_CHUNK, sums.data(), nullptr);
+  sra::cuda_norm(sums.data(), std::int64_t(sums.size()), &norm, nullptr);
   const float right = static_cast<float>(std::sqrt(sra::total(chunks.data(), std::int64_t(chunks.size()))));
   const bool same = std::isnan(right) ? std::isnan(norm) : norm == right;
   expect(same, "the norm of %zu tensors of dtype %d: %a, not %a", sizes.size(), int(dtype), norm, right);

@@ -56,27 +56,30 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
     return torch.ops.sra_fast.gradient_norm(gradients)
 
 
-def square_sums(gradients: Sequence[Tensor]) -> Tensor:
-    """Sums of squares over each `CHUNK` elements of each tensor, in this order: (N,) float64.
+def square_sums_ref(gradients: Sequence[Tensor], chunk: int) -> Tensor:
+    """Reference of `square_sums`, by adding halves, in an order that does not depend on the number of chunks; arguments
+    as there, but chunk must be a power of two."""
+    return torch.cat([_square_sums(gradient.reshape(-1), chunk) for gradient in gradients])
+
+
+def _square_sums(gradient: Tensor, chunk: int) -> Tensor:
+    squares = torch.nn.functional.pad(gradient, (0, -len(gradient) % chunk)).view(-1, chunk).double().square()
+    while squares.shape[1] > 1:
+        first, second = squares.chunk(2, dim=1)
+        squares = first + second
+    return squares[:, 0]
+
+
+def square_sums(gradients: Sequence[Tensor], chunk: int) -> Tensor:
+    """Sums of squares over each `chunk` elements of each tensor, in this order: (N,) float64.
 
     They do not depend on where else the tensors' elements are, so that processes which each have some chunks of a
     gradient find the same norm, whatever their number.
 
     Args:
-        gradients: as `gradient_norm` takes them, each of at least one element.
+        gradients: as `gradient_norm` takes them.
     """
-    if not library.why_unavailable(on_gpu=gradients[0].is_cuda):
-        return torch.ops.sra_fast.square_sums(gradients)
-    return torch.cat([_square_sums(gradient.reshape(-1)) for gradient in gradients])
-
-
-def _square_sums(gradient: Tensor) -> Tensor:
-    """The same in plain PyTorch, by adding halves, in an order that does not depend on the number of chunks."""
-    squares = torch.nn.functional.pad(gradient, (0, -len(gradient) % CHUNK)).view(-1, CHUNK).double().square()
-    while squares.shape[1] > 1:
-        first, second = squares.chunk(2, dim=1)
-        squares = first + second
-    return squares[:, 0]
+    return torch.ops.sra_fast.square_sums(gradients, chunk)
 
 
 if not library.why_unavailable():
@@ -86,6 +89,6 @@ if not library.why_unavailable():
         return gradients[0].new_empty((), dtype=torch.float32)
 
     @torch.library.register_fake("sra_fast::square_sums")
-    def _(gradients):
-        chunks = sum(-(-gradient.numel() // CHUNK) for gradient in gradients)
+    def _(gradients, chunk):
+        chunks = sum(-(-gradient.numel() // chunk) for gradient in gradients)
         return gradients[0].new_empty(chunks, dtype=torch.float64)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from update_lists import BF16, FP16, FP32, compiled, threads, words
 
-from sra_fast.kernels.gradient_norm import gradient_norm, gradient_norm_ref
+from sra_fast.kernels import library
+from sra_fast.kernels.gradient_norm import gradient_norm, gradient_norm_ref, square_sums, square_sums_ref
 
 either = pytest.mark.parametrize(
     "norm_of",
@@ -225,3 +226,18 @@ def test_sizes_beyond_32_bits() -> None:
     assert last_bits(gradient_norm([gradient]), math.sqrt(size - 1 + 2.0**40)) < 0.501
     gradient[-7:] = math.nan
     assert gradient_norm([gradient]).isnan()
+
+
+@pytest.mark.parametrize("chunk", [128, 4096])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_squares_of_chunks_do_not_depend_on_where_these_are(chunk: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(5 * chunk + 7, generator=generator).to(dtype)
+    expected = torch.stack([part.double().square().sum() for part in gradient.split(chunk)])
+    pieces = [gradient[: 2 * chunk], gradient[2 * chunk : 5 * chunk], gradient[5 * chunk :]]
+    for function in (square_sums_ref, square_sums):
+        if function is square_sums and library.why_unavailable():
+            continue
+        sums = function([gradient], chunk)
+        torch.testing.assert_close(sums, expected, rtol=1e-13, atol=0)
+        assert torch.equal(function(pieces, chunk), sums)

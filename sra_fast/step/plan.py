@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-LARGEST_GRAIN, SMALLEST_GRAIN = 1 << 16, 1 << 7
+LARGEST_GRAIN, SMALLEST_GRAIN = 1 << 12, 1 << 7
 GRAINS = 256  # at least that many in a model, if they are not the smallest
 ALIGNMENT = 128  # elements, of parameters: 256 bytes of bf16. Compiled code copies what is aligned less.
 BUCKET = 1 << 25  # elements: 64 MB of bf16, two blocks of SiT-XL; smaller ones are bound by latency

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from sra_fast.distributed import World
-from sra_fast.kernels.gradient_norm import CHUNK, square_sums
+from sra_fast.kernels import library
+from sra_fast.kernels.gradient_norm import square_sums, square_sums_ref
 from sra_fast.step import tree
 from sra_fast.step.plan import Piece, Plan
 from sra_fast.step.tree import Node, Sums
@@ -73,6 +74,7 @@ class Synchronisation:
         self._pieces, self._is_sharded = list(zip(pieces, shapes, strict=True)), is_sharded
         whole = {piece.name: piece for piece in plan.whole()}
         self._places = [whole[name] for name in names]
+        self._square_sums = square_sums_ref if library.why_unavailable(device.type == "cuda") else square_sums
         self._grains = _order_of_grains(plan).to(device)
         self._buffers = self._new_buffers()
 
@@ -144,11 +146,7 @@ class Synchronisation:
 
     def _norm(self, buffers: Sequence[Tensor]) -> Tensor:
         """The norm of the whole gradient, of which this process has its own slices."""
-        grain = self._plan.grain
-        slices = [self._world.slice_of(buffer) for buffer in buffers]
-        if grain != CHUNK:
-            slices = [part for own in slices for part in own.split(grain)]
-        sums = square_sums(slices)
+        sums = self._square_sums([self._world.slice_of(buffer) for buffer in buffers], self._plan.grain)
         gathered = sums.new_empty(self._world.size * len(sums))
         self._world.slice_of(gathered).copy_(sums)
         _wait([self._world.all_gather(gathered)])
