@@ -127,6 +127,42 @@ def test_the_collectives_of_a_step_are_those_of_the_plan(sharded: bool, tmp_path
     assert sum(sums) == (0 if sharded else len(plan.buckets)) + 1
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_sum_of_a_bucket_begins_while_the_next_is_computed(accumulate: int, monkeypatch) -> None:
+    monkeypatch.setattr("sra_fast.step.start.BUCKET", 20_000)
+    begun: list[str] = []
+    monkeypatch.setattr(World, "reduce_scatter", lambda self, tensor: begun.append("sum"))
+    monkeypatch.setattr(World, "all_reduce", lambda self, tensor: None)
+    monkeypatch.setattr(World, "all_gather", lambda self, tensor: None)
+    config = Config(
+        model=ModelConfig(depth=3, hidden=64, heads=2, input_size=8, channels=1, classes=4),
+        optim=OptimConfig(shard="world"),
+        train=TrainConfig(batch=2 * accumulate, accumulate=accumulate),
+    )
+    state, step = start(config, REFERENCE, torch.device("cpu"), torch.float32, World(Place(0, 2, 0)))
+    for name, parameter in zip(state.trained_names, state.trained, strict=True):
+        parameter.register_hook(lambda gradient, name=name: begun.append(name))  # after the sum's own hook
+    numbers = torch.arange(accumulate)
+    batch = Batch(torch.randn(accumulate, 1, 8, 8), numbers % 4, numbers)
+    step(state, batch, torch.tensor(1e-3), torch.tensor(0.5))
+    buckets = plan_of(config, 2).buckets
+    assert len(buckets) > 4
+    assert begun.count("sum") == len(buckets)
+    count = len(state.trained_names)
+    before = count * (accumulate - 1)
+    assert "sum" not in begun[:before], "only the last micro-batch completes a gradient"
+    first = begun.index("sum") - before
+    assert first < count / 2
+    done: set[str] = set()
+    sums = 0
+    for event in begun[before:]:
+        if event == "sum":
+            complete = [bucket for bucket in buckets if len({p.name for p in bucket.parameters} - done) <= 1]
+            sums += 1
+            assert len(complete) >= sums, "a sum begins when a bucket's last gradient is complete"
+        done.add(event)
+
+
 def test_a_small_bucket_and_a_large_parameter() -> None:
     sizes = [100, 70_000, 5, 300]
     plan = Plan.create([Parameter(str(i), size) for i, size in enumerate(sizes)], 3, bucket=1000)

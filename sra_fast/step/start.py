@@ -11,7 +11,7 @@ from sra_fast.distributed import ALONE, World
 from sra_fast.kernels.perturb import Stored
 from sra_fast.model.backends import Backends
 from sra_fast.model.transformer import Transformer
-from sra_fast.step.plan import Parameter, Plan, backward_order
+from sra_fast.step.plan import BUCKET, Parameter, Plan, backward_order
 from sra_fast.step.state import TrainState, trained_names
 from sra_fast.step.step import TrainingStep
 from sra_fast.step.sync import Synchronisation
@@ -50,19 +50,23 @@ def start(
     whole = {piece.name: piece for piece in plan.whole()}
     pieces = plan.pieces(world.rank) if is_sharded else [whole[name] for name in state.adam_m]
     micro_batches = train.micro_batches // world.size
-    sent = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(train.reduce_dtype)
+    is_ordered = train.reduction == "ordered"
+    auto = dtype if is_ordered or micro_batches == 1 else torch.float32
+    sent = auto if is_ordered else {"bf16": torch.bfloat16, "fp32": torch.float32}.get(train.reduce_dtype, auto)
     sync = Synchronisation(
         plan,
         world,
         state.trained_names,
         pieces,
         [state.weights[piece.name].shape for piece in pieces],
-        sent or (dtype if micro_batches == 1 else torch.float32),
-        train.reduction == "ordered",
+        sent,
+        is_ordered,
         micro_batches,
         is_sharded,
         device,
     )
+    if not is_ordered:
+        sync.watch(state.trained)
     return state, TrainingStep(config, backends, device, stored, sync, world.size)
 
 
@@ -79,4 +83,4 @@ def plan_of(config: Config, ranks: int) -> Plan:
     in_teacher = {name for name, _ in teacher.named_parameters()}
     sizes = {name: parameter.numel() for name, parameter in student.named_parameters()}
     order = backward_order(trained_names(config, sizes), config.taps[0])
-    return Plan.create([Parameter(name, sizes[name], name in in_teacher) for name in order], ranks)
+    return Plan.create([Parameter(name, sizes[name], name in in_teacher) for name in order], ranks, BUCKET)

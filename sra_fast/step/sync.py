@@ -14,6 +14,7 @@ is the sum of squares over grains, each computed by the process that owns it, ad
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -46,7 +47,7 @@ class Synchronisation:
         names: of the parameters, in the order of the gradients.
         pieces: what this process updates.
         shapes: of their weights.
-        dtype: of the gradients that are communicated, if the reduction is fast or sums a single micro-batch.
+        dtype: of the gradients that are communicated, if the reduction is fast; otherwise of the networks.
         ordered: whether sums are in one fixed tree.
         micro_batches: that every process computes.
         is_sharded: whether the pieces are those of this process's slices, rather than whole parameters.
@@ -77,6 +78,16 @@ class Synchronisation:
         self._square_sums = square_sums_ref if library.why_unavailable(device.type == "cuda") else square_sums
         self._grains = _order_of_grains(plan).to(device)
         self._buffers = self._new_buffers()
+        # Of the backward pass in progress: the number of its micro-batch, and how many gradients each bucket lacks.
+        self._micro_batch: int | None = None
+        self._missing: list[int] = []
+        self._works: list[object] = []
+
+    def watch(self, parameters: Sequence[Tensor]) -> None:
+        """Take the gradients of these parameters, in the order of `names`, out of the backward pass: the sum of a
+        bucket, if it is fast, then begins when its last gradient is complete, while others are still being computed."""
+        for parameter, place in zip(parameters, self._places, strict=True):
+            parameter.register_hook(partial(self._take, place))
 
     def reduce(self, micro_batches: Iterable[MicroBatch]) -> Reduced:
         """Sum the micro-batches of all processes. A collective.
@@ -88,20 +99,33 @@ class Synchronisation:
         norm = self._norm(buffers)
         if self._ordered and not self._is_sharded:  # so far, only the own slices are sums
             _wait(self._world.all_gather(buffer) for buffer in buffers)
-        gradients = [
-            buffers[piece.bucket][piece.offset : piece.offset + _size(piece)].view(shape)
-            for piece, shape in self._pieces
-        ]
-        return Reduced(gradients, losses, norm)
+        return Reduced([self._view(buffers, piece, shape) for piece, shape in self._pieces], losses, norm)
 
     def _sum_fast(self, micro_batches: Iterable[MicroBatch]) -> tuple[list[Tensor], Tensor]:
-        losses = torch.zeros(3, device=self._device)
-        for number, (gradients, more_losses) in enumerate(micro_batches):
-            self._fill(self._buffers, gradients, add=number > 0)
+        losses, parts = torch.zeros(3, device=self._device), iter(micro_batches)
+        for number in range(self._count):
+            self._micro_batch = number
+            self._missing = [len(bucket.parameters) for bucket in self._plan.buckets]
+            _, more_losses = next(parts)  # `_take` has the gradients
             losses = losses + more_losses
-        collective = self._world.reduce_scatter if self._is_sharded else self._world.all_reduce
-        _wait([*map(collective, self._buffers), self._world.all_reduce(losses)])
+        self._micro_batch = None
+        works, self._works = self._works, []
+        _wait([*works, self._world.all_reduce(losses)])
         return self._buffers, losses
+
+    def _take(self, place: Piece, gradient: Tensor) -> None:
+        """Add a gradient to its bucket, and begin the sum over all processes if it was the last one."""
+        if self._micro_batch is None:
+            return
+        view = self._view(self._buffers, place, gradient.shape)
+        if self._micro_batch:
+            view.add_(gradient)
+        else:
+            view.copy_(gradient)
+        self._missing[place.bucket] -= 1
+        if not self._missing[place.bucket] and self._micro_batch == self._count - 1:
+            collective = self._world.reduce_scatter if self._is_sharded else self._world.all_reduce
+            self._works.append(collective(self._buffers[place.bucket]))
 
     def _sum_in_order(self, micro_batches: Iterable[MicroBatch]) -> tuple[list[Tensor], Tensor]:
         """Buffers in which the own slices are sums over all processes."""
@@ -152,13 +176,16 @@ class Synchronisation:
         _wait([self._world.all_gather(gathered)])
         return gathered[self._grains].sum().sqrt().float()
 
-    def _fill(self, buffers: Sequence[Tensor], gradients: Sequence[Tensor], add: bool = False) -> None:
-        """Copy the gradients into flat buffers, or add them."""
-        views = [
-            buffers[place.bucket][place.offset : place.offset + _size(place)].view(gradient.shape)
-            for place, gradient in zip(self._places, gradients, strict=True)
-        ]
-        (torch._foreach_add_ if add else torch._foreach_copy_)(views, list(gradients))
+    def _fill(self, buffers: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Copy the gradients into flat buffers."""
+        pairs = zip(self._places, gradients, strict=True)
+        views = [self._view(buffers, place, gradient.shape) for place, gradient in pairs]
+        torch._foreach_copy_(views, list(gradients))
+
+    @staticmethod
+    def _view(buffers: Sequence[Tensor], piece: Piece, shape: torch.Size) -> Tensor:
+        """A piece's elements of flat buffers."""
+        return buffers[piece.bucket][piece.offset : piece.offset + piece.stop - piece.start].view(shape)
 
     def _new_buffers(self) -> list[Tensor]:
         """Zeros, because what lies between the parameters must not count for the norm."""
@@ -176,10 +203,6 @@ def _order_of_grains(plan: Plan) -> Tensor:
 def _add(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
     torch._foreach_add_(first, second)
     return first
-
-
-def _size(piece: Piece) -> int:
-    return piece.stop - piece.start
 
 
 def _wait(works: Iterable[object]) -> None:
