@@ -60,6 +60,7 @@ def trained(world: World, config: Config, dtype: torch.dtype = FP32) -> dict[str
     rows = [[float(x) for x in step(state, batch(number, world), lr, weight)] for number in range(STEPS)]
     if state.shard:
         state.shard.gather()
+        state.shard.wait()
     networks = {
         f"{network}.{name}": parameter.detach()
         for network in ("student", "teacher")

@@ -163,6 +163,46 @@ def test_the_sum_of_a_bucket_begins_while_the_next_is_computed(accumulate: int, 
         done.add(event)
 
 
+def test_a_network_waits_for_a_bucket_when_it_comes_to_its_modules(monkeypatch) -> None:
+    monkeypatch.setattr("sra_fast.step.start.BUCKET", 10_000)
+    events: list[str] = []
+
+    class Work:
+        def __init__(self, copy: torch.Tensor) -> None:
+            self.copy = copy
+
+        def wait(self) -> None:
+            events.append(f"copy {names[self.copy.data_ptr()]}")
+
+    config = Config(
+        model=ModelConfig(depth=3, hidden=64, heads=2, input_size=8, channels=1, classes=4),
+        optim=OptimConfig(shard="world"),
+        train=TrainConfig(batch=2),
+    )
+    state, step = start(config, REFERENCE, torch.device("cpu"), torch.float32, World(Place(0, 2, 0)))
+    assert state.shard
+    copies = {"student": state.shard.student, "teacher": state.shard.teacher}
+    names = {copy.data_ptr(): (who, i) for who, flats in copies.items() for i, copy in enumerate(flats)}
+    monkeypatch.setattr(World, "all_gather", lambda self, tensor: Work(tensor) if tensor.data_ptr() in names else None)
+    buckets = {"student": {}, "teacher": {}}
+    for who, found in buckets.items():
+        for piece in state.shard.plan.whole():
+            found.setdefault(piece.name.split(".")[1] if piece.name.startswith("blocks.") else "", set()).add(
+                piece.bucket
+            )
+        for number, block in enumerate(getattr(state, who).blocks):
+            block.register_forward_pre_hook(lambda *_, who=who, number=number: events.append(f"{who} {number}"))
+    state.shard.gather()
+    batch = Batch(torch.randn(1, 1, 8, 8), torch.tensor([1]), torch.tensor([0]))
+    step.losses(state, batch, torch.tensor(0.5))
+    for who, count in (("student", 3), ("teacher", 2)):
+        for number in range(count):
+            place = events.index(f"{who} {number}")
+            for bucket in buckets[who][str(number)]:
+                assert f"copy {(who, bucket)}" in events[:place]
+    assert f"copy {('student', 0)}" not in events[: events.index("student 0")], "the last block's comes later"
+
+
 def test_a_small_bucket_and_a_large_parameter() -> None:
     sizes = [100, 70_000, 5, 300]
     plan = Plan.create([Parameter(str(i), size) for i, size in enumerate(sizes)], 3, bucket=1000)

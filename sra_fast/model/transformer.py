@@ -13,7 +13,7 @@ Sources: Peebles and Xie, "Scalable Diffusion Models with Transformers" (DiT), 2
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -186,6 +186,8 @@ class Transformer(nn.Module):
             if getattr(config, name) <= 0:
                 raise Refused(f"model.{name.replace('_', '-')}", getattr(config, name), "must be positive")
         self.config, self.backends = config, backends
+        self.before: Callable[[str], None] = _nothing
+        """Called with the prefix of a module's parameters, such as "blocks.3.", before they are used."""
         self.x_embedder = PatchEmbed(config.patch, config.channels, config.hidden)
         self.t_embedder = TimestepEmbedder(config.hidden)
         self.y_embedder = LabelEmbedder(config.classes, config.hidden)
@@ -208,17 +210,21 @@ class Transformer(nn.Module):
             (prediction (B, C_out, H, W), features (B, T, D) or None), in the weights' dtype.
         """
         depth = self.config.depth
+        self._before_beginning()
         x, h, vectors = self.begin(x, t, self.y_embedder(labels), PER_BLOCK * depth + PER_FINAL_LAYER)
         features = None
         for number, (block, modulation) in enumerate(zip(self.blocks, seams(vectors), strict=True), start=1):
             x, h = self._run(block, number, x, h, *modulation)  # 2 x (B, T, D)
             if number == tap:
+                self.before("ap_head.")
                 features = self.ap_head(x)  # (B, T, D)
+        self.before("final_layer.")
         return self._unpatchify(self.final_layer(h)), features
 
     def features(self, x: Tensor, t: Tensor, labels: Tensor, tap: int) -> Tensor:
         """Output of block `tap` (1-based), (B, T, D). Later blocks, head and final layer are not run. Arguments as
         `forward`."""
+        self._before_beginning()
         x, h, vectors = self.begin(x, t, self.y_embedder(labels), PER_BLOCK * tap)
         for number, (block, modulation) in enumerate(zip(self.blocks[:tap], seams(vectors), strict=True), start=1):
             x, h = self._run(block, number, x, h, *modulation)
@@ -261,9 +267,14 @@ class Transformer(nn.Module):
         vectors = F.linear(condition, weight, bias).unflatten(-1, (count, -1))
         return tokens, self.backends.adaln(tokens, vectors[:, :PER_NORM]), vectors
 
+    def _before_beginning(self) -> None:
+        for module in ("x_embedder.", "t_embedder.", "y_embedder.", "modulation."):
+            self.before(module)
+
     def _run(
         self, block: nn.Module, number: int, x: Tensor, h: Tensor, middle: Tensor, end: Tensor
     ) -> tuple[Tensor, Tensor]:
+        self.before(f"blocks.{number - 1}.")
         every = self.config.checkpoint_every
         if every and number % every == 0 and torch.is_grad_enabled():
             # Nothing in a block is random, and CUDA graph capture does not allow reading a generator's state.
@@ -275,6 +286,10 @@ class Transformer(nn.Module):
         side, patch = self.config.input_size // self.config.patch, self.config.patch
         patches = patches.unflatten(1, (side, side)).unflatten(3, (patch, patch, -1))  # (B, h, w, p, q, C_out)
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def _nothing(_: str) -> None:
+    """Parameters are there."""
 
 
 def seams(vectors: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

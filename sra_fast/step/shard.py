@@ -10,12 +10,17 @@ Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sra_fast.distributed import World
+from sra_fast.model.transformer import Transformer
 from sra_fast.step.plan import Piece, Plan
+
+if TYPE_CHECKING:
+    from torch.distributed import Work
 
 
 class Shard:
@@ -39,6 +44,7 @@ class Shard:
         device: torch.device,
     ) -> None:
         self.plan, self.world, self.shapes, self._names = plan, world, shapes, list(names)
+        self._works: dict[int, Work] = {}  # of `gather`, by the address of what they fill
         self.pieces: dict[str, Piece] = {piece.name: piece for piece in plan.pieces(world.rank)}
         """Of this process, by the parameters' names; a parameter has one piece at most in a slice."""
         self.student = [torch.zeros(bucket.size, dtype=dtype, device=device) for bucket in plan.buckets]
@@ -55,14 +61,24 @@ class Shard:
         }
         return pieces | {name: tensor for name, tensor in tensors.items() if name not in self.shapes}
 
-    def attach(self, network: nn.Module, copies: list[Tensor]) -> None:
-        """Make the network's trained parameters views of the copies, without changing their values."""
+    def attach(self, network: Transformer, copies: list[Tensor]) -> None:
+        """Make the network's trained parameters views of the copies, without changing their values; before it uses
+        them, it waits for what `gather` has begun to fetch."""
         parameters = dict(network.named_parameters())
         for piece in self.plan.whole():
             if (parameter := parameters.get(piece.name)) is not None:
                 view = _part(copies, piece).view(self.shapes[piece.name])
                 view.copy_(parameter.detach())
                 parameter.data = view
+        buckets: dict[str, set[int]] = {}
+        for piece in self.plan.whole():
+            buckets.setdefault(_module(piece.name), set()).add(piece.bucket)
+
+        def wait(module: str) -> None:
+            for bucket in buckets.get(module, ()):
+                self._wait(copies[bucket])
+
+        network.before = wait
 
     def own(self, copies: list[Tensor], piece: Piece) -> Tensor:
         """The copy of a piece; empty if the network has none."""
@@ -75,13 +91,23 @@ class Shard:
                 if (copy := _part(copies, piece)).numel():
                     copy.copy_(pieces[name])
         self.gather()
+        self.wait()
 
     @torch.no_grad()
     def gather(self) -> None:
-        """Fetch the slices of the other processes, of both networks."""
-        for work in [self.world.all_gather(copy) for copy in (*self.student, *self.teacher) if copy.numel()]:
-            if work is not None:
-                work.wait()
+        """Begin to fetch the slices of the other processes, of both networks, in the order of their forward passes."""
+        for copy in (*reversed(self.student), *reversed(self.teacher)):
+            if copy.numel() and (work := self.world.all_gather(copy)) is not None:
+                self._works[copy.data_ptr()] = work
+
+    def wait(self) -> None:
+        """Wait until both networks are complete."""
+        for copy in (*self.student, *self.teacher):
+            self._wait(copy)
+
+    def _wait(self, copy: Tensor) -> None:
+        if work := self._works.pop(copy.data_ptr(), None):
+            work.wait()
 
     def whole(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The complete tensors of which every process has its pieces, and what is not trained, on every process. A
@@ -99,6 +125,12 @@ class Shard:
                 shape = self.shapes[parameter.name]
                 result[parameter.name] = flat[offset : offset + parameter.size].view(shape)
         return {name: result[name] for name in self._names if name in result}
+
+
+def _module(name: str) -> str:
+    """The prefix by which `Transformer.before` names the module of a parameter."""
+    parts = name.split(".")
+    return ".".join(parts[: 2 if parts[0] == "blocks" else 1]) + "."
 
 
 def _part(buffers: list[Tensor], piece: Piece) -> Tensor:

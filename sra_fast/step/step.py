@@ -87,9 +87,10 @@ class TrainingStep:
             if state.shard:
                 state.shard.gather()
             micro_batches = batch.split(self.parts_per_process)
-            return self.apply(
-                state, *self.sync.reduce(self.gradients(state, part, weight) for part in micro_batches), lr
-            )
+            sums = self.sync.reduce(self.gradients(state, part, weight) for part in micro_batches)
+            if state.shard:
+                state.shard.wait()  # for copies that no network has used
+            return self.apply(state, *sums, lr)
         first, *others = batch.split(self.parts)
         gradients, losses = self.gradients(state, first, weight)
         if others:
