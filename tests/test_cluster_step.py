@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
 from small_cluster import on_ranks
+from torch import Tensor
 
 from sra_fast.config import AlignConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from sra_fast.data.stream import Batch
@@ -15,6 +17,7 @@ from sra_fast.distributed import World
 from sra_fast.hardware import Hardware
 from sra_fast.model.backends import Backends
 from sra_fast.step import start as starting
+from sra_fast.step import tree
 from sra_fast.step.state import PER_PARAMETER, TrainState
 
 CPU = torch.device("cpu")
@@ -52,12 +55,14 @@ def wake(state: TrainState) -> None:
     state.load({"weights": weights, "ema": weights})
 
 
-def trained(world: World, config: Config, dtype: torch.dtype = FP32) -> dict[str, Any]:
+def trained(
+    world: World, config: Config, dtype: torch.dtype = FP32, batches: Callable[[int, World], Batch] = batch
+) -> dict[str, Any]:
     """Metrics of each step, and the whole state afterwards."""
     state, step = starting.start(config, Backends.resolve(config, Hardware(CPU, dtype)), CPU, dtype, world)
     wake(state)
     lr, weight = torch.tensor(1e-2), torch.tensor(0.5)
-    rows = [[float(x) for x in step(state, batch(number, world), lr, weight)] for number in range(STEPS)]
+    rows = [[float(x) for x in step(state, batches(number, world), lr, weight)] for number in range(STEPS)]
     if state.shard:
         state.shard.gather()
         state.shard.wait()
@@ -107,8 +112,40 @@ def fast(world: World) -> dict[str, Any]:
     }
 
 
-def both(world: World) -> tuple[dict[str, list[str]], dict[str, Any]]:
-    return ordered(world), fast(world)
+def planted(world: World) -> dict[str, str]:
+    """{fault: digest of an ordered run that has it}, on two processes."""
+    sound, total = World.slice_of, tree.total
+
+    def shifted(self: World, tensor: Tensor) -> Tensor:
+        own = sound(self, tensor)
+        return tensor[1 : 1 + len(own)] if self.rank == 0 and len(own) > 3 else own
+
+    def reverse(parts: Iterable[tuple[tree.Node, Tensor]], add: Any) -> Tensor:
+        first, *others = [value for _, value in parts][::-1]
+        for other in others:
+            first = add(first, other)
+        return first
+
+    def own_number(number: int, world: World) -> Batch:
+        images = batch(number, world)
+        return images._replace(number=torch.arange(len(images.number)))
+
+    faults = {
+        "": (tree, "total", total),
+        "slice off by one": (World, "slice_of", shifted),
+        "another order": (tree, "total", reverse),
+    }
+    digests = {}
+    one = config(shard="world", micro_batch=2, reduction="ordered")
+    for name, fault in faults.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(*fault)
+            digests[name] = digest(trained(world, one))
+    return digests | {"numbers of the process": digest(trained(world, one, batches=own_number))}
+
+
+def both(world: World) -> tuple[dict[str, list[str]], dict[str, Any], dict[str, str]]:
+    return ordered(world), fast(world), planted(world) if world.size == 2 else {}
 
 
 @pytest.fixture(scope="module")
@@ -130,13 +167,19 @@ def test_ordered_runs_have_the_same_bits_on_any_number_of_processes(results, nam
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_a_fast_run_is_that_of_one_process_but_for_rounding(results, size: int) -> None:
     alone = results[1][0][1]
-    for _, rank in results[size]:
+    for _, rank, _ in results[size]:
         first, again, sharded = rank["digests"]
         assert first == again, "twice the same bits"
         assert first == sharded, "sharded = replicated"
         assert rank["digests"] == results[size][0][1]["digests"], "all processes agree"
         for result in (rank, rank["accumulated"]):
             assert_close(result, alone)
+
+
+def test_planted_faults_change_the_bits(results) -> None:
+    for _, _, digests in results[2]:
+        sound = digests.pop("")
+        assert len({sound, *digests.values()}) == 1 + len(digests) == 4
 
 
 def assert_close(result: dict[str, Any], expected: dict[str, Any]) -> None:
