@@ -81,11 +81,13 @@ class World:
 
     Attributes:
         rank, size, local_rank: as in `Place`.
+        saving: the same processes, for a thread of its own: threads that share connections would wait for each other.
     """
 
-    def __init__(self, where: Place, control: Any = None) -> None:
+    def __init__(self, where: Place, control: Any = None, saving: Any = None) -> None:
         self.rank, self.size, self.local_rank = where.rank, where.world, where.local_rank
         self._control = control  # gloo, for objects
+        self.saving = self if saving is None else World(where, saving)
 
     @property
     def is_first(self) -> bool:
@@ -216,11 +218,11 @@ def join(device: torch.device) -> Iterator[World]:
         options = {"backend": "nccl", "device_id": torch.device("cuda", where.local_rank)}
     try:
         dist.init_process_group(**options, rank=where.rank, world_size=where.world, timeout=TIMEOUT)
-        control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        control, saving = (dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2))
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise Refused(f"the processes cannot connect through {address}: {str(error).splitlines()[0]}") from error
-    world = World(where, control)
+    world = World(where, control, saving)
     try:
         yield world
     except ElsewhereRefused:

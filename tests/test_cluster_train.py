@@ -28,6 +28,7 @@ from sra_fast.training.trainer import Trainer
 BATCH, STEPS, STOP = 12, 6, 3
 SIZES = (1, 2, 3, 4)
 ROOT = "SRA_FAST_CLUSTER_TEST"
+CHANGING = ("images_per_s", "images_of_ranks", "save_stall_s")
 
 
 def config(name: str, **changes: Any) -> Config:
@@ -96,7 +97,7 @@ def files(run: Path) -> dict[str, str]:
 def rows(run: Path) -> list[dict[str, Any]]:
     """Metrics without what depends on time and on the number of processes."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("images_per_s", "images_of_ranks")} for row in lines]
+    return [{k: v for k, v in row.items() if k not in CHANGING} for row in lines]
 
 
 @pytest.mark.parametrize("size", SIZES[1:])
@@ -154,6 +155,10 @@ def refusals(world: World) -> dict[str, str]:
         if world.is_first:
             patch.setattr(public_weights, "write_safetensors", full)
         ends["full disk"] = ended(world, "full", train__save_every_images=3 * BATCH)
+    with pytest.MonkeyPatch.context() as patch:
+        if world.rank == 1:
+            patch.setattr(public_weights, "write_safetensors", full)
+        ends["another full disk"] = ended(world, "other", train__save_every_images=3 * BATCH)
     return ends
 
 
@@ -179,6 +184,7 @@ def test_what_one_process_refuses_all_refuse_and_one_says_why(place) -> None:
         "deterministic": (0, "deterministic: True given; needs --train.reduction ordered"),
         "one rank": (2, "the disk of this machine is missing"),
         "full disk": (0, "No space left on device"),
+        "another full disk": (1, "No space left on device"),
     }
     for what, (speaker, line) in said.items():
         for rank, end in enumerate(ends):
@@ -189,22 +195,22 @@ def test_what_one_process_refuses_all_refuse_and_one_says_why(place) -> None:
             or "1 steps have 12 images, but the processes have computed [4, 12, 4]" in end["whole batch"]
         )
     assert not (place / "runs/one").exists()
-    assert not list((place / "runs/full/checkpoints").glob("*.tmp"))
+    for name in ("full", "other"):
+        assert not list((place / f"runs/{name}/checkpoints").iterdir())
 
 
 def killed(world: World) -> str:
     """A run of which a process is killed while its second checkpoint is written."""
-    victim, saves, save = int(os.environ["VICTIM"]), itertools.count(1), checkpoint.save
-    sync = checkpoint.sync
+    victim, saves, write, sync = int(os.environ["VICTIM"]), itertools.count(1), checkpoint.write, checkpoint.sync
 
     def kill(*arguments: Any) -> Any:
-        if next(saves) == (2 if victim else 8):  # the first process syncs five files, two folders
+        if next(saves) == (2 if victim else 6):  # the first of three processes syncs two files and two folders
             os.kill(os.getpid(), signal.SIGKILL)
-        return (save if victim else sync)(*arguments)
+        return (write if victim else sync)(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         if world.rank == victim:
-            patch.setattr(checkpoint, "save" if victim else "sync", kill)
+            patch.setattr(checkpoint, "write" if victim else "sync", kill)
         return ended(world, "killed", train__save_every_images=2 * BATCH)
 
 

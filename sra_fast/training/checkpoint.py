@@ -17,10 +17,10 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from sra_fast.model import public_weights
 from sra_fast.model.layout import from_public, to_public
 from sra_fast.step.state import HEAD, TrainState
 
+T = TypeVar("T")
 FORMAT_VERSION = 2
 FIRST_FORMAT = 1  # without sums
 TENSORS = ("weights", "ema", "adam_m", "adam_v")
@@ -89,51 +90,103 @@ class RunProgress:
     undecodable_files: dict[str, str] = field(default_factory=dict)  # name -> reason
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What this process writes of a checkpoint: some of the files, and all that state.json says but their sums. Later
+    steps do not change it."""
+
+    target: Path
+    config: Config
+    description: dict[str, Any]
+    files: dict[str, dict[str, Tensor]]  # by name; on the CPU, under the public names
+
+
+def snapshot(
+    folder: Path, state: TrainState, config: Config, progress: RunProgress, world: World = ALONE, copy: bool = True
+) -> Snapshot:
+    """Collect what a checkpoint holds. A collective: the processes share the files.
+
+    Args:
+        copy: whether the state changes before the snapshot is written.
+    """
+    description = {"format_version": FORMAT_VERSION, **dataclasses.asdict(progress), "config": to_dict(config)}
+    description |= {name: int(getattr(state, name)) for name in COUNTERS}
+    files = {}
+    for number, (name, file) in enumerate(zip(TENSORS, FILES, strict=True)):
+        tensors = state.whole(name)
+        if number % world.size == world.rank:
+            files[file] = {key: _on_host(tensor, copy) for key, tensor in to_public(tensors).items()}
+    if state.skipped_steps.is_cuda:
+        torch.cuda.current_stream().synchronize()
+    return Snapshot(folder / f"{progress.images_seen:012d}", config, description, files)
+
+
+def _on_host(tensor: Tensor, copy: bool) -> Tensor:
+    """The tensor in memory of the CPU; from a GPU, copied to pinned memory, which is not complete yet."""
+    if tensor.is_cuda:
+        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+    return tensor.clone() if copy else tensor
+
+
 def save(folder: Path, state: TrainState, config: Config, progress: RunProgress, world: World = ALONE) -> Path:
-    """Write a checkpoint below `folder` and return its path. A collective: the first process writes.
+    """Write a checkpoint below `folder` and return its path. A collective; errors as in `write`."""
+    return write(snapshot(folder, state, config, progress, world, copy=False), world)
+
+
+def write(content: Snapshot, world: World = ALONE) -> Path:
+    """Write a checkpoint and return its path. A collective: each process writes its files, then the first one the
+    description, and renames the folder.
 
     Raises:
         Refused: if it cannot be written; older checkpoints are untouched and no partial file remains.
     """
-    target = folder / f"{progress.images_seen:012d}"
-    if not world.is_first:
-        if state.shard:
-            for name in TENSORS:
-                state.whole(name)
-        world.together(lambda: None)
-        return target
-    tensors = {name: state.whole(name) for name in TENSORS}  # before an error of this process could keep others waiting
-    return world.together(lambda: _write(target, tensors, state, config, progress))
-
-
-def _write(
-    target: Path, tensors: Mapping[str, dict[str, Tensor]], state: TrainState, config: Config, progress: RunProgress
-) -> Path:
-    folder = target.parent
+    target = content.target
     partial = target.with_name(target.name + ".tmp")
-    description = {"format_version": FORMAT_VERSION, **dataclasses.asdict(progress), "config": to_dict(config)}
-    description |= {name: int(getattr(state, name)) for name in COUNTERS}
-    try:
+
+    def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        sums = {}
-        for name, file in zip(TENSORS, FILES, strict=True):
-            public = to_public(tensors[name])
-            sha256 = public_weights.write_safetensors(partial / file, public, config.model, config.objective)
+
+    def write_own() -> dict[str, dict[str, Any]]:
+        model, objective, sums = content.config.model, content.config.objective, {}
+        for file, tensors in content.files.items():
+            sha256 = public_weights.write_safetensors(partial / file, tensors, model, objective)
             sums[file] = {"bytes": (partial / file).stat().st_size, "sha256": sha256}
             sync(partial / file)
-        write_json(partial / "state.json", {**description, "files": sums})
+        return sums
+
+    def end() -> None:
+        every = {file: parts[file] for file in FILES for parts in sums if file in parts}
+        write_json(partial / "state.json", {**content.description, "files": every})
         sync(partial)
         if target.exists():  # an earlier checkpoint of the same step, or what is left of one
             replaced = target.with_name(target.name + ".old.tmp")
             shutil.rmtree(replaced, ignore_errors=True)
             target.rename(replaced)
         partial.rename(target)
-        sync(folder)
-    except (OSError, Refused) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise Refused(f"{target}: could not be written ({error}); earlier checkpoints are untouched") from error
+        sync(target.parent)
+
+    try:
+        world.first(_refusing(begin, target))
+        sums = world.gather(world.together(_refusing(write_own, target)))
+        world.first(_refusing(end, target))
+    except Refused:
+        if world.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     return target
+
+
+def _refusing(function: Callable[[], T], target: Path) -> Callable[[], T]:
+    """The function, with the error of a disk as a refusal to write this checkpoint."""
+
+    def call() -> T:
+        try:
+            return function()
+        except (OSError, Refused) as error:
+            raise Refused(f"{target}: could not be written ({error}); earlier checkpoints are untouched") from error
+
+    return call
 
 
 def describe(path: Path) -> tuple[dict[str, Any], Config]:

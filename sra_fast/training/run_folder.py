@@ -13,11 +13,14 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
+
 from sra_fast.config import Config
-from sra_fast.distributed import ALONE, World
+from sra_fast.distributed import World
 from sra_fast.errors import Refused
 from sra_fast.files import lock_file
 from sra_fast.model import public_weights
@@ -69,30 +72,77 @@ def _lock(path: Path) -> int:
 class Saver:
     """Writes checkpoints when `train.save_*` asks for one, and removes old ones.
 
+    On GPUs and on several processes training waits only until the state has been copied, and a thread writes it, one
+    checkpoint at a time. On a CPU alone, where the thread would take its cores, training waits for all of it.
+
     Args:
         folder: of the checkpoints.
         config: of the run.
         progress: at the start; it is not saved again.
         world: the processes of the run.
+        device: of the state.
     """
 
-    def __init__(self, folder: Path, config: Config, progress: RunProgress, world: World = ALONE) -> None:
+    def __init__(self, folder: Path, config: Config, progress: RunProgress, world: World, device: torch.device) -> None:
         self._folder, self._config, self._world = folder, config, world
         self._every = Every(config.train.save_every_images, config.train.batch)
         self._saved_step, self._last_save = progress.step, time.monotonic()
+        self._thread = ThreadPoolExecutor(1, "save") if device.type == "cuda" or world.size > 1 else None
+        self._pending: Future[None] | None = None
+        self._stalls: list[float] = []
 
     def due(self, progress: RunProgress) -> bool:
         minutes = (time.monotonic() - self._last_save) / 60
         return self._every.due(progress.images_seen) or minutes > self._config.train.save_every_minutes
 
     def save(self, state: TrainState, progress: RunProgress) -> None:
-        """Write a checkpoint, unless this step has been saved already. A collective."""
+        """Write a checkpoint, or begin to, unless this step has been saved already. A collective.
+
+        Raises:
+            Refused: if this checkpoint, or the one before, cannot be written.
+        """
         if progress.step == self._saved_step:
             return
-        checkpoint.save(self._folder, state, self._config, progress, self._world)
+        self.finish()
+        start = time.monotonic()
+        is_copied = self._thread is not None
+        content = checkpoint.snapshot(self._folder, state, self._config, progress, self._world, is_copied)
+        self._saved_step, self._last_save = progress.step, time.monotonic()
+        if self._thread is None:
+            self._write(content)
+        else:
+            self._pending = self._thread.submit(self._write, content)
+            self._stalls.append(time.monotonic() - start)
+
+    def _write(self, content: checkpoint.Snapshot) -> None:
+        checkpoint.write(content, self._world.saving)
         if self._world.is_first:
             prune(self._folder, self._config.train.keep_checkpoints, self._config.train.keep_every_images)
-        self._saved_step, self._last_save = progress.step, time.monotonic()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the checkpoint in progress could not be written; `finish` says why."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def finish(self) -> None:
+        """Wait until the checkpoint in progress is written.
+
+        Raises:
+            Refused: if it cannot be.
+        """
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait for the thread, whatever becomes of its checkpoint."""
+        if self._thread:
+            self._thread.shutdown()
+
+    def stalls(self) -> dict[str, float]:
+        """{"save_stall_s": how long training has waited for copies since the last call}; empty if it has not."""
+        stalls, self._stalls = self._stalls, []
+        return {"save_stall_s": sum(stalls)} if stalls else {}
 
 
 def _named(folder: Path) -> list[Path]:

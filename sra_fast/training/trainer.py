@@ -255,12 +255,13 @@ class Trainer:
         steps = -(-config.train.images // batch_size)  # the last batch is a full one
         clock = Clock(self.progress.train_s)
         log = StepLog(file, config, self.state, clock, self.world)
-        saver = Saver(self.checkpoints, config, self.progress, self.world)
+        saver = Saver(self.checkpoints, config, self.progress, self.world, self.hardware.device)
         runner = StepRunner(self.step, self.state, log.ring, self.backends.execution)
         replaced_before = self.progress.replaced_images
 
         def save() -> None:
-            log.write(self.progress)  # a resumed run then writes the same lines as one that was never stopped
+            # A resumed run then writes the same lines as one that was never stopped.
+            log.write(self.progress, **saver.stalls())
             with clock.paused():
                 self.progress = self._merged(replaced_before)
                 saver.save(self.state, self.progress)
@@ -271,8 +272,13 @@ class Trainer:
         is_resumed = 0 < self.progress.step < steps
         if is_resumed and self.previews.due(self.progress.images_seen) and not self._preview_path.exists():
             self._preview()  # the run was killed between a checkpoint and its preview
-        with stream, bar:
-            while not (stopped_by := self.world.largest(stop.signal)[0]) and self.progress.step < steps:
+        with closing(saver), stream, bar:
+            while True:
+                stopped_by, has_failed = self.world.largest(stop.signal, saver.has_failed)
+                if has_failed:
+                    saver.finish()
+                if stopped_by or self.progress.step >= steps:
+                    break
                 with self._saving_on_error(save):
                     batch = next(stream)
                 images_seen = self.progress.images_seen
@@ -298,10 +304,10 @@ class Trainer:
                 if is_last or self.validation.due(self.progress.images_seen):
                     with clock.paused(), self._saving_on_error(save):
                         loss = self.validation.loss(self._ema_network(), self.world)
-                    log.write(self.progress, validation_velocity_loss=loss)
+                    log.write(self.progress, validation_velocity_loss=loss, **saver.stalls())
                     bar.set_postfix(loss=f"{log.last_row['loss']:.3f}")
                 elif log.due(self.progress):
-                    log.write(self.progress)
+                    log.write(self.progress, **saver.stalls())
                     bar.set_postfix(loss=f"{log.last_row['loss']:.3f}")
                 (is_due,) = self.world.largest(saver.due(self.progress))
                 if is_due:
@@ -310,6 +316,7 @@ class Trainer:
                     with clock.paused(), self._saving_on_error(save):
                         self._preview()
             save()
+            saver.finish()
         return log.last_row, stopped_by
 
     def _is_between_steps(self) -> bool:
