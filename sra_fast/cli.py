@@ -34,7 +34,7 @@ from sra_fast.config import (
     preset,
     to_dict,
 )
-from sra_fast.distributed import ElsewhereRefused
+from sra_fast.distributed import ElsewhereRefused, place
 from sra_fast.errors import Refused, is_out_of_memory
 from sra_fast.files import read_json, to_json
 
@@ -62,7 +62,8 @@ def sample(arguments: Sequence[str]) -> int:
     from sra_fast.tools.weights import sample
 
     sample(command)
-    print(f"{command.sample.count} {'latents' if command.latents else 'images'} in {command.out}")
+    if place().rank == 0:
+        print(f"{command.sample.count} {'latents' if command.latents else 'images'} in {command.out}")
     return 0
 
 

@@ -195,7 +195,7 @@ def _collective(name: str) -> Callable[..., Work]:
 
 @contextmanager
 def join(device: torch.device) -> Iterator[World]:
-    """Connect with the other processes of the run, for the time of this block.
+    """Connect with the other processes of the run, for the time of this block, or use the connections there are.
 
     Args:
         device: where tensors are. With GPUs, this process gets the one of its local rank as the current one.
@@ -216,8 +216,10 @@ def join(device: torch.device) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(where.local_rank)
         options = {"backend": "nccl", "device_id": torch.device("cuda", where.local_rank)}
+    is_joined = dist.is_initialized()
     try:
-        dist.init_process_group(**options, rank=where.rank, world_size=where.world, timeout=TIMEOUT)
+        if not is_joined:
+            dist.init_process_group(**options, rank=where.rank, world_size=where.world, timeout=TIMEOUT)
         control, saving = (dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2))
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -236,7 +238,8 @@ def join(device: torch.device) -> Iterator[World]:
         reason = re.sub(r"^\[\S*\] ", "", str(error).splitlines()[0]).split(". ")[0]  # without gloo's source line
         raise Refused(f"{world.name}: another process has ended or does not answer ({reason})") from error
     finally:
-        dist.destroy_process_group()
+        if not is_joined:
+            dist.destroy_process_group()
 
 
 def _check_local_rank(where: Place, device: torch.device) -> None:

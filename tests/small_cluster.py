@@ -48,6 +48,7 @@ def _child(function: Any, place: dict[str, int], results: Any) -> None:
 
     os.environ |= {name: str(value) for name, value in place.items()}
     torch.set_num_threads(1)
+    os.dup2(2, 1)  # what is printed must not mix with the answers
     try:
         with join(torch.device("cpu")) as world:
             answer = place["RANK"], function(world), ""

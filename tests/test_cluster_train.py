@@ -16,6 +16,7 @@ import pytest
 from small_cluster import KILLED, on_ranks
 from small_run import small, write_images
 
+from sra_fast import cli
 from sra_fast.config import Config
 from sra_fast.data.image_stream import ImageStream
 from sra_fast.distributed import World
@@ -123,6 +124,24 @@ def test_a_fast_run_stays_near(root) -> None:
     for size in SIZES[1:]:
         for row, alone in zip(rows(root / f"runs/fast{size}"), rows(root / "runs/fast1"), strict=True):
             assert row == pytest.approx(alone, rel=1e-3)
+
+
+def sampled(world: World) -> None:
+    """Seven images, three at a time."""
+    run, out = Path(os.environ[ROOT]) / "runs/whole1", Path(os.environ[ROOT]) / f"samples{world.size}"
+    words = ["--weights", str(run), "--out", str(out), "--sample.count", "7", "--sample.batch", "3"]
+    assert cli.main(["sample", *words]) == 0
+
+
+def test_samples_are_the_same_files_on_any_number_of_processes(root) -> None:
+    on_ranks(__file__, "sampled", (1, 2, 4))
+
+    def content(size: int) -> dict[str, bytes]:
+        folder = root / f"samples{size}"
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    assert len(content(1)) == 10  # seven images, the grid, the npz and what they were made of
+    assert content(2) == content(4) == content(1)
 
 
 # Faults

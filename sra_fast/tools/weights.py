@@ -11,6 +11,7 @@ from torch import Tensor
 from sra_fast.config import Config, EvaluateCommand, ExportCommand, ObjectiveConfig, SampleCommand, to_dict
 from sra_fast.data import class_names
 from sra_fast.data.source import open_source
+from sra_fast.distributed import World, join, refuse_several_processes
 from sra_fast.errors import Damaged, Refused
 from sra_fast.evaluation import evaluate as evaluation
 from sra_fast.files import refuse_unwritable, replacing
@@ -42,7 +43,13 @@ def _load_network(
 
 
 def sample(command: SampleCommand) -> None:
-    """Generate images or latents and write them to the output folder."""
+    """Generate images or latents and write them to the output folder. Several processes share the batches; the files
+    are the same as of one."""
+    with join(Hardware.choose(command.device).device) as world:
+        _sample(command, world)
+
+
+def _sample(command: SampleCommand, world: World) -> None:
     weights, network, device = _load_network(command)
     config, model, out = command.sample, weights.config, Path(command.out)
     names = _class_names(weights, Path(command.weights))
@@ -82,18 +89,29 @@ def sample(command: SampleCommand) -> None:
     labels = classes[balanced_labels(config.count, len(classes))].to(device)
 
     def batches() -> Iterator[Tensor]:
+        """All batches in their order on the first process, none on the others."""
         predict = prediction_only(network)
-        with Progress(config.count, "sampling") as bar:
-            for indices in torch.arange(config.count, device=device).split(config.batch):
-                samples = decode(generate(predict, labels[indices], indices, config=config, model=model, path=path))
-                if not indices[0]:  # what can be refused has been
+        parts = torch.arange(config.count, device=device).split(config.batch)
+        with Progress(config.count, "sampling", hidden=not world.is_first) as bar:
+            for first in range(0, len(parts), world.size):
+                samples = None
+                if first + world.rank < len(parts):
+                    indices = parts[first + world.rank]
+                    samples = decode(generate(predict, labels[indices], indices, config=config, model=model, path=path))
+                if not first and world.is_first:  # what can be refused has been
                     origin.begin(out, made_of)
                     if names:
                         print(f"classes  {class_names.numbered(names, chosen)}")
-                yield samples
-                bar.update(len(indices))
+                every = [samples] if world.size == 1 else world.gather(None if samples is None else samples.cpu())
+                for samples in every if world.is_first else ():
+                    if samples is not None:
+                        yield samples
+                        bar.update(len(samples))
 
-    if command.latents:
+    if not world.is_first:
+        for _ in batches():
+            pass
+    elif command.latents:
         save_latents(out / "latents.npz", batches(), labels)
     else:
         columns = grid_columns(command.grid, len(classes))
@@ -102,6 +120,7 @@ def sample(command: SampleCommand) -> None:
 
 def evaluate(command: EvaluateCommand, run: Config) -> evaluation.Report:
     """Compare samples with the real images of the run, whose configuration is `run`."""
+    refuse_several_processes("evaluate")
     weights, network, device = _load_network(command)
     source, _ = open_source(run, device)
     state, _ = checkpoint.describe(run_folder.locate(Path(command.weights)))
@@ -133,6 +152,7 @@ def _class_names(weights: public_weights.Weights, source: Path) -> tuple[str, ..
 
 def export(command: ExportCommand) -> None:
     """Write one set of weights as .safetensors, or both sets as .pt in the public layout."""
+    refuse_several_processes("export")
     source, out = Path(command.weights), Path(command.out)
     if out.suffix == ".safetensors":
         weights = run_folder.read_weights(source, command.weights_key, command.weights_family)
