@@ -39,11 +39,12 @@ def parameters(config: ModelConfig) -> int:
     return total + 4 * width * width + 3 * width  # head
 
 
-def training_bytes(config: Config, dtype: torch.dtype) -> dict[str, int]:
+def training_bytes(config: Config, dtype: torch.dtype, processes: int = 1) -> dict[str, int]:
     """{what: bytes} that training needs at least. Sizes that are not known yet count as their smallest.
 
     Args:
         dtype: that the networks compute in.
+        processes: of the run, each with a device of its own.
     """
     model, data, size = config.model, config.data, dtype.itemsize
     if data.images and not model.input_size:  # before the images have been looked at
@@ -52,11 +53,14 @@ def training_bytes(config: Config, dtype: torch.dtype) -> dict[str, int]:
     count = parameters(model)
     blocks = 1 if model.checkpoint_every else ROWS_PER_BLOCK
     copies = 0 if dtype == torch.float32 else 2 * size
+    shares = processes if config.optim.shard != "none" else 1
+    if shares > 1:  # networks of their own, and a flat buffer of gradients
+        copies = 3 * size
     return {
-        "weights, EMA and moments": 16 * count,
+        "weights, EMA and moments": 16 * count // shares,
         "gradients and copies": (size + copies) * count,
         f"the activations of {images:,} images": images * model.tokens * model.hidden * model.depth * blocks * size,
-        f"{config.train.batch:,} inputs": 4 * config.train.batch * model.channels * model.input_size**2,
+        "inputs": 4 * config.train.batch // processes * model.channels * model.input_size**2,
     }
 
 
@@ -81,10 +85,13 @@ def available(device: torch.device) -> int:
     return memory
 
 
-def refuse_training(config: Config, hardware: Hardware) -> None:
-    """Refuse a run that needs more memory than its device has."""
+def refuse_training(config: Config, hardware: Hardware, processes: int = 1) -> None:
+    """Refuse a run that needs more memory than its device has; processes on a CPU share it."""
     rule = "lower --train.batch, raise --train.accumulate, or choose a smaller network"
-    refuse_beyond(training_bytes(config, hardware.dtype), hardware.device, rule)
+    needed = training_bytes(config, hardware.dtype, processes)
+    if hardware.device.type == "cpu":
+        needed = {what: size * processes for what, size in needed.items()}
+    refuse_beyond(needed, hardware.device, rule)
 
 
 def refuse_beyond(needed: dict[str, int], device: torch.device, rule: str) -> None:

@@ -83,7 +83,7 @@ class Trainer:
             write_digits(Path(DIGITS_FOLDER))
         self.world.barrier()
         self.source, self.config = open_source(config, self.hardware.device)
-        refuse_training(dataclasses.replace(self.config, train=train), self.hardware)
+        refuse_training(dataclasses.replace(self.config, train=train), self.hardware, self.world.size)
         self.space = latent_space(self.config, self.source)
         self.previews = Previews(self.config, self.space, self.hardware.device)
         self.folder = self.config.path
