@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -15,9 +15,25 @@ from sra_fast.errors import printable
 SECONDS_BETWEEN_LINES = 10.0
 
 
+_is_silent = False
+
+
+@contextmanager
+def silent(is_silent: bool = True) -> Iterator[None]:
+    """Within this context, `warn` prints nothing: another process does the same work and prints the same lines."""
+    global _is_silent
+    before, _is_silent = _is_silent, is_silent
+    try:
+        yield
+    finally:
+        _is_silent = before
+
+
 def warn(line: str) -> None:
     """Print a line on stderr. If that is impossible, because its disk is full or its terminal closed, the work that the
     line is about goes on without it."""
+    if _is_silent:
+        return
     with suppress(OSError):  # a single write, so that lines of other threads do not mix with it
         sys.stderr.write(f"{printable(line)}\n")
         sys.stderr.flush()

@@ -5,15 +5,17 @@ from __future__ import annotations
 import pytest
 from small_data import refusal, write_jpegs
 
-from sra_fast.distributed import place
+from sra_fast import distributed
+from sra_fast.distributed import Place, first_host, place
 
+ADDRESS = ("MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_NODELIST", "SLURM_JOB_ID")
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
 
 
 @pytest.fixture
 def environment(monkeypatch):
     def put(**values: str) -> None:
-        for name in NAMES:
+        for name in (*NAMES, *ADDRESS):
             monkeypatch.delenv(name, raising=False)
         for name, value in values.items():
             monkeypatch.setenv(name, value)
@@ -57,3 +59,34 @@ def test_a_rank_that_a_launcher_left_behind_hides_no_damage(environment, main, r
     assert "unset RANK" in refused(words)
     environment()
     assert "made again" in main(words)[2]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [
+        ("node03", "node03"),
+        ("a1,a2", "a1"),
+        ("node[03-07,12],login1", "node03"),
+        ("n[1,3]-ib", "n1-ib"),
+        ("g-x,", "g-x"),
+    ],
+)
+def test_the_first_host_of_slurms_list(hosts, first):
+    assert first_host(hosts) == first
+
+
+def test_under_srun_the_address_is_found_and_is_the_jobs_own(environment, monkeypatch):
+    environment(SLURM_JOB_NODELIST="node[03-07]", SLURM_JOB_ID="123456")
+    monkeypatch.setattr(distributed.os, "environ", dict(distributed.os.environ))
+    distributed._set_address(Place(1, 4, 1))
+    address = distributed.os.environ["MASTER_ADDR"], int(distributed.os.environ["MASTER_PORT"])
+    assert address[0] == "node03"
+    assert 20_000 <= address[1] < 40_000
+    distributed.os.environ["MASTER_ADDR"] = "10.0.0.1"  # torchrun's are kept
+    distributed._set_address(Place(1, 4, 1))
+    assert distributed.os.environ["MASTER_ADDR"] == "10.0.0.1"
+
+
+def test_a_batch_script_without_srun_is_one_process(environment):
+    environment(SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_NTASKS="8")
+    assert place() == (0, 1, 0)

@@ -28,7 +28,7 @@ from sra_fast.model.initial import initial_weights
 from sra_fast.model.layout import from_public, to_public
 from sra_fast.model.transformer import Transformer
 from sra_fast.objective.alignment import alignment_weight
-from sra_fast.progress import Progress, say
+from sra_fast.progress import Progress, say, silent
 from sra_fast.sampling.decoding import latent_space
 from sra_fast.step.runner import StepRunner
 from sra_fast.step.start import start
@@ -67,7 +67,8 @@ class Trainer:
 
     def __init__(self, config: Config, report: Callable[[str], None] = say, world: World = ALONE) -> None:
         self.report, self.world = report, world
-        world.together(lambda: self._prepare(config))
+        with silent(not world.is_first):
+            world.together(lambda: self._prepare(config))
 
     def _prepare(self, config: Config) -> None:
         """Open the data and check the configuration."""
