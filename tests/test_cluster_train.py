@@ -202,17 +202,13 @@ def test_what_one_process_refuses_all_refuse_and_one_says_why(place) -> None:
         "batch": (0, "train.batch: 14 given; its 14 micro-batches must be a multiple of the 3 processes"),
         "deterministic": (0, "deterministic: True given; needs --train.reduction ordered"),
         "one rank": (2, "the disk of this machine is missing"),
+        "whole batch": (0, "1 steps have 12 images, but the processes have computed [4, 12, 4]"),
         "full disk": (0, "No space left on device"),
         "another full disk": (1, "No space left on device"),
     }
     for what, (speaker, line) in said.items():
         for rank, end in enumerate(ends):
             assert line in end[what] if rank == speaker else end[what] == f"ElsewhereRefused: refused by rank {speaker}"
-    for end in ends:
-        assert (
-            "3 steps" in end["whole batch"]
-            or "1 steps have 12 images, but the processes have computed [4, 12, 4]" in end["whole batch"]
-        )
     assert not (place / "runs/one").exists()
     for name in ("full", "other"):
         assert not list((place / f"runs/{name}/checkpoints").iterdir())

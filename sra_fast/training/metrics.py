@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,7 @@ class StepLog:
             return
         images = self._world.gather(self._pending_images)
         self._pending_images = 0
-        if sum(images) != self._pending_steps * self._batch:
-            expected = f"{self._pending_steps} steps have {self._pending_steps * self._batch} images"
-            raise Refused(f"training: {expected}, but the processes have computed {images}")
+        self._world.together(partial(self._check_images, images, self._pending_steps))
         images_per_s = self._pending_steps * self._batch / self._clock.lap_s()
         metrics = self.ring.last(self._pending_steps)
         self._pending_steps = 0
@@ -92,6 +91,15 @@ class StepLog:
         }
         if self._file:
             self._file.write(self.last_row)
+        self._world.together(self._check_norms)
+
+    def _check_images(self, images: list[int], steps: int) -> None:
+        """Refuse to go on if the processes have not computed each image of these steps once."""
+        if sum(images) != steps * self._batch:
+            expected = f"{steps} steps have {steps * self._batch} images"
+            raise Refused(f"training: {expected}, but the processes have computed {images}")
+
+    def _check_norms(self) -> None:
         skipped = int(self._state.skipped_in_a_row)
         if skipped >= MAX_SKIPPED_IN_A_ROW:
             raise Refused(f"training: {skipped} steps in a row had a non-finite gradient norm; the run has diverged")

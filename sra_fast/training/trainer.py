@@ -68,21 +68,25 @@ class Trainer:
     def __init__(self, config: Config, report: Callable[[str], None] = say, world: World = ALONE) -> None:
         self.report, self.world = report, world
         with silent(not world.is_first):
-            world.together(lambda: self._prepare(config))
+            world.together(lambda: self._choose_device(config))
+            if config.data.images == DIGITS_FOLDER:
+                world.first(lambda: write_digits(Path(DIGITS_FOLDER)))
+            world.together(lambda: self._open(config))
 
-    def _prepare(self, config: Config) -> None:
-        """Open the data and check the configuration."""
+    def _choose_device(self, config: Config) -> None:
+        """Refuse what this machine, or this number of processes, cannot do."""
         self.hardware = Hardware.choose(config.train.device, config.train.precision, "train.device")
         if config.deterministic:
             set_deterministic(True)
         Backends.resolve(config, self.hardware)  # refuses what is not available
-        train = config.train.on(self.world.size)
-        if config.deterministic and self.world.size > 1 and train.reduction == "fast":
+        config.train.on(self.world.size)
+        if config.deterministic and self.world.size > 1 and config.train.reduction == "fast":
             rule = "needs --train.reduction ordered, and a --train.micro-batch, on several processes"
             raise Refused("deterministic", True, rule)
-        if config.data.images == DIGITS_FOLDER and self.world.is_first:
-            write_digits(Path(DIGITS_FOLDER))
-        self.world.barrier()
+
+    def _open(self, config: Config) -> None:
+        """Open the data and check the configuration against it."""
+        train = config.train.on(self.world.size)
         self.source, self.config = open_source(config, self.hardware.device)
         refuse_training(dataclasses.replace(self.config, train=train), self.hardware, self.world.size)
         self.space = latent_space(self.config, self.source)
