@@ -13,7 +13,7 @@ other names are the same in both.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,20 +23,34 @@ PER_BLOCK, PER_FINAL_LAYER = 6, 2  # modulation vectors of D
 _PUBLIC_MODULATION = re.compile(r"(?:blocks\.\d+|final_layer)\.adaLN_modulation\.1\.(weight|bias)")
 
 
+def public_parts(names: Iterable[str]) -> dict[str, list[str]]:
+    """{name in memory: the public names of what it consists of, in this order}.
+
+    Args:
+        names: public, blocks in the network's order.
+    """
+    parts: dict[str, list[str]] = {}
+    joined: dict[str, list[str]] = {f"modulation.{kind}": [] for kind in KINDS}
+    for name in names:
+        if match := _PUBLIC_MODULATION.fullmatch(name):
+            joined[f"modulation.{match[1]}"].append(name)
+        else:
+            parts[name] = [name]
+    return parts | joined
+
+
 def from_public(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under public names -> under the names in memory. The modulations are copied, the others are shared.
 
     Args:
         tensors: blocks in the network's order.
     """
-    internal: dict[str, Tensor] = {}
-    modulations: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
-    for name, tensor in tensors.items():
-        if match := _PUBLIC_MODULATION.fullmatch(name):
-            modulations[match[1]].append(tensor)
-        else:
-            internal[name] = tensor
-    return internal | {f"modulation.{kind}": torch.cat(modulations[kind]) for kind in KINDS}
+    return {name: join([tensors[part] for part in parts]) for name, parts in public_parts(tensors).items()}
+
+
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """A tensor in memory from its public parts."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def to_public(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

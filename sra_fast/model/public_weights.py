@@ -15,10 +15,10 @@ import math
 import os
 import re
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,6 +34,7 @@ from sra_fast.model.pickled import read_pickle
 from sra_fast.model.transformer import TimestepEmbedder, Transformer
 
 HEADS_BY_HIDDEN = {hidden: heads for _, hidden, heads in SIZES.values()}
+T = TypeVar("T")
 METADATA_KEY = "sra_fast.model"
 
 # Parts of other projects that only their training needs.
@@ -102,12 +103,21 @@ def read(path: Path, key: str = "ema", family: str = "auto") -> Weights:
     return Weights(tensors, config, tuple(notes), objective, without_head, names)
 
 
+def open_safetensors(path: Path) -> Any:
+    """A safetensors file, whose tensors are read onto the CPU one by one."""
+    return _reading(path, lambda: safe_open(path, framework="pt"))
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of a safetensors file on the CPU."""
+    file = open_safetensors(path)
+    return _reading(path, lambda: ({name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}))  # noqa: SIM118
+
+
+def _reading(path: Path, read: Callable[[], T]) -> T:
     try:
         os.close(open_regular(path))
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        return read()
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise

@@ -59,7 +59,7 @@ class Shard:
             for name, piece in self.pieces.items()
             if name in tensors
         }
-        return pieces | {name: tensor for name, tensor in tensors.items() if name not in self.shapes}
+        return pieces | {name: tensors[name] for name in tensors if name not in self.shapes}
 
     def attach(self, network: Transformer, copies: list[Tensor]) -> None:
         """Make the network's trained parameters views of the copies, without changing their values; before it uses

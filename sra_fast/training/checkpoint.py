@@ -17,7 +17,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,7 +30,7 @@ from sra_fast.distributed import ALONE, World
 from sra_fast.errors import Damaged, Refused
 from sra_fast.files import open_regular, read_json, sync, write_json
 from sra_fast.model import public_weights
-from sra_fast.model.layout import from_public, to_public
+from sra_fast.model.layout import join, public_parts, to_public
 from sra_fast.step.state import HEAD, TrainState
 
 T = TypeVar("T")
@@ -260,7 +260,8 @@ def verify(path: Path, state: dict[str, Any], file: str) -> Path:
 
 
 def load(path: Path, config: Config, fingerprint: str, device: torch.device) -> tuple[dict[str, Any], RunProgress]:
-    """(tensors and counters for `TrainState.load`, progress) of a checkpoint that `config` may resume from.
+    """(tensors and counters for `TrainState.load`, progress) of a checkpoint that `config` may resume from. A tensor is
+    read when it is used, so that a process which needs a share of each never has all of them.
 
     Raises:
         Refused: if it is damaged, belongs to another network or data set, or was trained with other settings.
@@ -281,26 +282,50 @@ def load(path: Path, config: Config, fingerprint: str, device: torch.device) -> 
     loaded: dict[str, Any] = {}
     for name, file_name in zip(TENSORS, FILES, strict=True):
         file = verify(path, state, file_name)
-        tensors, _ = public_weights.read_safetensors(file)
         shapes = {key: shape for key, shape in expected.items() if not name.startswith("adam") or key in moments}
-        internal = from_public(_exactly(tensors, shapes, file))
-        loaded[name] = {key: value.to(device) for key, value in internal.items()}
+        loaded[name] = StoredTensors(file, shapes, device)
     for name in COUNTERS:
         loaded[name] = torch.tensor(state[name], dtype=torch.int64, device=device)
     return loaded, RunProgress(**{field.name: state[field.name] for field in dataclasses.fields(RunProgress)})
 
 
-def _exactly(tensors: dict[str, Tensor], shapes: dict[str, torch.Size], file: Path) -> dict[str, Tensor]:
-    """The tensors in the order of `shapes`, if they are float32 and have these names and shapes."""
-    if set(tensors) != set(shapes):
-        name = min(set(tensors) ^ set(shapes))
-        raise Damaged(file, f"{name} is {'missing' if name in shapes else 'not a parameter of this network'}")
-    for name, shape in shapes.items():
-        if tensors[name].shape != shape:
-            raise Damaged(file, f"{name} has shape {tuple(tensors[name].shape)}; must be {tuple(shape)}")
-        if tensors[name].dtype != torch.float32:
-            raise Damaged(file, f"{name} is {tensors[name].dtype}; must be torch.float32")
-    return {name: tensors[name] for name in shapes}
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a file, under the names in memory, each read anew whenever it is used.
+
+    Args:
+        file: a safetensors file.
+        shapes: public names and shapes of the tensors that it must have, float32 all of them.
+        device: where they are wanted.
+
+    Raises:
+        Damaged: if it has others.
+    """
+
+    def __init__(self, file: Path, shapes: Mapping[str, torch.Size], device: torch.device) -> None:
+        self._device, self._parts = device, public_parts(shapes)
+        self._content = public_weights.open_safetensors(file)
+        names = set(self._content.keys())
+        if names != set(shapes):
+            name = min(names ^ set(shapes))
+            raise Damaged(file, f"{name} is {'missing' if name in shapes else 'not a parameter of this network'}")
+        for name, shape in shapes.items():
+            stored = self._content.get_slice(name)
+            if tuple(stored.get_shape()) != tuple(shape):
+                raise Damaged(file, f"{name} has shape {tuple(stored.get_shape())}; must be {tuple(shape)}")
+            if stored.get_dtype() != "F32":
+                raise Damaged(file, f"{name} is of type {stored.get_dtype()}; must be F32")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return join([self._content.get_tensor(part) for part in self._parts[name]]).to(self._device)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts  # without reading it
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
