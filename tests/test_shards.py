@@ -55,9 +55,10 @@ FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["pytest", "sra_fast.cli", "sra_fast.packing.prepare"])
 
 
-def run_slowly(command, output, kill_at, delay, file_limit, environment):
+def run_slowly(command, output, kill_at, delay, file_limit, together, environment):
     """`sra-fast prepare`, somewhat slowed down, with its output in a file. It is killed `delay` seconds after it has
-    begun to encode its batch `kill_at`, if that is not 0."""
+    begun to encode its batch `kill_at`, if that is not 0; and waits for the others at `together`, if given, before the
+    first."""
     os.environ.update(environment)
     torch.set_num_threads(1)
     for stream in (1, 2):
@@ -69,6 +70,8 @@ def run_slowly(command, output, kill_at, delay, file_limit, environment):
 
     def slow_encode(self, *arguments):
         calls.append(1)
+        if together and len(calls) == 1:
+            together.wait(60)
         if len(calls) == kill_at:
             timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
             timer.daemon = True
@@ -80,9 +83,11 @@ def run_slowly(command, output, kill_at, delay, file_limit, environment):
     raise SystemExit(cli.main(words(command)))
 
 
-def start(command, kill_at=0, delay=0.0, file_limit=0, **environment):
+def start(command, kill_at=0, delay=0.0, file_limit=0, together=None, **environment):
     output = Path(tempfile.mkdtemp(dir=Path(command.out).parent)) / "output"
-    process = FORKED.Process(target=run_slowly, args=(command, output, kill_at, delay, file_limit, environment))
+    process = FORKED.Process(
+        target=run_slowly, args=(command, output, kill_at, delay, file_limit, together, environment)
+    )
     process.output = output
     process.start()
     return process
@@ -148,7 +153,8 @@ def test_killed_between_any_two_files_it_continues(images, undisturbed, tmp_path
 
 def test_two_processes_share_the_work(images, undisturbed, tmp_path):
     out = tmp_path / "set"
-    both = [start(command(images, out), RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+    together = FORKED.Barrier(2)  # neither ends before the other has begun
+    both = [start(command(images, out), together=together, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
     assert all("images/s here" in output for output in finish(*both))
     assert content(out) == undisturbed
 
