@@ -47,7 +47,8 @@ BENCH ?= $(if $(shell command -v nvidia-smi 2>/dev/null),--size xl --batch 32,--
 OLDEST_TORCH ?= torch==2.11.0$(if $(findstring +cpu,$(TORCH)),+cpu)
 OLDEST_TRITON := triton==3.6.0
 OLDEST_TESTS := setup library adamw_ema gradient_norm adaln alignment alignment_kernel perturb perturb_kernel philox rows \
-  transformer attention backends graph runner step state inputs ring public_weights checkpoint stored_checkpoints resume choice
+  transformer attention backends graph runner step state inputs ring public_weights checkpoint stored_checkpoints resume choice \
+  linear_gelu plan cluster_step
 
 .PHONY: train test test-full test-oldest bench gpu-report lint setup clean
 
