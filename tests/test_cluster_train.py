@@ -144,6 +144,16 @@ def test_samples_are_the_same_files_on_any_number_of_processes(root) -> None:
     assert content(2) == content(4) == content(1)
 
 
+def compiled(world: World) -> int:
+    return train(world, f"compiled{world.size}", train__execution="compiled")
+
+
+@pytest.mark.slow
+def test_compiled_steps_too(root) -> None:
+    assert on_ranks(__file__, "compiled", (1, 2)) == [[0], [0, 0]]
+    assert files(root / "runs/compiled2") == files(root / "runs/compiled1")
+
+
 # Faults
 
 
