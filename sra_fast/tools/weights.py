@@ -50,7 +50,7 @@ def sample(command: SampleCommand) -> None:
 
 
 def _sample(command: SampleCommand, world: World) -> None:
-    weights, network, device = _load_network(command)
+    weights, network, device = world.together(lambda: _load_network(command))
     config, model, out = command.sample, weights.config, Path(command.out)
     names = _class_names(weights, Path(command.weights))
     chosen = class_names.labels_of(command.classes, names, model.classes) or list(range(model.classes))
