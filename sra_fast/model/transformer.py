@@ -210,7 +210,7 @@ class Transformer(nn.Module):
             (prediction (B, C_out, H, W), features (B, T, D) or None), in the weights' dtype.
         """
         depth = self.config.depth
-        self._before_beginning()
+        self._before_begin()
         x, h, vectors = self.begin(x, t, self.y_embedder(labels), PER_BLOCK * depth + PER_FINAL_LAYER)
         features = None
         for number, (block, modulation) in enumerate(zip(self.blocks, seams(vectors), strict=True), start=1):
@@ -224,7 +224,7 @@ class Transformer(nn.Module):
     def features(self, x: Tensor, t: Tensor, labels: Tensor, tap: int) -> Tensor:
         """Output of block `tap` (1-based), (B, T, D). Later blocks, head and final layer are not run. Arguments as
         `forward`."""
-        self._before_beginning()
+        self._before_begin()
         x, h, vectors = self.begin(x, t, self.y_embedder(labels), PER_BLOCK * tap)
         for number, (block, modulation) in enumerate(zip(self.blocks[:tap], seams(vectors), strict=True), start=1):
             x, h = self._run(block, number, x, h, *modulation)
@@ -267,7 +267,7 @@ class Transformer(nn.Module):
         vectors = F.linear(condition, weight, bias).unflatten(-1, (count, -1))
         return tokens, self.backends.adaln(tokens, vectors[:, :PER_NORM]), vectors
 
-    def _before_beginning(self) -> None:
+    def _before_begin(self) -> None:
         for module in ("x_embedder.", "t_embedder.", "y_embedder.", "modulation."):
             self.before(module)
 
@@ -289,7 +289,7 @@ class Transformer(nn.Module):
 
 
 def _nothing(_: str) -> None:
-    """Parameters are there."""
+    """No parameter has to be waited for."""
 
 
 def seams(vectors: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

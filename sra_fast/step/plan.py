@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 LARGEST_GRAIN, SMALLEST_GRAIN = 1 << 12, 1 << 7
 GRAINS = 256  # at least that many in a model, if they are not the smallest
@@ -42,6 +42,15 @@ class Piece(NamedTuple):
     offset: int
     start: int
     stop: int
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return self.stop - self.start
+
+    def of(self, buffers: Sequence[Any]) -> Any:
+        """The piece's elements of flat buffers, one for each bucket; of tensors, a view."""
+        return buffers[self.bucket][self.offset : self.offset + self.size]
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class Shard:
         parameters = dict(network.named_parameters())
         for piece in self.plan.whole():
             if (parameter := parameters.get(piece.name)) is not None:
-                view = _part(copies, piece).view(self.shapes[piece.name])
+                view = piece.of(copies).view(self.shapes[piece.name])
                 view.copy_(parameter.detach())
                 parameter.data = view
         buckets: dict[str, set[int]] = {}
@@ -80,15 +80,11 @@ class Shard:
 
         network.before = wait
 
-    def own(self, copies: list[Tensor], piece: Piece) -> Tensor:
-        """The copy of a piece; empty if the network has none."""
-        return _part(copies, piece)
-
     def publish(self, weights: Mapping[str, Tensor], ema: Mapping[str, Tensor]) -> None:
         """Copy this process's pieces of weights and EMA to student and teacher on all processes. A collective."""
         for copies, pieces in ((self.student, weights), (self.teacher, ema)):
             for name, piece in self.pieces.items():
-                if (copy := _part(copies, piece)).numel():
+                if (copy := piece.of(copies)).numel():
                     copy.copy_(pieces[name])
         self.gather()
         self.wait()
@@ -118,7 +114,7 @@ class Shard:
             flat = torch.zeros(bucket.size, device=like.device)
             for piece in self.pieces.values():
                 if piece.bucket == number:
-                    flat[piece.offset : piece.offset + piece.stop - piece.start] = pieces[piece.name]
+                    flat[piece.offset : piece.offset + piece.size] = pieces[piece.name]
             if (work := self.world.all_gather(flat)) is not None:
                 work.wait()
             for parameter, offset in bucket.offsets():
@@ -131,8 +127,3 @@ def _module(name: str) -> str:
     """The prefix by which `Transformer.before` names the module of a parameter."""
     parts = name.split(".")
     return ".".join(parts[: 2 if parts[0] == "blocks" else 1]) + "."
-
-
-def _part(buffers: list[Tensor], piece: Piece) -> Tensor:
-    """A piece's elements of flat buffers, a view."""
-    return buffers[piece.bucket][piece.offset : piece.offset + piece.stop - piece.start]

@@ -144,7 +144,7 @@ class TrainState:
         if self.shard:
             pieces = [self.shard.pieces[name] for name in names]
             flats = (self.shard.student, self.shard.teacher)
-            return *owned, *([self.shard.own(flat, piece) for piece in pieces] for flat in flats)
+            return *owned, *([piece.of(flat) for piece in pieces] for flat in flats)
         if not self.has_copies:
             return *owned, [], []
         student, teacher = (dict(network.named_parameters()) for network in (self.student, self.teacher))

@@ -99,7 +99,7 @@ class Synchronisation:
         norm = self._norm(buffers)
         if self._ordered and not self._is_sharded:  # so far, only the own slices are sums
             _wait(self._world.all_gather(buffer) for buffer in buffers)
-        return Reduced([self._view(buffers, piece, shape) for piece, shape in self._pieces], losses, norm)
+        return Reduced([piece.of(buffers).view(shape) for piece, shape in self._pieces], losses, norm)
 
     def _sum_fast(self, micro_batches: Iterable[MicroBatch]) -> tuple[list[Tensor], Tensor]:
         losses, parts = torch.zeros(3, device=self._device), iter(micro_batches)
@@ -117,7 +117,7 @@ class Synchronisation:
         """Add a gradient to its bucket, and begin the sum over all processes if it was the last one."""
         if self._micro_batch is None:
             return
-        view = self._view(self._buffers, place, gradient.shape)
+        view = place.of(self._buffers).view(gradient.shape)
         if self._micro_batch:
             view.add_(gradient)
         else:
@@ -179,13 +179,8 @@ class Synchronisation:
     def _fill(self, buffers: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Copy the gradients into flat buffers."""
         pairs = zip(self._places, gradients, strict=True)
-        views = [self._view(buffers, place, gradient.shape) for place, gradient in pairs]
+        views = [place.of(buffers).view(gradient.shape) for place, gradient in pairs]
         torch._foreach_copy_(views, list(gradients))
-
-    @staticmethod
-    def _view(buffers: Sequence[Tensor], piece: Piece, shape: torch.Size) -> Tensor:
-        """A piece's elements of flat buffers."""
-        return buffers[piece.bucket][piece.offset : piece.offset + piece.stop - piece.start].view(shape)
 
     def _new_buffers(self) -> list[Tensor]:
         """Zeros, because what lies between the parameters must not count for the norm."""

@@ -1,4 +1,4 @@
-"""Sums over numbered micro-batches in one fixed tree, whoever computes them.
+"""Sums over numbered micro-batches in one fixed tree, the same for any number of processes.
 
 A node is the sum of 2^level consecutive micro-batches that begin at a multiple of 2^level. Two siblings are added to
 their parent; what has no sibling in the end, if the number of micro-batches is no power of two, is added from the left

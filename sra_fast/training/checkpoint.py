@@ -92,8 +92,8 @@ class RunProgress:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What this process writes of a checkpoint: some of the files, and all that state.json says but their sums. Later
-    steps do not change it."""
+    """The part of a checkpoint that this process writes: some of the files, and the content of state.json without their
+    checksums. Later steps do not change it."""
 
     target: Path
     config: Config

@@ -107,12 +107,12 @@ class Saver:
         start = time.monotonic()
         is_copied = self._thread is not None
         content = checkpoint.snapshot(self._folder, state, self._config, progress, self._world, is_copied)
-        self._saved_step, self._last_save = progress.step, time.monotonic()
         if self._thread is None:
             self._write(content)
         else:
             self._pending = self._thread.submit(self._write, content)
             self._stalls.append(time.monotonic() - start)
+        self._saved_step, self._last_save = progress.step, time.monotonic()
 
     def _write(self, content: checkpoint.Snapshot) -> None:
         checkpoint.write(content, self._world.saving)

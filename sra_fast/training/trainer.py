@@ -79,16 +79,15 @@ class Trainer:
         if config.deterministic:
             set_deterministic(True)
         Backends.resolve(config, self.hardware)  # refuses what is not available
-        config.train.on(self.world.size)
+        self.split = config.train.on(self.world.size)
         if config.deterministic and self.world.size > 1 and config.train.reduction == "fast":
             rule = "needs --train.reduction ordered, and a --train.micro-batch, on several processes"
             raise Refused("deterministic", True, rule)
 
     def _open(self, config: Config) -> None:
         """Open the data and check the configuration against it."""
-        train = config.train.on(self.world.size)
         self.source, self.config = open_source(config, self.hardware.device)
-        refuse_training(dataclasses.replace(self.config, train=train), self.hardware, self.world.size)
+        refuse_training(dataclasses.replace(self.config, train=self.split), self.hardware, self.world.size)
         self.space = latent_space(self.config, self.source)
         self.previews = Previews(self.config, self.space, self.hardware.device)
         self.folder = self.config.path
@@ -171,10 +170,9 @@ class Trainer:
     def _create_state(self, before: Config | None) -> TrainState:
         """Decide what computes each op, by the configuration of the checkpoint to resume from or by measurement; then
         the step and its initial state."""
-        train = self.config.train
-        split = dataclasses.replace(self.config, train=train.on(self.world.size))
+        split = dataclasses.replace(self.config, train=self.split)
         decided = self.world.first(lambda: decide(split, self.hardware, self.report, self.source.stored, before))
-        self.config = dataclasses.replace(decided, train=train)
+        self.config = dataclasses.replace(decided, train=self.config.train)
         self.backends = Backends.resolve(self.config, self.hardware)
         if self.world.size > 1 and self.backends.execution == "graph":
             note = "step: several processes run the compiled step without a CUDA graph"
